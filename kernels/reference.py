@@ -1,0 +1,245 @@
+"""Packed attention over a plan in plain torch: the meaning of the GPU kernels, and the decode path on the CPU.
+
+Items of similar length form a class and run as batched products, in slabs that stay in the CPU's cache. Products,
+softmax and merging are float32 whatever the inputs are. ``lse2`` is the log-sum-exp in base 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from packinfer_sgl.plan import Col, Plan
+
+SLAB_BYTES = 4 << 20  # gathered keys of one batched product; measured best on two cores with 2 MiB of L2
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True, eq=False)
+class ItemClass:
+    """Items that run as one batched product; tensors on the CPU, ``n`` items, ``Q`` queries, ``L`` KV tokens.
+
+    Attributes:
+        queries: [n, Q] int64 row of q; padded with the item's first query.
+        slots: [n, L] int64 row of the KV pool; padded with a slot of the same item, so that no other is read.
+        hidden: [n, 1 or Q, L] bool, True where the query must not see the token; None if all see all.
+        kv_pos: [n, L] int64 KV position of each token.
+        out_from: [m] int64 flat index (item * Q + query) of the results that write the output themselves.
+        out_to: [m] int64 their row of the output.
+        part_from, part_to: the same for those that go to partial rows.
+    """
+
+    queries: torch.Tensor
+    slots: torch.Tensor
+    hidden: torch.Tensor | None
+    kv_pos: torch.Tensor
+    out_from: torch.Tensor
+    out_to: torch.Tensor
+    part_from: torch.Tensor
+    part_to: torch.Tensor
+
+
+def item_classes(
+    plan: Plan, kv_slots: torch.Tensor, kv_lens: torch.Tensor | None = None, token_bytes: int = 4096
+) -> list[ItemClass]:
+    """Sort the plan's items into classes and look up their KV slots.
+
+    Args:
+        plan: the work items.
+        kv_slots: [plan.kv_capacity] int64, the slot list that the items point into.
+        kv_lens: [n_rows] current length of each row, for items that grow (``Col.OPEN_ROW``); may be omitted if
+            nothing has grown since the plan was made.
+        token_bytes: bytes of one token's keys, which sets how many items fit a slab.
+    """
+    items = plan.items.astype(np.int64)
+    a_len = items[:, Col.A_LEN].copy()
+    if kv_lens is not None:
+        is_open = items[:, Col.OPEN_ROW] >= 0
+        rows = items[is_open, Col.OPEN_ROW]
+        a_len[is_open] = kv_lens.numpy()[rows] - items[is_open, Col.A_POS]
+    return [_item_class(plan, items[part], a_len[part], kv_slots) for part in _slabs(items, a_len, token_bytes)]
+
+
+def _slabs(items: np.ndarray, a_len: np.ndarray, token_bytes: int) -> Iterator[np.ndarray]:
+    """Index arrays of items that differ little in length and query count, each at most ``SLAB_BYTES`` of keys."""
+    length, count = np.maximum(a_len + items[:, Col.B_LEN], 1), items[:, Col.Q_CNT]
+    # padding wastes at most half of a class in each direction
+    octave = np.ceil(np.log2(length)).astype(np.int64) * 64 + np.ceil(np.log2(count)).astype(np.int64)
+    order = np.lexsort((length, octave))
+    for group in np.split(order, np.flatnonzero(np.diff(octave[order])) + 1):
+        per_slab = max(1, SLAB_BYTES // int(length[group].max() * token_bytes))
+        yield from np.split(group, range(per_slab, len(group), per_slab))
+
+
+def _item_class(plan: Plan, items: np.ndarray, a_len: np.ndarray, kv_slots: torch.Tensor) -> ItemClass:
+    b_len, q_count = items[:, Col.B_LEN], items[:, Col.Q_CNT]
+    total = a_len + b_len
+    q_at, kv_at = np.arange(q_count.max()), np.arange(max(int(total.max()), 1))
+    live = q_at < q_count[:, None]
+    slot = items[:, Col.Q_OFF, None] + np.where(live, q_at, 0)
+    in_a = kv_at < a_len[:, None]
+    exists = kv_at < total[:, None]
+    entry = np.where(in_a, items[:, Col.A_OFF, None] + kv_at, items[:, Col.B_OFF, None] + kv_at - a_len[:, None])
+    entry = np.where(exists, entry, entry[:, :1])
+    hidden = None
+    if b_len.any():
+        j = (kv_at - a_len[:, None])[:, None, :]
+        in_window = (plan.win_lo[slot][:, :, None] <= j) & (j < plan.win_hi[slot][:, :, None])
+        hidden = torch.from_numpy(~(in_a[:, None, :] | in_window) | ~exists[:, None, :])
+    elif not exists.all():
+        hidden = torch.from_numpy(~exists[:, None, :])
+    first_partial = plan.partial_rows[slot]
+    direct, partial = live & (first_partial < 0), live & (first_partial >= 0)
+    partial_row = first_partial + items[:, Col.PIECE, None]
+    as_index = lambda a: torch.from_numpy(np.ascontiguousarray(a, np.int64))  # noqa: E731
+    return ItemClass(
+        queries=as_index(plan.query_rows[slot]),
+        slots=kv_slots[as_index(entry)] if len(kv_slots) else as_index(np.zeros_like(entry)),
+        hidden=hidden,
+        kv_pos=as_index(items[:, Col.A_POS, None] + kv_at),
+        out_from=as_index(np.flatnonzero(direct)),
+        out_to=as_index(plan.query_rows[slot][direct]),
+        part_from=as_index(np.flatnonzero(partial)),
+        part_to=as_index(partial_row[partial]),
+    )
+
+
+@dataclass(frozen=True)
+class MaskRows:
+    """FlashInfer's flattened custom mask: query ``i`` sees KV position ``p`` iff ``mask[row_start[i] + p]``.
+
+    Attributes:
+        mask: [sum of qo_len * kv_len] bool.
+        row_start: [n_queries] int64.
+    """
+
+    mask: torch.Tensor
+    row_start: torch.Tensor
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    classes: list[ItemClass],
+    *,
+    sm_scale: float,
+    logits_soft_cap: float = 0.0,
+    mask: MaskRows | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query over its row's KV, each span read once for its group.
+
+    Args:
+        q: [n_queries, qo_heads, head_dim] float.
+        k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] (any strides), float.
+        plan, classes: the work items (``item_classes``).
+        sm_scale: factor of the logits before the softmax.
+        logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
+        mask: custom mask; the plan must then let every query see all of its row.
+        out: [n_queries, qo_heads, head_dim] where to write; default: a new tensor of q's dtype.
+
+    Returns:
+        out, and lse2 [n_queries, qo_heads] float32 (-inf with an all-zero output for a query that sees nothing).
+    """
+    n_queries, qo_heads, head_dim = q.shape
+    out = torch.empty_like(q) if out is None else out
+    lse2 = torch.empty(n_queries, qo_heads, dtype=torch.float32)
+    part_o = torch.empty(plan.n_partials, qo_heads, head_dim, dtype=torch.float32)
+    part_lse2 = torch.empty(plan.n_partials, qo_heads, dtype=torch.float32)
+    for c in classes:
+        hidden = c.hidden
+        if mask is not None:
+            unseen = ~mask.mask[_mask_index(mask, c)]
+            hidden = unseen if hidden is None else hidden | unseen
+        o, lse = _attend(q[c.queries], _rows(k, c.slots), _rows(v, c.slots), hidden, sm_scale, logits_soft_cap)
+        if len(c.out_from):
+            out[c.out_to] = o[c.out_from].to(out.dtype)
+            lse2[c.out_to] = lse[c.out_from]
+        if len(c.part_from):
+            part_o[c.part_to] = o[c.part_from]
+            part_lse2[c.part_to] = lse[c.part_from]
+    if plan.n_partials:
+        indptr = torch.from_numpy(plan.merge_indptr).long()
+        (merged,) = (indptr[1:] > indptr[:-1]).nonzero(as_tuple=True)
+        o, lse = merge_states(part_o, part_lse2, indptr[merged], indptr[merged + 1])
+        out[merged] = o.to(out.dtype)
+        lse2[merged] = lse
+    return out, lse2
+
+
+def _mask_index(mask: MaskRows, c: ItemClass) -> torch.Tensor:
+    """[n, Q, L] index into the flat mask; padding points at a valid entry and is hidden anyway."""
+    index = mask.row_start[c.queries][:, :, None] + c.kv_pos[:, None, :]
+    return index.clamp_(max=len(mask.mask) - 1)
+
+
+def _rows(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """[n, L, kv_heads, head_dim] float32 from a pool of slots or of pages."""
+    if cache.dim() == 3:
+        rows = cache.index_select(0, slots.view(-1)).view(*slots.shape, *cache.shape[1:])
+    else:
+        rows = cache[slots // cache.shape[1], slots % cache.shape[1]]
+    return rows.float()
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor | None,
+    sm_scale: float,
+    logits_soft_cap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [n, Q, qo_heads, D], k and v [n, L, kv_heads, D] -> o [n * Q, qo_heads, D], lse2 [n * Q, qo_heads], float32."""
+    n, n_q, qo_heads, d = q.shape
+    kv_heads, length = k.shape[2], k.shape[1]
+    group = qo_heads // kv_heads
+    # one product per KV head: keys stay where the gather put them, [L, D] with a stride of all heads
+    qh = q.float().mul(sm_scale * LOG2_E).view(n, n_q, kv_heads, group, d).permute(2, 0, 1, 3, 4)
+    qh = qh.reshape(kv_heads, n, n_q * group, d)
+    s = torch.stack([torch.bmm(qh[h], k[:, :, h].transpose(1, 2)) for h in range(kv_heads)])
+    if logits_soft_cap > 0:
+        cap2 = logits_soft_cap * LOG2_E
+        s = s.div_(cap2).tanh_().mul_(cap2)
+    if hidden is not None:
+        s.view(kv_heads, n, n_q, group, length).masked_fill_(hidden[None, :, :, None, :], -math.inf)
+    top = s.amax(-1, keepdim=True)
+    p = s.sub_(torch.where(top.isinf(), 0.0, top)).exp2_()
+    total = p.sum(-1, keepdim=True)
+    o = torch.stack([torch.bmm(p[h], v[:, :, h]) for h in range(kv_heads)])
+    # a row that sees nothing has total 0: output 0 and lse2 -inf
+    o = o.div_(torch.where(total == 0, 1.0, total))
+    lse2 = top + total.log2()
+    by_query = lambda x: x.view(kv_heads, n, n_q, group, -1).permute(1, 2, 0, 3, 4).reshape(n * n_q, qo_heads, -1)  # noqa: E731
+    return by_query(o), by_query(lse2)[..., 0]
+
+
+def merge_states(
+    o: torch.Tensor, lse2: torch.Tensor, first: torch.Tensor, last: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine partial attention results: the softmax over the union of what they saw.
+
+    Args:
+        o: [n_partials, heads, head_dim] float32.
+        lse2: [n_partials, heads] float32, base-2 log-sum-exp; the empty state is ``(0, -inf)``.
+        first, last: [n] int64; result ``i`` combines the partial rows ``first[i]`` to ``last[i] - 1``, at least one.
+
+    Returns:
+        [n, heads, head_dim] and [n, heads] float32; empty states combine to the empty state.
+    """
+    at = torch.arange(int((last - first).max()))
+    row = first[:, None] + at
+    beyond = row >= last[:, None]
+    row = torch.where(beyond, first[:, None], row)
+    lse = lse2[row].masked_fill(beyond[:, :, None], -math.inf)
+    top = lse.amax(1, keepdim=True)
+    weight = (lse - torch.where(top.isinf(), 0.0, top)).exp2()
+    total = weight.sum(1)
+    merged = torch.einsum("nkh,nkhd->nhd", weight, o[row]) / torch.where(total == 0, 1.0, total)[..., None]
+    return merged, top[:, 0] + total.log2()

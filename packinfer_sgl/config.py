@@ -1,0 +1,82 @@
+"""The plugin's settings: one frozen record, read once per process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+ENV = "PACKINFER_CONFIG"
+FLAG_PREFIX = "--packinfer-"
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, has the wrong type, or lies outside its range."""
+
+
+def _setting(default: Any, help: str, *, unit: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting with its unit, default and range. Flags are ``--packinfer-<field>``, JSON keys are the field names."""
+
+    base_backend: str = _setting(
+        "auto",
+        "stock attention backend beneath packinfer; auto = fa3 on Hopper, flashinfer or triton on other GPUs, "
+        "torch_native on the CPU",
+        unit="name registered with SGLang",
+    )
+    grouping: str = _setting(
+        "multi",
+        "which shared prefixes are read once: off = none, single = at most one per request, multi = every level",
+        unit="mode",
+        choices=("off", "single", "multi"),
+    )
+    verify: bool = _setting(
+        False,
+        "debugging: before every new plan, check that grouped requests really hold the same KV slots",
+        unit="true or false",
+        choices=("true", "false"),
+    )
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            wanted = type(f.default)
+            if type(value) is not wanted:
+                raise ConfigError(f"packinfer: {f.name} must be a {wanted.__name__}, not {value!r}")
+            if wanted is str and choices and value not in choices:
+                raise ConfigError(f"packinfer: {f.name} is {value!r}; allowed: {', '.join(choices)}")
+        if not self.base_backend or self.base_backend == "packinfer":
+            raise ConfigError(f"packinfer: base_backend is {self.base_backend!r}; name a stock backend of SGLang, or auto")
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Parse the JSON object of ``PACKINFER_CONFIG``; raises ConfigError with one line on any mistake."""
+        try:
+            values = json.loads(text or "{}")
+        except json.JSONDecodeError as e:
+            raise ConfigError(f"packinfer: {ENV} is not valid JSON ({e})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"packinfer: {ENV} must be a JSON object, not {text!r}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"packinfer: unknown setting {unknown[0]!r} in {ENV}; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    @classmethod
+    def load(cls) -> Config:
+        """The settings of this process, from the environment that the server's start-up prepared."""
+        return cls.from_json(os.environ.get(ENV, ""))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def flag(name: str) -> str:
+    """``base_backend`` -> ``--packinfer-base-backend``."""
+    return FLAG_PREFIX + name.replace("_", "-")

@@ -1,0 +1,165 @@
+"""Which shared spans are worth reading once: a cost model, and the prefix tree pruned by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from packinfer_sgl.prefix_tree import Int32, PrefixTree
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one layer's attention moves and multiplies.
+
+    Attributes:
+        qo_heads, kv_heads: heads of this tensor-parallel rank.
+        head_dim: elements of one head.
+        kv_bytes: bytes of one KV element.
+    """
+
+    qo_heads: int
+    kv_heads: int
+    head_dim: int
+    kv_bytes: int
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.qo_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """How long a device takes for work items; a model, so only ratios matter.
+
+    Attributes:
+        bytes_per_us: read bandwidth of device memory.
+        reread_bytes_per_us: bandwidth of reading the same KV again shortly after (from a cache).
+        flops_per_us: rate of the attention tile's products, padding counted as work.
+        item_us: fixed time of a work item (all KV heads together).
+        large_rows, small_rows: query rows (tokens x group size) of the two tile classes.
+    """
+
+    bytes_per_us: float
+    reread_bytes_per_us: float
+    flops_per_us: float
+    item_us: float
+    large_rows: int
+    small_rows: int
+
+    def item_cost_us(self, shape: AttentionShape, tokens: Float64, rows: Float64) -> Float64:
+        """Time of reading ``tokens`` KV tokens once for ``rows`` queries (broadcasting float64 arrays), in us."""
+        query_rows = rows * shape.group_size
+        tile = np.where(query_rows <= self.small_rows, self.small_rows, self.large_rows)
+        tiles = np.ceil(query_rows / tile)
+        kv = tokens * (2 * shape.kv_heads * shape.head_dim * shape.kv_bytes)
+        moved = kv / self.bytes_per_us + (tiles - 1) * kv / self.reread_bytes_per_us
+        multiplied = tokens * (tiles * tile) * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
+        return np.maximum(moved, multiplied) + tiles * self.item_us
+
+    def tail_us_per_token(self, shape: AttentionShape) -> float:
+        """Time of one more KV token of a row that reads alone, in us."""
+        one, none = np.float64(1), np.float64(0)
+        return float(self.item_cost_us(shape, one, one) - self.item_cost_us(shape, none, one))
+
+    def partial_us(self, shape: AttentionShape) -> float:
+        """Time of writing and reading back one partial result of one query (float32 output and ``lse2``), in us."""
+        return 2 * shape.qo_heads * (shape.head_dim + 1) * 4 / self.bytes_per_us
+
+
+# Both fitted to measurements: H200 to the kernels of study rounds on that device (bf16, random slots), CPU to
+# kernels/reference.py on two cores (float32).
+H200 = CostModel(
+    bytes_per_us=4.3e6, reread_bytes_per_us=5.5e6, flops_per_us=4.6e8, item_us=0.024, large_rows=64, small_rows=16
+)
+CPU = CostModel(
+    bytes_per_us=6e3, reread_bytes_per_us=6e3, flops_per_us=6e4, item_us=20.0, large_rows=1 << 20, small_rows=1
+)
+
+
+def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = "multi") -> PrefixTree:
+    """The tree of the spans that are worth a work item of their own; the cheapest choice under ``cost``.
+
+    A node that is not kept is read by each of its children and by each row that hangs on it: their spans begin
+    earlier. The choice is exact: a dynamic programme over (node, ancestor at which the node's span would begin),
+    deepest level first.
+
+    Args:
+        tree: who shares what.
+        mode: ``multi`` keeps any set of nodes, ``single`` at most one on each row's path, ``off`` none.
+    """
+    n = tree.n_nodes
+    if mode == "off" or n == 0:
+        return _keep(tree, np.zeros(n, bool), np.zeros(n, np.int32))
+    levels = int(tree.depth[-1]) + 1
+    first_of_level = np.searchsorted(tree.depth, np.arange(levels + 1))
+    rows = (tree.row_hi - tree.row_lo).astype(np.float64)
+    # begin[i, j]: where the span of node i begins if its lowest kept ancestor stands right above depth j
+    begin = np.zeros((n, levels))
+    for d in range(levels):
+        level = slice(first_of_level[d], first_of_level[d + 1])
+        if d:
+            begin[level, :d] = begin[tree.parent[level], :d]
+        begin[level, d:] = tree.start[level, None]
+    span = tree.end[:, None] - begin
+    keep_us = cost.item_cost_us(shape, span, rows[:, None])
+    partial_us = cost.partial_us(shape) * rows
+    keep_us += partial_us[:, None]
+    keep_us[:, 0] += partial_us  # the first kept node on a path makes the tail a partial, too
+    tail_us = cost.tail_us_per_token(shape)
+    below = np.zeros(n)  # rows that belong to a child node
+    np.add.at(below, tree.parent[first_of_level[1] :], rows[first_of_level[1] :])
+    decline_us = (rows - below)[:, None] * span * tail_us
+    if mode == "single":
+        # nothing below a kept node is grouped: every row reads the rest of its chain alone
+        alone = rows * (tree.end - tree.start) * tail_us
+        for d in range(levels - 1, 0, -1):
+            level = slice(first_of_level[d], first_of_level[d + 1])
+            np.add.at(alone, tree.parent[level], alone[level])
+        keep_us += (alone - rows * (tree.end - tree.start) * tail_us)[:, None]
+    for d in range(levels - 1, 0, -1):
+        level = slice(first_of_level[d], first_of_level[d + 1])
+        best = np.minimum(keep_us[level], decline_us[level])
+        np.add.at(decline_us, tree.parent[level], best)
+        if mode == "multi":
+            np.add.at(keep_us, tree.parent[level], best[:, d, None])
+    kept = np.zeros(n, bool)
+    state = np.zeros(n, np.int32)  # depth at which the node's span begins; `levels` once nothing more may be kept
+    for d in range(levels):
+        level = np.arange(first_of_level[d], first_of_level[d + 1])
+        if d:
+            above = tree.parent[level]
+            state[level] = np.where(kept[above], d if mode == "multi" else levels, state[above])
+        column = np.minimum(state[level], levels - 1)
+        kept[level] = (state[level] < levels) & (keep_us[level, column] <= decline_us[level, column])
+    if mode == "multi":
+        return _keep(tree, kept, begin[np.arange(n), state].astype(np.int32))
+    return _keep(tree, kept, np.zeros(n, np.int32))
+
+
+def _keep(tree: PrefixTree, kept: npt.NDArray[np.bool_], start: Int32) -> PrefixTree:
+    """The tree of the ``kept`` nodes, whose spans now begin at ``start``."""
+    (index,) = kept.nonzero()
+    n = len(index)
+    new_index = np.full(tree.n_nodes + 1, -1, np.int32)  # the last entry stands for "no parent"
+    depth = np.zeros(tree.n_nodes + 1, np.int32) - 1
+    lowest = np.full(tree.n_nodes + 1, -1, np.int32)  # lowest kept node at or above
+    for i in range(tree.n_nodes):
+        above = lowest[tree.parent[i]]
+        lowest[i] = i if kept[i] else above
+        depth[i] = depth[above] + 1 if kept[i] else -1
+    order = index[np.lexsort((tree.row_lo[index], depth[index]))]
+    new_index[order] = np.arange(n, dtype=np.int32)
+    tail_start = np.zeros(tree.n_rows, np.int32)
+    for i in order.tolist():
+        tail_start[tree.row_lo[i] : tree.row_hi[i]] = tree.end[i]
+    parent = new_index[lowest[tree.parent[order]]]
+    return PrefixTree(
+        tree.row_order, parent, depth[order], tree.row_lo[order], tree.row_hi[order], start[order], tree.end[order],
+        tail_start,
+    )
