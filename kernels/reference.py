@@ -15,67 +15,50 @@ import torch
 
 from packinfer_sgl.plan import Col, Plan
 
-SLAB_BYTES = 4 << 20  # gathered keys of one batched product; measured best on two cores with 2 MiB of L2
+SLAB_BYTES = 1 << 20  # gathered keys of one batched product; measured best on two cores with 2 MiB of L2
 LOG2_E = math.log2(math.e)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ItemClass:
     """Items that run as one batched product; tensors on the CPU, ``n`` items, ``Q`` queries, ``L`` KV tokens.
 
     Attributes:
         queries: [n, Q] int64 row of q; padded with the item's first query.
-        slots: [n, L] int64 row of the KV pool; padded with a slot of the same item, so that no other is read.
+        entry: [n, L] int64 entry of the KV slot list; padded with an entry of the same item, so no other is read.
         hidden: [n, 1 or Q, L] bool, True where the query must not see the token; None if all see all.
         kv_pos: [n, L] int64 KV position of each token.
+        open_row: [n] int64 row whose current length hides what lies beyond, or -1; None if no item grows.
         out_from: [m] int64 flat index (item * Q + query) of the results that write the output themselves.
         out_to: [m] int64 their row of the output.
         part_from, part_to: the same for those that go to partial rows.
+        slots: [n, L] int64 row of the KV pool, and ``hidden_now`` as ``hidden``: set by ``PackedReference.bind``.
     """
 
     queries: torch.Tensor
-    slots: torch.Tensor
+    entry: torch.Tensor
     hidden: torch.Tensor | None
     kv_pos: torch.Tensor
+    open_row: torch.Tensor | None
     out_from: torch.Tensor
     out_to: torch.Tensor
     part_from: torch.Tensor
     part_to: torch.Tensor
+    slots: torch.Tensor | None = None
+    hidden_now: torch.Tensor | None = None
 
 
-def item_classes(
-    plan: Plan, kv_slots: torch.Tensor, kv_lens: torch.Tensor | None = None, token_bytes: int = 4096
-) -> list[ItemClass]:
-    """Sort the plan's items into classes and look up their KV slots.
-
-    Args:
-        plan: the work items.
-        kv_slots: [plan.kv_capacity] int64, the slot list that the items point into.
-        kv_lens: [n_rows] current length of each row, for items that grow (``Col.OPEN_ROW``); may be omitted if
-            nothing has grown since the plan was made.
-        token_bytes: bytes of one token's keys, which sets how many items fit a slab.
-    """
-    items = plan.items.astype(np.int64)
-    a_len = items[:, Col.A_LEN].copy()
-    if kv_lens is not None:
-        is_open = items[:, Col.OPEN_ROW] >= 0
-        rows = items[is_open, Col.OPEN_ROW]
-        a_len[is_open] = kv_lens.numpy()[rows] - items[is_open, Col.A_POS]
-    return [_item_class(plan, items[part], a_len[part], kv_slots) for part in _slabs(items, a_len, token_bytes)]
-
-
-def _slabs(items: np.ndarray, a_len: np.ndarray, token_bytes: int) -> Iterator[np.ndarray]:
+def _slabs(items: np.ndarray, length: np.ndarray, token_bytes: int) -> Iterator[np.ndarray]:
     """Index arrays of items that differ little in length and query count, each at most ``SLAB_BYTES`` of keys."""
-    length, count = np.maximum(a_len + items[:, Col.B_LEN], 1), items[:, Col.Q_CNT]
     # padding wastes at most half of a class in each direction
-    octave = np.ceil(np.log2(length)).astype(np.int64) * 64 + np.ceil(np.log2(count)).astype(np.int64)
+    octave = np.ceil(np.log2(length)).astype(np.int64) * 64 + np.ceil(np.log2(items[:, Col.Q_CNT])).astype(np.int64)
     order = np.lexsort((length, octave))
     for group in np.split(order, np.flatnonzero(np.diff(octave[order])) + 1):
         per_slab = max(1, SLAB_BYTES // int(length[group].max() * token_bytes))
         yield from np.split(group, range(per_slab, len(group), per_slab))
 
 
-def _item_class(plan: Plan, items: np.ndarray, a_len: np.ndarray, kv_slots: torch.Tensor) -> ItemClass:
+def _item_class(plan: Plan, items: np.ndarray, a_len: np.ndarray) -> ItemClass:
     b_len, q_count = items[:, Col.B_LEN], items[:, Col.Q_CNT]
     total = a_len + b_len
     q_at, kv_at = np.arange(q_count.max()), np.arange(max(int(total.max()), 1))
@@ -92,15 +75,17 @@ def _item_class(plan: Plan, items: np.ndarray, a_len: np.ndarray, kv_slots: torc
         hidden = torch.from_numpy(~(in_a[:, None, :] | in_window) | ~exists[:, None, :])
     elif not exists.all():
         hidden = torch.from_numpy(~exists[:, None, :])
+    open_row = items[:, Col.OPEN_ROW]
     first_partial = plan.partial_rows[slot]
     direct, partial = live & (first_partial < 0), live & (first_partial >= 0)
     partial_row = first_partial + items[:, Col.PIECE, None]
     as_index = lambda a: torch.from_numpy(np.ascontiguousarray(a, np.int64))  # noqa: E731
     return ItemClass(
         queries=as_index(plan.query_rows[slot]),
-        slots=kv_slots[as_index(entry)] if len(kv_slots) else as_index(np.zeros_like(entry)),
+        entry=as_index(entry),
         hidden=hidden,
         kv_pos=as_index(items[:, Col.A_POS, None] + kv_at),
+        open_row=as_index(open_row) if (open_row >= 0).any() else None,
         out_from=as_index(np.flatnonzero(direct)),
         out_to=as_index(plan.query_rows[slot][direct]),
         part_from=as_index(np.flatnonzero(partial)),
@@ -121,56 +106,92 @@ class MaskRows:
     row_start: torch.Tensor
 
 
-def packed_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    plan: Plan,
-    classes: list[ItemClass],
-    *,
-    sm_scale: float,
-    logits_soft_cap: float = 0.0,
-    mask: MaskRows | None = None,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every query over its row's KV, each span read once for its group.
+class PackedReference:
+    """A plan made ready for torch: ``bind`` it to KV slots once per step, ``run`` it for each layer."""
 
-    Args:
-        q: [n_queries, qo_heads, head_dim] float.
-        k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] (any strides), float.
-        plan, classes: the work items (``item_classes``).
-        sm_scale: factor of the logits before the softmax.
-        logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
-        mask: custom mask; the plan must then let every query see all of its row.
-        out: [n_queries, qo_heads, head_dim] where to write; default: a new tensor of q's dtype.
+    def __init__(self, plan: Plan, *, token_bytes: int, room_tokens: int = 0) -> None:
+        """Sort the plan's items into classes.
 
-    Returns:
-        out, and lse2 [n_queries, qo_heads] float32 (-inf with an all-zero output for a query that sees nothing).
-    """
-    n_queries, qo_heads, head_dim = q.shape
-    out = torch.empty_like(q) if out is None else out
-    lse2 = torch.empty(n_queries, qo_heads, dtype=torch.float32)
-    part_o = torch.empty(plan.n_partials, qo_heads, head_dim, dtype=torch.float32)
-    part_lse2 = torch.empty(plan.n_partials, qo_heads, dtype=torch.float32)
-    for c in classes:
-        hidden = c.hidden
-        if mask is not None:
-            unseen = ~mask.mask[_mask_index(mask, c)]
-            hidden = unseen if hidden is None else hidden | unseen
-        o, lse = _attend(q[c.queries], _rows(k, c.slots), _rows(v, c.slots), hidden, sm_scale, logits_soft_cap)
-        if len(c.out_from):
-            out[c.out_to] = o[c.out_from].to(out.dtype)
-            lse2[c.out_to] = lse[c.out_from]
-        if len(c.part_from):
-            part_o[c.part_to] = o[c.part_from]
-            part_lse2[c.part_to] = lse[c.part_from]
-    if plan.n_partials:
+        Args:
+            plan: the work items.
+            token_bytes: bytes of one token's keys in float32, which sets how many items fit a slab.
+            room_tokens: how far the plan's open items may grow (``make_plan``).
+        """
+        self.plan = plan
+        items = plan.items.astype(np.int64)
+        is_open = items[:, Col.OPEN_ROW] >= 0
+        a_len = items[:, Col.A_LEN] + np.where(is_open, room_tokens, 0)
+        length = np.maximum(a_len + items[:, Col.B_LEN], 1)
+        self.classes = [_item_class(plan, items[part], a_len[part]) for part in _slabs(items, length, token_bytes)]
         indptr = torch.from_numpy(plan.merge_indptr).long()
-        (merged,) = (indptr[1:] > indptr[:-1]).nonzero(as_tuple=True)
-        o, lse = merge_states(part_o, part_lse2, indptr[merged], indptr[merged + 1])
-        out[merged] = o.to(out.dtype)
-        lse2[merged] = lse
-    return out, lse2
+        (self._merged,) = (indptr[1:] > indptr[:-1]).nonzero(as_tuple=True)
+        self._merge_first, self._merge_last = indptr[self._merged], indptr[self._merged + 1]
+
+    def bind(self, kv_slots: torch.Tensor, kv_lens: torch.Tensor | None = None) -> None:
+        """Look up the slots of every item.
+
+        Args:
+            kv_slots: [plan.kv_capacity] int64 slot list that the items point into; entries beyond a row's length
+                must be slots of finite KV, they are read and masked.
+            kv_lens: [n_rows] current length of each row, if the plan has open items.
+        """
+        for c in self.classes:
+            c.slots = kv_slots[c.entry] if len(kv_slots) else torch.zeros_like(c.entry)
+            c.hidden_now = c.hidden
+            if c.open_row is not None:
+                assert kv_lens is not None, "a plan with open items needs the current lengths"
+                limit = torch.where(c.open_row >= 0, kv_lens[c.open_row], torch.iinfo(torch.int64).max)
+                beyond = (c.kv_pos >= limit[:, None])[:, None, :]
+                c.hidden_now = beyond if c.hidden is None else c.hidden | beyond
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float = 0.0,
+        mask: MaskRows | None = None,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of every query over its row's KV, each span read once for its group.
+
+        Args:
+            q: [n_queries, qo_heads, head_dim] float.
+            k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] (any strides), float.
+            sm_scale: factor of the logits before the softmax.
+            logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
+            mask: custom mask; the plan must then let every query see all of its row.
+            out: [n_queries, qo_heads, head_dim] where to write; default: a new tensor of q's dtype.
+
+        Returns:
+            out, and lse2 [n_queries, qo_heads] float32 (-inf with an all-zero output for a query that sees nothing).
+        """
+        n_queries, qo_heads, head_dim = q.shape
+        n_partials = self.plan.n_partials
+        out = torch.empty_like(q) if out is None else out
+        lse2 = torch.empty(n_queries, qo_heads, dtype=torch.float32)
+        part_o = torch.empty(n_partials, qo_heads, head_dim, dtype=torch.float32)
+        part_lse2 = torch.empty(n_partials, qo_heads, dtype=torch.float32)
+        for c in self.classes:
+            assert c.slots is not None, "bind the plan to KV slots first"
+            hidden = c.hidden_now
+            if mask is not None:
+                unseen = ~mask.mask[_mask_index(mask, c)]
+                hidden = unseen if hidden is None else hidden | unseen
+            o, lse = _attend(q[c.queries], _rows(k, c.slots), _rows(v, c.slots), hidden, sm_scale, logits_soft_cap)
+            if len(c.out_from):
+                out[c.out_to] = o[c.out_from].to(out.dtype)
+                lse2[c.out_to] = lse[c.out_from]
+            if len(c.part_from):
+                part_o[c.part_to] = o[c.part_from]
+                part_lse2[c.part_to] = lse[c.part_from]
+        if n_partials:
+            o, lse = merge_states(part_o, part_lse2, self._merge_first, self._merge_last)
+            out[self._merged] = o.to(out.dtype)
+            lse2[self._merged] = lse
+        return out, lse2
 
 
 def _mask_index(mask: MaskRows, c: ItemClass) -> torch.Tensor:

@@ -52,20 +52,19 @@ class CostModel:
     large_rows: int
     small_rows: int
 
-    def item_cost_us(self, shape: AttentionShape, tokens: Float64, rows: Float64) -> Float64:
-        """Time of reading ``tokens`` KV tokens once for ``rows`` queries (broadcasting float64 arrays), in us."""
+    def item_cost_us(self, shape: AttentionShape, rows: Float64) -> tuple[Float64, Float64]:
+        """Time of reading a span once for ``rows`` queries ([n] float64): [n] us per KV token, and [n] us besides."""
         query_rows = rows * shape.group_size
         tile = np.where(query_rows <= self.small_rows, self.small_rows, self.large_rows)
         tiles = np.ceil(query_rows / tile)
-        kv = tokens * (2 * shape.kv_heads * shape.head_dim * shape.kv_bytes)
-        moved = kv / self.bytes_per_us + (tiles - 1) * kv / self.reread_bytes_per_us
-        multiplied = tokens * (tiles * tile) * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
-        return np.maximum(moved, multiplied) + tiles * self.item_us
+        kv_bytes = 2 * shape.kv_heads * shape.head_dim * shape.kv_bytes
+        moved = kv_bytes / self.bytes_per_us + (tiles - 1) * (kv_bytes / self.reread_bytes_per_us)
+        multiplied = tiles * tile * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
+        return np.maximum(moved, multiplied), tiles * self.item_us
 
     def tail_us_per_token(self, shape: AttentionShape) -> float:
         """Time of one more KV token of a row that reads alone, in us."""
-        one, none = np.float64(1), np.float64(0)
-        return float(self.item_cost_us(shape, one, one) - self.item_cost_us(shape, none, one))
+        return float(self.item_cost_us(shape, np.ones(1))[0][0])
 
     def partial_us(self, shape: AttentionShape) -> float:
         """Time of writing and reading back one partial result of one query (float32 output and ``lse2``), in us."""
@@ -96,9 +95,22 @@ def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = 
     n = tree.n_nodes
     if mode == "off" or n == 0:
         return _keep(tree, np.zeros(n, bool), np.zeros(n, np.int32))
+    rows = (tree.row_hi - tree.row_lo).astype(np.float64)
+    has_parent = tree.parent >= 0
+    alone = rows - np.bincount(tree.parent[has_parent], weights=rows[has_parent], minlength=n)  # rows in no child
+    token_us, item_us = cost.item_cost_us(shape, rows)
+    tail_us = cost.tail_us_per_token(shape)
+    partial_us = cost.partial_us(shape) * rows
+    if mode == "multi":
+        # Costs are linear in the span, so if each node pays with all its children kept and its rows' only partials
+        # its own, then no other choice is cheaper.
+        children_us = np.bincount(tree.parent[has_parent], weights=token_us[has_parent], minlength=n)
+        saved_us = (children_us + alone * tail_us - token_us) * (tree.end - tree.start)
+        if (saved_us >= item_us + 2 * partial_us).all():
+            return tree
+
     levels = int(tree.depth[-1]) + 1
     first_of_level = np.searchsorted(tree.depth, np.arange(levels + 1))
-    rows = (tree.row_hi - tree.row_lo).astype(np.float64)
     # begin[i, j]: where the span of node i begins if its lowest kept ancestor stands right above depth j
     begin = np.zeros((n, levels))
     for d in range(levels):
@@ -107,21 +119,17 @@ def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = 
             begin[level, :d] = begin[tree.parent[level], :d]
         begin[level, d:] = tree.start[level, None]
     span = tree.end[:, None] - begin
-    keep_us = cost.item_cost_us(shape, span, rows[:, None])
-    partial_us = cost.partial_us(shape) * rows
-    keep_us += partial_us[:, None]
+    keep_us = span * token_us[:, None] + (item_us + partial_us)[:, None]
     keep_us[:, 0] += partial_us  # the first kept node on a path makes the tail a partial, too
-    tail_us = cost.tail_us_per_token(shape)
-    below = np.zeros(n)  # rows that belong to a child node
-    np.add.at(below, tree.parent[first_of_level[1] :], rows[first_of_level[1] :])
-    decline_us = (rows - below)[:, None] * span * tail_us
+    decline_us = span * (alone * tail_us)[:, None]
     if mode == "single":
         # nothing below a kept node is grouped: every row reads the rest of its chain alone
-        alone = rows * (tree.end - tree.start) * tail_us
+        below_us = rows * (tree.end - tree.start) * tail_us
+        own_us = below_us.copy()
         for d in range(levels - 1, 0, -1):
             level = slice(first_of_level[d], first_of_level[d + 1])
-            np.add.at(alone, tree.parent[level], alone[level])
-        keep_us += (alone - rows * (tree.end - tree.start) * tail_us)[:, None]
+            np.add.at(below_us, tree.parent[level], below_us[level])
+        keep_us += (below_us - own_us)[:, None]
     for d in range(levels - 1, 0, -1):
         level = slice(first_of_level[d], first_of_level[d + 1])
         best = np.minimum(keep_us[level], decline_us[level])
@@ -131,12 +139,12 @@ def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = 
     kept = np.zeros(n, bool)
     state = np.zeros(n, np.int32)  # depth at which the node's span begins; `levels` once nothing more may be kept
     for d in range(levels):
-        level = np.arange(first_of_level[d], first_of_level[d + 1])
+        nodes = np.arange(first_of_level[d], first_of_level[d + 1])
         if d:
-            above = tree.parent[level]
-            state[level] = np.where(kept[above], d if mode == "multi" else levels, state[above])
-        column = np.minimum(state[level], levels - 1)
-        kept[level] = (state[level] < levels) & (keep_us[level, column] <= decline_us[level, column])
+            above = tree.parent[nodes]
+            state[nodes] = np.where(kept[above], d if mode == "multi" else levels, state[above])
+        column = np.minimum(state[nodes], levels - 1)
+        kept[nodes] = (state[nodes] < levels) & (keep_us[nodes, column] <= decline_us[nodes, column])
     if mode == "multi":
         return _keep(tree, kept, begin[np.arange(n), state].astype(np.int32))
     return _keep(tree, kept, np.zeros(n, np.int32))

@@ -222,12 +222,11 @@ def _runs(
     """
     lo, hi = (v[tokens] for v in visible)
     bounds = np.stack([first, first + count], 1).ravel()
-    # reduceat needs indices below the length; the entry after the last query never wins
-    pad = lambda v, worst: np.append(v, worst)  # noqa: E731
-    least_lo = np.minimum.reduceat(pad(lo, 2**31 - 1), bounds)[::2]
-    most_lo = np.maximum.reduceat(pad(lo, -1), bounds)[::2]
-    least_hi = np.minimum.reduceat(pad(hi, 2**31 - 1), bounds)[::2]
-    most_hi = np.maximum.reduceat(pad(hi, -1), bounds)[::2]
+    # reduceat needs indices below the length; the entry appended after the last query never wins
+    least_lo = np.minimum.reduceat(np.append(lo, 2**31 - 1), bounds)[::2]
+    most_lo = np.maximum.reduceat(np.append(lo, -1), bounds)[::2]
+    least_hi = np.minimum.reduceat(np.append(hi, 2**31 - 1), bounds)[::2]
+    most_hi = np.maximum.reduceat(np.append(hi, -1), bounds)[::2]
     b_to = np.clip(most_hi, start, end)
     a_from = np.clip(least_lo, start, b_to)
     a_to = np.where(most_lo > a_from, a_from, np.clip(least_hi, a_from, b_to))

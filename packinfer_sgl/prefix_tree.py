@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,14 +101,17 @@ class PrefixTree:
         tail_start = np.zeros(len(row_order), np.int32)
         for i in order:  # deeper nodes come later and overwrite
             tail_start[lo[i] : hi[i]] = end[i]
-        return cls(np.asarray(row_order, np.int32), *nodes.T.copy(), tail_start)
+        column = nodes.T.copy()
+        return cls(
+            np.asarray(row_order, np.int32), column[0], column[1], column[2], column[3], column[4], column[5], tail_start
+        )
 
     @classmethod
-    def from_paths(cls, paths: Sequence[Sequence[Hashable]], ends: Sequence[Sequence[int]]) -> PrefixTree:
+    def from_paths(cls, paths: Sequence[tuple[int, ...]], ends: Sequence[tuple[int, ...]]) -> PrefixTree:
         """The tree of radix paths.
 
         Args:
-            paths: per row, the identities of its radix nodes from the root down (mutually sortable). Two rows hold a
+            paths: per row, the identities of its radix nodes from the root down. Two rows hold a
                 node's slots in common iff both paths contain it; what must not be trusted is left out by the caller.
             ends: per row and node, the position after the node's last token.
         """

@@ -1,0 +1,147 @@
+"""What the plugin did: counters of this process, for ``/server_info`` and Prometheus."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from packinfer_sgl.plan import Plan
+from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.reasons import BatchReason, LayerReason
+
+EXPORT_INTERVAL_S = 1.0
+_TOTALS = {
+    "packed_steps": "decode steps that ran on the packed kernels",
+    "kv_tokens_logical": "KV tokens a prefix-unaware kernel would have read in those steps, one layer",
+    "kv_tokens_unique": "least KV tokens that any kernel could have read",
+    "kv_tokens_read": "KV tokens that the work items read",
+}
+
+
+@dataclass
+class Stats:
+    """Counters since the process started, and the groups of the last packed step.
+
+    ``kv_tokens_*`` count the KV tokens of one layer, summed over packed steps.
+    """
+
+    active: bool = False
+    base_backend: str = ""
+    reason: str | None = "no packinfer backend was built in this process"
+    details: dict[str, Any] = field(default_factory=dict)
+    packed_steps: int = 0
+    fallback_steps: Counter[str] = field(default_factory=Counter)
+    fallback_layers: dict[int, str] = field(default_factory=dict)
+    kv_tokens_logical: int = 0
+    kv_tokens_unique: int = 0
+    kv_tokens_read: int = 0
+    plans: int = 0
+    plan_us: deque[float] = field(default_factory=lambda: deque(maxlen=256))
+    last_tree: PrefixTree | None = None
+    last_private_tokens: int = 0
+    _exported_at: float = 0.0
+
+    def count_plan(self, plan: Plan, tree: PrefixTree, took_us: float) -> None:
+        """A new plan was made from ``tree`` (pruned) in ``took_us`` microseconds."""
+        self.plans += 1
+        self.plan_us.append(took_us)
+        self.last_tree = tree
+        self.last_private_tokens = plan.kv_tokens_read - int((tree.end - tree.start).sum())
+
+    def count_packed(self, plan: Plan, grown_tokens: int) -> None:
+        """A decode step ran on ``plan``, whose rows have grown by ``grown_tokens`` together since it was made."""
+        self.packed_steps += 1
+        self.kv_tokens_logical += plan.kv_tokens_logical + grown_tokens
+        self.kv_tokens_unique += plan.kv_tokens_unique + grown_tokens
+        self.kv_tokens_read += plan.kv_tokens_read + grown_tokens
+        self._export()
+
+    def count_fallback(self, reason: BatchReason) -> None:
+        self.fallback_steps[reason.value] += 1
+        self._export()
+
+    def set_layer(self, layer_id: int, reason: LayerReason) -> None:
+        self.fallback_layers[layer_id] = reason.value
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts: the value of ``internal_states[i]["packinfer"]``."""
+        tree = self.last_tree
+        nodes = [] if tree is None else zip(tree.parent, tree.row_hi - tree.row_lo, tree.start, tree.end)
+        return {
+            "active": self.active,
+            "base_backend": self.base_backend,
+            "reason": self.reason,
+            **self.details,
+            "packed_steps": self.packed_steps,
+            "fallback_steps": dict(self.fallback_steps),
+            "fallback_layers": dict(Counter(self.fallback_layers.values())),
+            "groups": 0 if tree is None else tree.n_nodes,
+            "rows": 0 if tree is None else tree.n_rows,
+            "rows_grouped": 0 if tree is None else int((tree.tail_start > 0).sum()),
+            "kv_tokens_logical": self.kv_tokens_logical,
+            "kv_tokens_unique": self.kv_tokens_unique,
+            "kv_tokens_read": self.kv_tokens_read,
+            "plans": self.plans,
+            "plan_us_p50": round(statistics.median(self.plan_us), 1) if self.plan_us else None,
+            "arena": None,
+            "private_tokens": self.last_private_tokens,
+            "tree": [{"parent": int(p), "rows": int(r), "start": int(s), "end": int(e)} for p, r, s, e in nodes],
+        }
+
+    def _export(self) -> None:
+        """To Prometheus, at most once a second: its multi-process files cost microseconds a value."""
+        now = time.monotonic()
+        if now - self._exported_at >= EXPORT_INTERVAL_S:
+            self._exported_at = now
+            export(self)
+
+
+_prometheus: dict[str, Any] | None = None
+_exported: Counter[str] = Counter()
+
+
+def start_prometheus(labels: dict[str, str]) -> None:
+    """Create the metrics ``packinfer:*``, once per process, if the server runs with ``--enable-metrics``."""
+    global _prometheus
+    if _prometheus is not None or not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        return
+    from prometheus_client import Counter as PromCounter
+    from prometheus_client import Gauge
+
+    names = list(labels)
+    _prometheus = {"labels": labels}
+    for name, text in _TOTALS.items():
+        _prometheus[name] = PromCounter(f"packinfer:{name}", text, names)
+    _prometheus["fallback_steps"] = PromCounter(
+        "packinfer:fallback_steps", "forward passes that ran on the stock backend", [*names, "reason"]
+    )
+    for name, text in (
+        ("groups", "groups of the last packed step"),
+        ("rows_grouped", "requests of the last packed step that share a prefix read"),
+        ("plan_us_p50", "median time of a plan, microseconds"),
+    ):
+        _prometheus[name] = Gauge(f"packinfer:{name}", text, names, multiprocess_mode="mostrecent")
+
+
+def export(stats: Stats) -> None:
+    """Bring the Prometheus metrics up to ``stats``; nothing without ``start_prometheus``."""
+    if _prometheus is None:
+        return
+    labels, values = _prometheus["labels"], stats.as_dict()
+    for name in _TOTALS:
+        _prometheus[name].labels(**labels).inc(values[name] - _exported[name])
+        _exported[name] = values[name]
+    for reason, count in stats.fallback_steps.items():
+        key = f"fallback_steps.{reason}"
+        _prometheus["fallback_steps"].labels(**labels, reason=reason).inc(count - _exported[key])
+        _exported[key] = count
+    for name in ("groups", "rows_grouped", "plan_us_p50"):
+        _prometheus[name].labels(**labels).set(values[name] or 0)
+
+
+# One per process, like the metrics of any process.
+STATS = Stats()

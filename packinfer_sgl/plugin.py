@@ -1,0 +1,127 @@
+"""SGLang's entry into the plugin: the backend's name, its factory, and the hooks."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from packinfer_sgl import __version__
+from packinfer_sgl.config import Config
+
+if TYPE_CHECKING:
+    from packinfer_sgl.patches.hook import Hook
+
+logger = logging.getLogger(__name__)
+
+NAME = "packinfer"
+TESTED = ("0.5.17", "0.5.23")
+
+
+class PluginError(RuntimeError):
+    """packinfer was asked for and cannot run as it must."""
+
+
+class Check(NamedTuple):
+    """Whether one seam of SGLang is as the plugin needs it."""
+
+    target: str
+    ok: bool
+    detail: str
+
+
+def hooks() -> list[Hook]:
+    """Every change the plugin makes to SGLang (``patches/README.md``)."""
+    from packinfer_sgl.patches import batch_rows, cpu_triton, server_args, server_info
+
+    return [hook for patch in (server_args, batch_rows, server_info, cpu_triton) for hook in patch.hooks()]
+
+
+def register() -> None:
+    """SGLang's plugin entry point, in every process; SGLang applies the hooks right after it.
+
+    SGLang logs and ignores whatever a plugin raises, so the name comes first: its factory is what refuses to start.
+    """
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+
+    if NAME not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([NAME])
+    register_attention_backend(NAME)(create_backend)
+    for hook in hooks():
+        hook.register()
+
+
+def check() -> list[Check]:
+    """Look at every seam; valid once SGLang has loaded its plugins."""
+    return [
+        Check(hook.target, problem is None, problem or "hooked")
+        for hook in hooks()
+        for problem in [hook.problem()]
+    ]
+
+
+def create_backend(runner: Any) -> Any:
+    """The factory behind ``--attention-backend packinfer``; called in each model process.
+
+    Raises:
+        PluginError: a hook did not take.
+        ConfigError: a setting is wrong.
+        UnsupportedModel: no layer of the model can be packed.
+    """
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    from packinfer_sgl.backend import wrap
+    from packinfer_sgl.metrics import STATS, start_prometheus
+    from packinfer_sgl.radix import want_rows
+
+    config = Config.load()
+    checks = check()
+    if broken := [c for c in checks if not c.ok]:
+        raise PluginError(
+            f"packinfer: cannot hook {broken[0].target} ({broken[0].detail}); SGLang {version('sglang')} is installed, "
+            f"tested are {', '.join(TESTED)}: install one of them or choose a stock --attention-backend"
+        )
+    if version("sglang") not in TESTED:
+        warnings.warn(
+            f"packinfer {__version__} is tested with SGLang {', '.join(TESTED)}, not {version('sglang')}", stacklevel=2
+        )
+    base = base_backend(config, runner.device)
+    if base not in ATTENTION_BACKENDS:
+        raise PluginError(
+            f"packinfer: base backend {base!r} is not registered with SGLang; "
+            f"known: {', '.join(sorted(set(ATTENTION_BACKENDS) - {NAME}))}"
+        )
+    stock = ATTENTION_BACKENDS[base](runner)
+    if runner.is_draft_worker:
+        return stock
+    backend = wrap(stock, runner, config)
+    want_rows()
+    from sglang.srt.platforms import current_platform
+
+    STATS.active, STATS.reason, STATS.base_backend = True, None, base
+    STATS.details = {
+        "version": __version__,
+        "sglang_version": version("sglang"),
+        "platform": type(current_platform).__name__,
+        "hooks": [c.target for c in checks],
+        "config": {"grouping": config.grouping, "verify": config.verify},
+    }
+    start_prometheus({"tp_rank": str(getattr(runner, "tp_rank", 0)), "dp_rank": str(getattr(runner, "dp_rank", 0) or 0)})
+    logger.info(
+        "packinfer %s: decode of shared prefixes over %s on %s (SGLang %s, %d hooks verified, grouping %s)",
+        __version__, base, type(current_platform).__name__, version("sglang"), len(checks), config.grouping,
+    )
+    return backend
+
+
+def base_backend(config: Config, device: str) -> str:
+    """The stock backend beneath: as configured, else what suits the device."""
+    if config.base_backend != "auto":
+        return config.base_backend
+    if device == "cpu":
+        return "torch_native"
+    import torch
+
+    return "fa3" if torch.cuda.get_device_capability()[0] == 9 else "flashinfer"

@@ -1,0 +1,121 @@
+"""What SGLang's scheduler knows of a batch: its requests, their rows, and their paths in the radix tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from packinfer_sgl.prefix_tree import PrefixTree
+
+# where the two supported layouts of a request keep: row of req_to_token, lowest radix node, tokens the tree owns
+_ROW_NESTED = attrgetter("kv.req_pool_idx", "last_node", "kv.cache_protected_len")  # 0.5.23
+_ROW_FLAT = attrgetter("req_pool_idx", "last_node", "cache_protected_len")  # 0.5.17
+
+
+class BatchRows(NamedTuple):
+    """The rows of one scheduled batch, in order.
+
+    While two batches compare equal in ``reqs`` and ``rows``, their requests hold the same slots up to the tokens that
+    decode steps appended: whenever SGLang rewrites a row to shared slots, ``cache_protected_len`` and ``last_node``
+    change with it.
+
+    Attributes:
+        reqs: the requests.
+        rows: per request (row of ``req_to_token``, lowest radix node, ``cache_protected_len``).
+        tree_cache: SGLang's prefix cache.
+    """
+
+    reqs: list[Any]
+    rows: list[tuple[int, Any, int]]
+    tree_cache: Any
+
+    @classmethod
+    def of(cls, schedule_batch: Any) -> BatchRows:
+        """Read a ``ScheduleBatch`` (on the scheduler's thread, right before its forward pass)."""
+        reqs = list(schedule_batch.reqs)
+        nested = bool(reqs) and hasattr(getattr(reqs[0], "kv", None), "cache_protected_len")
+        return cls(reqs, list(map(_ROW_NESTED if nested else _ROW_FLAT, reqs)), schedule_batch.tree_cache)
+
+    def prefix_tree(self) -> PrefixTree | None:
+        """The batch's prefix tree by the radix tree, or None if this cache keeps no paths to read.
+
+        A row may use a node only if the tree owns all of it in that row (``path_end <= cache_protected_len``): up
+        to there its slots are the node's own, and the lock on its lowest node keeps them from being freed.
+        """
+        nodes = dict.fromkeys(node for _, node, _ in self.rows)
+        paths = _paths(self.tree_cache, list(nodes))
+        if paths is None:
+            return None
+        ids: list[tuple[int, ...]] = []
+        ends: list[tuple[int, ...]] = []
+        for _, node, protected in self.rows:
+            path_ids, path_ends = paths[node]
+            if path_ends and path_ends[-1] > protected:
+                usable = sum(end <= protected for end in path_ends)
+                path_ids, path_ends = path_ids[:usable], path_ends[:usable]
+            ids.append(path_ids)
+            ends.append(path_ends)
+        return PrefixTree.from_paths(ids, ends)
+
+
+Path = tuple[tuple[int, ...], tuple[int, ...]]  # node ids from the root down, and the position after each
+
+
+def _paths(tree_cache: Any, nodes: list[Any]) -> dict[Any, Path] | None:
+    core = getattr(tree_cache, "tree_core", None)
+    if core is not None:
+        if not hasattr(core, "collect_path_info"):  # 0.5.17 with SGLANG_ENABLE_UNIFIED_RADIX_TREE=1
+            return None
+        # a streaming session puts an object of its own where others have a node id
+        known = [node for node in nodes if isinstance(node, int)]
+        paths: dict[Any, Path] = dict.fromkeys(nodes, ((), ()))
+        for node, path in zip(known, core.collect_path_info(known)):
+            paths[node] = (tuple(p.node_id for p in path), tuple(p.path_end for p in path))
+        return paths
+    root = getattr(tree_cache, "root_node", None)
+    if root is None or any(node is None for node in nodes):
+        return None
+    walked: dict[Any, Path] = {root: ((), ())}
+    for lowest in nodes:
+        above = []
+        node = lowest
+        while node not in walked:
+            above.append(node)
+            node = node.parent
+        for below in reversed(above):
+            ids, ends = walked[node]
+            walked[below] = ((*ids, below.id), (*ends, (ends[-1] if ends else 0) + len(below.key)))
+            node = below
+    return walked
+
+
+# The batch whose forward pass runs on this thread. SGLang rebuilds or strips its ForwardBatch on the way to the
+# attention backend (eager copies, graph replay views), so attributes put on it do not arrive.
+_running: list[BatchRows | None] = []
+_wanted = False
+
+
+def want_rows() -> None:
+    """From now on the hooks read each batch; called when a packinfer backend is built in this process."""
+    global _wanted
+    _wanted = True
+
+
+def rows_wanted() -> bool:
+    return _wanted
+
+
+@contextmanager
+def running(rows: BatchRows | None) -> Iterator[None]:
+    """Make ``rows`` the running batch for the duration of a forward pass."""
+    _running.append(rows)
+    try:
+        yield
+    finally:
+        _running.pop()
+
+
+def running_rows() -> BatchRows | None:
+    return _running[-1] if _running else None

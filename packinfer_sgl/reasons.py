@@ -1,0 +1,28 @@
+"""Why a batch or a layer runs on the stock backend instead of the packed kernels."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class BatchReason(str, Enum):
+    """Reasons that hold for every layer of one batch."""
+
+    EXTEND = "extend"  # prefill, chunked prefill and mixed batches: the stock backend's work
+    SPECULATIVE = "speculative"
+    ENCODER_DECODER = "encoder_decoder"
+    NO_BATCH = "no_batch"  # a forward that SGLang did not build from its scheduler's batch (warm-up, capture)
+    PADDED = "padded"  # rows that belong to no request and have no KV of their own
+
+
+class LayerReason(str, Enum):
+    """Reasons that hold for one layer of the model in every batch."""
+
+    SLIDING_WINDOW = "sliding_window"
+    CROSS_ATTENTION = "cross_attention"
+    NOT_DECODER = "not_decoder"
+    UNEQUAL_HEAD_DIMS = "unequal_head_dims"
+    EXTRA_ARGUMENTS = "extra_arguments"  # sinks, rope halves, score modifiers: anything passed beyond q, k, v
+    TEMPERATURE_BY_LENGTH = "temperature_by_length"
+    KV_DTYPE = "kv_dtype"
+    KV_POOL = "kv_pool"  # KV that does not lie in one [slots, heads, head_dim] buffer per layer

@@ -1,0 +1,35 @@
+"""Carry the scheduler's batch to the attention backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from packinfer_sgl.patches.hook import Hook
+from packinfer_sgl.radix import BatchRows, rows_wanted, running
+
+_ATTRIBUTE = "_packinfer_rows"
+
+
+def read_rows(forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+    """After ``ForwardBatch.init_new(cls, batch, model_runner, ...)``: read the batch while it is what will run."""
+    if rows_wanted():
+        schedule_batch = args[1] if len(args) > 1 else kwargs["batch"]
+        setattr(forward_batch, _ATTRIBUTE, BatchRows.of(schedule_batch))
+
+
+def scope_rows(forward: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``ModelRunner.forward``: the rows of the batch that runs, in scope for the backend."""
+    if not rows_wanted():
+        return forward(runner, forward_batch, *args, **kwargs)
+    with running(getattr(forward_batch, _ATTRIBUTE, None)):
+        return forward(runner, forward_batch, *args, **kwargs)
+
+
+def hooks() -> list[Hook]:
+    return [
+        Hook("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", read_rows, HookType.AFTER),
+        Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", scope_rows, HookType.AROUND),
+    ]

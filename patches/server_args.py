@@ -1,0 +1,57 @@
+"""The ``--packinfer-*`` flags on SGLang's command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from packinfer_sgl.config import ENV, Config, ConfigError, flag
+from packinfer_sgl.patches.hook import Hook
+
+_BACKEND_FIELDS = ("attention_backend", "decode_attention_backend", "prefill_attention_backend")
+
+
+def add_flags(result: None, parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("packinfer (packed, prefix-grouped attention)")
+    for f in dataclasses.fields(Config):
+        text = f"{f.metadata['help']} (default: {f.default})"
+        if isinstance(f.default, bool):
+            group.add_argument(flag(f.name), dest=_dest(f.name), action="store_const", const=True, help=text)
+        else:
+            group.add_argument(flag(f.name), dest=_dest(f.name), default=None, help=text)
+
+
+def check_flags(cls: type, args: argparse.Namespace) -> None:
+    """Validate the settings and hand them to the processes that SGLang will start; exit on a mistake."""
+    given = {
+        f.name: value
+        for f in dataclasses.fields(Config)
+        if (value := getattr(args, _dest(f.name), None)) is not None
+    }
+    if not any(getattr(args, name, None) == "packinfer" for name in _BACKEND_FIELDS):
+        if given:
+            sys.exit(f"packinfer: {flag(next(iter(given)))} needs --attention-backend packinfer")
+        return
+    try:
+        inherited = json.loads(Config.load().to_json())
+        os.environ[ENV] = Config(**{**inherited, **given}).to_json()
+    except ConfigError as e:
+        sys.exit(str(e))
+
+
+def _dest(name: str) -> str:
+    return f"packinfer_{name}"
+
+
+def hooks() -> list[Hook]:
+    args: Any = "sglang.srt.server_args.ServerArgs"
+    return [
+        Hook(f"{args}.add_cli_args", add_flags, HookType.AFTER),
+        Hook(f"{args}.from_cli_args", check_flags, HookType.BEFORE),
+    ]
