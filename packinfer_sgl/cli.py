@@ -1,0 +1,123 @@
+"""``packinfer-sgl``: the commands beside the server."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+
+class CommandError(Exception):
+    """A command cannot do its work; the text is the one line that the user reads."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (CommandError, OSError) as e:
+        print(f"packinfer-sgl {args.command}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="packinfer-sgl", description="Tools for SGLang with packinfer.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    doctor = commands.add_parser("doctor", help="versions, device, hooks and settings; exit code 0 = healthy")
+    doctor.set_defaults(run=_doctor)
+
+    inspect = commands.add_parser("inspect", help="live view of the groups of a running server")
+    inspect.add_argument("url", help="the server, for example http://127.0.0.1:30000")
+    inspect.add_argument("--once", action="store_true", help="print the present state and end")
+    inspect.add_argument("--interval", type=_seconds, default=1.0, help="seconds between two looks (default 1)")
+    inspect.add_argument("--api-key", help="the server's --api-key")
+    inspect.set_defaults(run=_inspect)
+
+    tiny = commands.add_parser("tiny-model", help="write a tiny random Llama that SGLang loads without a download")
+    tiny.add_argument("dir", type=Path)
+    for flag, default in (("layers", 4), ("heads", 16), ("kv-heads", 4), ("head-dim", 64), ("seed", 0)):
+        tiny.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
+    tiny.set_defaults(run=_tiny_model)
+    return parser
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from packinfer_sgl.doctor import examine
+
+    return examine()
+
+
+def _tiny_model(args: argparse.Namespace) -> int:
+    from packinfer_sgl.tiny_model import write_tiny_model
+
+    shape = {name: getattr(args, name) for name in ("layers", "heads", "kv_heads", "head_dim", "seed")}
+    try:
+        print(write_tiny_model(args.dir, **shape))
+    except ValueError as e:
+        raise CommandError(e) from None
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    from packinfer_sgl.show import view
+
+    def look() -> Group:
+        return Group(*map(view, server_states(args.url, args.api_key)))
+
+    console = Console()
+    if args.once:
+        console.print(look())
+        return 0
+    with Live(look(), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(args.interval)
+            live.update(look(), refresh=True)
+
+
+def server_states(url: str, api_key: str | None = None) -> list[dict]:
+    """What packinfer reports of itself in a running server, one dict per data-parallel rank.
+
+    Raises CommandError if the server does not answer or does not run packinfer.
+    """
+    import requests
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        answer = requests.get(f"{url.rstrip('/')}/server_info", headers=headers, timeout=10)
+    except requests.ConnectionError:
+        raise CommandError(f"no server answers at {url}") from None
+    except requests.Timeout:
+        raise CommandError(f"the server at {url} does not answer within 10 s") from None
+    except requests.RequestException as e:
+        raise CommandError(f"{url} cannot be asked: {e}") from None
+    if answer.status_code == 401:
+        raise CommandError(f"{url} refuses the key; give its --api-key with --api-key")
+    try:
+        ranks = answer.json()["internal_states"]
+    except (ValueError, KeyError, TypeError):
+        raise CommandError(f"{url} is no SGLang server: /server_info answers {answer.status_code}") from None
+    states = [rank["packinfer"] for rank in ranks if "packinfer" in rank]
+    if not states:
+        raise CommandError(f"packinfer-sgl is not installed in the server at {url}")
+    for state in states:
+        if not state["active"]:
+            raise CommandError(f"packinfer is not active at {url}: {state['reason']}")
+    return states
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError("must be between 0.1 and 3600 seconds")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""Stock SGLang and SGLang with packinfer on the same tiny model and prompts; see demo.sh."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from packinfer_sgl.cli import CommandError, server_states
+from packinfer_sgl.show import group_tree, ratio, totals
+from packinfer_sgl.tiny_model import build_tokenizer, write_tiny_model
+
+HERE = Path(__file__).resolve().parent
+ON_GPU = torch.cuda.is_available()
+REQUESTS, PREFIX_TOKENS, SUFFIX_TOKENS = 16, 2048, 32
+SHORT_TOKENS, LONG_TOKENS, ROUNDS = 8, 72, 5
+NEAR_TIE = 1e-4  # log-probabilities closer than this are a tie: summing in another order may swap them
+START_LIMIT_S = 600
+NEEDED_DISK_MIB = 300
+
+console = Console(highlight=False)
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the text is what the user reads."""
+
+
+class Server:
+    """One SGLang server in a process group of its own."""
+
+    def __init__(self, name: str, backend: str | None, model: Path) -> None:
+        self.name, self.log = name, model.parent / f"{name}.log"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [str(Path(sys.executable).parent / "sglang"), "serve", "--model-path", str(model)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--random-seed", "0", "--max-total-tokens", "65536"]
+        command += ["--dtype", "bfloat16", "--mem-fraction-static", "0.3"] if ON_GPU else ["--dtype", "float32"]
+        command += ["--sleep-on-idle"]  # an idle scheduler would take a core from the other server
+        command += ["--attention-backend", backend] if backend else []
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+            )
+
+    def wait(self) -> None:
+        """Until the server is healthy; raises DemoError with the end of its log if it ends or takes too long."""
+        began = shown = time.monotonic()
+        with console.status(f"{self.name}: starting") as status:
+            while not self.healthy():
+                if self.process.poll() is not None:
+                    raise self.trouble(f"ended with code {self.process.returncode} while starting")
+                if time.monotonic() - began > START_LIMIT_S:
+                    raise self.trouble(f"was not ready after {START_LIMIT_S} s")
+                line = f"{self.name}: {time.monotonic() - began:3.0f} s  {(self.tail(1) or [''])[0].strip()}"
+                line = line[: max(console.width - 4, 40)]
+                status.update(Text(line))
+                if not console.is_terminal and time.monotonic() - shown >= 10:
+                    shown = time.monotonic()
+                    console.print(Text(line))
+                time.sleep(0.5)
+        console.print(f"{self.name} is ready at {self.url}")
+
+    def healthy(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=10).ok
+        except requests.RequestException:
+            return False
+
+    def tail(self, lines: int) -> list[str]:
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - 65536))
+            text = log.read().decode(errors="replace").replace("\r", "\n")
+        return [line for line in text.split("\n") if line.strip()][-lines:]
+
+    def trouble(self, what: str) -> DemoError:
+        return DemoError("\n".join([*self.tail(20), f"demo: the {self.name} server {what}; the end of its log is above"]))
+
+    def generate(self, prompts: list[list[int]], tokens: int, **more: Any) -> list[dict[str, Any]]:
+        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+        try:
+            answer = requests.post(
+                f"{self.url}/generate", json={"input_ids": prompts, "sampling_params": sampling, **more}, timeout=600
+            )
+            answer.raise_for_status()
+        except requests.RequestException as e:
+            raise self.trouble(f"did not answer ({type(e).__name__})") from None
+        return answer.json()
+
+    def stop(self) -> None:
+        """Ask it to end, then end whatever is left of its process group."""
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+
+class Snapshots(threading.Thread):
+    """Keeps the state of the packinfer server in which most requests were grouped."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.server, self.done, self.best = server, threading.Event(), None
+
+    def run(self) -> None:
+        while not self.done.wait(0.2):
+            try:
+                state = server_states(self.server.url)[0]
+            except CommandError:
+                continue  # whether the server is well is for others to say
+            if self.best is None or _grouped(state) >= _grouped(self.best):
+                self.best = state
+
+    def __enter__(self) -> Snapshots:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.done.set()
+        self.join()
+
+
+def _grouped(state: dict[str, Any]) -> tuple[int, int]:
+    return state["rows_grouped"], state["groups"]
+
+
+def frontend(server: Server) -> dict[str, Any]:
+    """Runs the frontend program; what it printed is under ``printed``."""
+    path = server.log.with_suffix(".json")
+    with console.status(f"{server.name}: running frontend_fork.py"):
+        command = [sys.executable, "-W", "ignore", str(HERE / "frontend_fork.py"), "--url", server.url, "--json", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise server.trouble(f"did not answer the frontend program ({done.stderr.strip().splitlines()[-1]})")
+    return {**json.loads(path.read_text()), "printed": done.stdout}
+
+
+def decode_speed(servers: list[Server], prompts: list[list[int]]) -> dict[str, list[float]]:
+    """Decode tokens/s of each server, one number a round: extra tokens of a long answer over its extra time."""
+    speeds: dict[str, list[float]] = {server.name: [] for server in servers}
+    with console.status("measuring decode"):
+        for server in servers:
+            server.generate(prompts[:1], 1)  # the prefix is in the tree before the others ask for it
+            server.generate(prompts, SHORT_TOKENS)
+        for _ in range(ROUNDS):  # in turn, so that a change of the machine's speed meets both
+            for server in servers:
+                took = []
+                for tokens in (SHORT_TOKENS, LONG_TOKENS):
+                    began = time.perf_counter()
+                    server.generate(prompts, tokens)
+                    took.append(time.perf_counter() - began)
+                speeds[server.name].append(len(prompts) * (LONG_TOKENS - SHORT_TOKENS) / (took[1] - took[0]))
+    return speeds
+
+
+def verdict(stock: dict[str, Any], packed: dict[str, Any]) -> str:
+    """``equal``, ``near-tie`` or ``different``: two greedy answers with their log-probabilities."""
+    pairs = zip(stock["output_token_logprobs"], packed["output_token_logprobs"], stock["output_top_logprobs"], strict=True)
+    for (best, token, _), (_, other, _), top in pairs:
+        if token != other:
+            gaps = [best - logprob for logprob, candidate, _ in top if candidate == other]
+            return "near-tie" if gaps and gaps[0] <= NEAR_TIE else "different"
+    return "equal"
+
+
+def select_verdict(stock: dict[str, Any], packed: dict[str, Any]) -> str:
+    if stock["text"] == packed["text"]:
+        return "equal"
+    first, second = sorted(stock["normalized_prompt_logprobs"])[:-3:-1]
+    return "near-tie" if first - second <= NEAR_TIE else "different"
+
+
+def compare(stock: Server, packed: Server, prompts: list[list[int]]) -> tuple[Counter[str], dict[str, Any]]:
+    """Greedy answers of both servers, to the frontend program and to ``prompts``; and the most grouped state seen."""
+    programs = [frontend(stock)]
+    with Snapshots(packed) as snapshots:
+        programs.append(frontend(packed))
+    console.print(f"\n[bold]scripts/frontend_fork.py against {packed.name}[/bold]")
+    for line in programs[1]["printed"].splitlines():
+        console.print(Text(line[: max(console.width, 80)]), soft_wrap=True)
+    counts = Counter([select_verdict(programs[0]["select"], programs[1]["select"])])
+    counts.update(verdict(answer, programs[1]["answers"][q]) for q, answer in programs[0]["answers"].items())
+    with console.status("comparing outputs"):
+        answers = [
+            server.generate(prompts, LONG_TOKENS, return_logprob=True, top_logprobs_num=5) for server in (stock, packed)
+        ]
+    counts.update(verdict(a["meta_info"], b["meta_info"]) for a, b in zip(*answers, strict=True))
+    if snapshots.best is None:
+        raise DemoError("demo: the packinfer server never told its state; python -m packinfer_sgl.cli doctor looks for why")
+    return counts, snapshots.best
+
+
+def report(counts: Counter[str], best: dict, last: dict, speeds: dict[str, list[float]]) -> bool:
+    console.print("\n[bold]groups while the frontend program ran[/bold]", group_tree(best), "", totals(last), "")
+    table = Table(f"decode of {REQUESTS} requests behind {PREFIX_TOKENS:,} shared tokens", "tokens/s", "lowest .. highest")
+    table.show_edge = False
+    medians = []
+    for name, values in speeds.items():
+        medians.append(statistics.median(values))
+        table.add_row(name, f"{medians[-1]:,.0f}", f"{min(values):,.0f} .. {max(values):,.0f}")
+    console.print(table)
+    console.print(f"packinfer decodes at {ratio(medians[1], medians[0])} the speed of stock (median of {ROUNDS} rounds)\n")
+
+    checks: list[tuple[bool, str]] = [
+        (ON_GPU or not counts["different"], f"greedy outputs: {counts['equal']} equal, {counts['near-tie']} near-ties "
+         f"(log-probabilities within {NEAR_TIE:g}), {counts['different']} different"),
+        (best["rows_grouped"] > 0, f"{best['rows_grouped']} of {best['rows']} requests shared reads of their prefix"),
+        (last["kv_tokens_read"] < last["kv_tokens_logical"],
+         f"KV tokens read: {last['kv_tokens_read']:,} instead of {last['kv_tokens_logical']:,}"),
+    ]  # fmt: skip
+    for ok, text in checks:
+        console.print(f"{'[green]ok    ' if ok else '[red]failed'}[/]  {text}")
+    return all(ok for ok, _ in checks)
+
+
+def demo(keep: bool, later: list[Callable[[], None]]) -> bool:
+    """The demo; what must be undone at the end is appended to ``later``."""
+    home = Path(tempfile.mkdtemp(prefix="packinfer-demo-"))
+    later.append(lambda: shutil.rmtree(home))
+    if shutil.disk_usage(home).free < NEEDED_DISK_MIB << 20:
+        raise DemoError(f"demo: {home.parent} has less than {NEEDED_DISK_MIB} MiB free; TMPDIR chooses another place")
+    model = write_tiny_model(home / "model")
+    console.print(f"a tiny random Llama is in {model}")
+    servers = []
+    for name, backend in (("stock", None if ON_GPU else "torch_native"), ("packinfer", "packinfer")):
+        servers.append(Server(name, backend, model))
+        later.append(servers[-1].stop)
+    for server in servers:
+        server.wait()
+    stock, packed = servers
+
+    rng = random.Random(0)
+    words = build_tokenizer()[1]
+    prefix = rng.choices(words, k=PREFIX_TOKENS)
+    prompts = [prefix + rng.choices(words, k=SUFFIX_TOKENS) for _ in range(REQUESTS)]
+    counts, best = compare(stock, packed, prompts)
+    speeds = decode_speed(servers, prompts)
+    passed = report(counts, best, server_states(packed.url)[0], speeds)
+    if keep:
+        stock.stop()
+        later.clear()
+        console.print(
+            f"\nThe packinfer server goes on at {packed.url}; log: {packed.log}\n"
+            f"  curl {packed.url}/generate -H 'Content-Type: application/json' "
+            """-d '{"text": "the river is", "sampling_params": {"max_new_tokens": 16}}'\n"""
+            f"  {sys.executable} {HERE / 'frontend_fork.py'} --url {packed.url}\n"
+            f"  {Path(sys.executable).parent / 'packinfer-sgl'} inspect {packed.url}\n"
+            f"stop it with\n  kill {packed.process.pid}; rm -r {home}",
+            soft_wrap=True,
+            markup=False,
+        )
+    return passed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="leave the packinfer server up and say how to talk to it")
+    args = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    later: list[Callable[[], None]] = []
+    try:
+        passed = demo(args.keep, later)
+    except (DemoError, CommandError, OSError) as e:
+        console.print(Text(str(e)), soft_wrap=True)
+        passed = False
+    except KeyboardInterrupt:
+        console.print("demo: interrupted")
+        return 130
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        for undo in reversed(later):
+            undo()
+    console.print("[bold green]PASS[/]" if passed else "[bold red]FAIL[/]")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

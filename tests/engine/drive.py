@@ -1,0 +1,113 @@
+"""Run one SGLang engine through the rounds of the exactness tests and print what it said, as one line of JSON.
+
+    python drive.py '{"engine": {...}, "rounds": [...]}'
+
+Rounds: ``tree`` (16 requests in a three-level tree), ``cold`` (8 identical prompts at once), ``samples`` (n = 4),
+``abort`` (half of the tree's requests aborted in mid-generation), ``flush`` (empties the cache), ``busy`` (long
+generations that overflow a small pool). Every round but ``flush`` yields a list of outputs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+
+# ids of whole words in the tiny model's vocabulary
+FIRST, LAST = 300, 1200
+
+
+def tree_prompts(seed: int = 0) -> list[list[int]]:
+    """16 prompts: 300 tokens for all, 100 for each four, 50 for each two, then 1 to 30 of their own."""
+    rng = random.Random(seed)
+
+    def words(n: int) -> list[int]:
+        return [rng.randrange(FIRST, LAST) for _ in range(n)]
+
+    root = words(300)
+    prompts = []
+    for _ in range(4):
+        middle = root + words(100)
+        for _ in range(2):
+            low = middle + words(50)
+            prompts += [low + words(rng.randint(1, 30)) for _ in range(2)]
+    return prompts
+
+
+def greedy(tokens: int, **more: object) -> dict[str, object]:
+    return {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, **more}
+
+
+class Driver:
+    def __init__(self, engine, logprobs: bool) -> None:
+        self.engine, self.logprobs = engine, logprobs
+
+    def generate(self, prompts: list[list[int]], params: dict[str, object]) -> list[dict]:
+        more = {"return_logprob": True, "top_logprobs_num": 5} if self.logprobs else {}
+        outs = self.engine.generate(input_ids=prompts, sampling_params=params, **more)
+        return [self.said(out) for out in outs]
+
+    def said(self, out: dict) -> dict:
+        said = {"ids": out["output_ids"]}
+        if self.logprobs:
+            top = out["meta_info"]["output_top_logprobs"]
+            said["top"] = [{str(token): lp for lp, token, _ in position} for position in top]
+        return said
+
+    def tree(self) -> list[dict]:
+        return self.generate(tree_prompts(), greedy(40))
+
+    def cold(self) -> list[dict]:
+        prompt = tree_prompts(seed=1)[0]
+        return self.generate([prompt] * 8, greedy(24))
+
+    def samples(self) -> list[dict]:
+        return self.generate(tree_prompts(seed=2)[:3], greedy(24, n=4))
+
+    def busy(self) -> list[dict]:
+        return self.generate(tree_prompts(seed=3), greedy(150))
+
+    def flush(self) -> None:
+        assert self.engine.flush_cache() is not None
+
+    def abort(self) -> list[dict]:
+        """The outputs of the requests that were not aborted."""
+        prompts = tree_prompts(seed=4)
+
+        async def one(i: int, prompt: list[int]) -> dict:
+            more = {"return_logprob": True, "top_logprobs_num": 5} if self.logprobs else {}
+            stream = await self.engine.async_generate(
+                input_ids=prompt, sampling_params=greedy(60), rid=f"abort-{i}", stream=True, **more
+            )
+            last, parts = None, 0
+            async for last in stream:
+                parts += 1
+                if i % 2 and parts == 5 + i:
+                    self.engine.tokenizer_manager.abort_request(rid=f"abort-{i}")
+            return last
+
+        async def all_of_them() -> list[dict]:
+            return await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts)))
+
+        outs = self.engine.loop.run_until_complete(all_of_them())
+        assert any(out["meta_info"]["finish_reason"]["type"] == "abort" for out in outs[1::2])
+        return [self.said(out) for out in outs[::2]]
+
+
+def main() -> None:
+    import sglang
+
+    scenario = json.loads(sys.argv[1])
+    engine = sglang.Engine(dtype="float32", random_seed=0, log_level="warning", **scenario["engine"])
+    driver = Driver(engine, scenario.get("logprobs", False))
+    said = {}
+    for i, name in enumerate(scenario["rounds"]):
+        said[f"{i}-{name}"] = getattr(driver, name)()
+    state = engine.get_server_info()["internal_states"][0]
+    engine.shutdown()
+    print("RESULT " + json.dumps({"said": said, "packinfer": state["packinfer"]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""An SGLang plugin of the tests: breaks things on purpose in the processes of a real server.
+
+``PACKINFER_TEST_FAULTS`` names the faults, comma-separated. ``install`` makes the plugin visible to SGLang by an entry
+point of its own, as any plugin is.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ENV = "PACKINFER_TEST_FAULTS"
+
+
+def install(folder: Path, *faults: str) -> dict[str, str]:
+    """Write the plugin's metadata to ``folder``; returns the environment that a server needs to load it."""
+    info = folder / "packinfer_test_faults-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: packinfer-test-faults\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\npackinfer_test_faults = faults:register\n")
+    path = os.pathsep.join(filter(None, [str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, ENV: ",".join(faults)}
+
+
+def register() -> None:
+    for fault in filter(None, os.environ.get(ENV, "").split(",")):
+        name, _, argument = fault.partition("=")
+        {"poison": poison_freed_slots, "drop-token": drop_token, "break-hook": break_hook}[name](argument)
+
+
+def poison_freed_slots(_: str) -> None:
+    """Before each forward pass, every KV slot that belongs to nobody is NaN (slot 0 takes padding's writes)."""
+    import torch
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def poison(runner, *args, **kwargs):
+        pool, allocator = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
+        pages = torch.cat([allocator.free_pages, allocator.release_pages]).long()
+        slots = (pages[:, None] * allocator.page_size + torch.arange(allocator.page_size)).view(-1)
+        for buffer in (*pool.k_buffer, *pool.v_buffer):
+            buffer[slots] = float("nan")
+
+    HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.forward", poison, HookType.BEFORE)
+
+
+def drop_token(_: str) -> None:
+    """The last token of the first group is not read."""
+    import numpy as np
+    import packinfer_sgl.planner as planner
+    from packinfer_sgl.plan import Col
+
+    def faulty(tree, *args, __make=planner.make_plan, **kwargs):
+        plan = __make(tree, *args, **kwargs)
+        if tree.n_nodes:
+            last = (plan.items[:, Col.A_POS] + plan.items[:, Col.A_LEN] == tree.end[0]) & (plan.items[:, Col.Q_CNT] > 1)
+            plan.items[np.flatnonzero(last)[0], Col.A_LEN] -= 1
+        return plan
+
+    planner.make_plan = faulty
+
+
+def break_hook(target: str) -> None:
+    """SGLang's registry cannot apply the hooks on ``target``."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    apply = HookRegistry._apply_target.__func__
+
+    def refuse(cls, name, hooks):
+        if name.endswith(target):
+            raise AttributeError(f"{name} is not there (broken by the test)")
+        return apply(cls, name, hooks)
+
+    HookRegistry._apply_target = classmethod(refuse)

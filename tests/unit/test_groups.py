@@ -1,0 +1,190 @@
+"""Pruning by cost: against every subset of nodes, with a cost of each choice that is computed row by row here."""
+
+from __future__ import annotations
+
+import math
+from itertools import chain, combinations, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import members, spans_of
+
+from packinfer_sgl.groups import CPU, H200, AttentionShape, CostModel, prune
+from packinfer_sgl.prefix_tree import PrefixTree
+
+LLAMA_8B = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
+
+
+def read_us(cost: CostModel, shape: AttentionShape, tokens: int, queries: int) -> float:
+    """Time of the work items that read ``tokens`` KV tokens for ``queries`` queries, by the words of ``CostModel``."""
+    query_rows = queries * (shape.qo_heads // shape.kv_heads)
+    tile_rows = cost.small_rows if query_rows <= cost.small_rows else cost.large_rows
+    tiles = math.ceil(query_rows / tile_rows)
+    token_bytes = 2 * shape.kv_heads * shape.head_dim * shape.kv_bytes  # K and V
+    flops = 2 * 2 * tiles * tile_rows * shape.kv_heads * shape.head_dim  # QK and PV, a multiply and an add each
+    moved = token_bytes / cost.bytes_per_us + (tiles - 1) * token_bytes / cost.reread_bytes_per_us
+    return tokens * max(moved, flops / cost.flops_per_us) + tiles * cost.item_us
+
+
+def tail_us(cost: CostModel, shape: AttentionShape, tokens: int) -> float:
+    return read_us(cost, shape, tokens, 1) - read_us(cost, shape, 0, 1)
+
+
+def partial_us(cost: CostModel, shape: AttentionShape) -> float:
+    result_bytes = shape.qo_heads * (shape.head_dim + 1) * 4  # float32 output and its lse2
+    return 2 * result_bytes / cost.bytes_per_us  # written and read back
+
+
+def choice_us(tree: PrefixTree, kept: tuple[int, ...], shape: AttentionShape, cost: CostModel) -> float:
+    """Cost of reading the ``kept`` nodes of ``tree`` once each, and all else row by row."""
+    total = 0.0
+    for node in kept:
+        above = [other for other in kept if members(tree, other) > members(tree, node)]
+        begin = max((int(tree.end[other]) for other in above), default=0)
+        total += read_us(cost, shape, int(tree.end[node]) - begin, len(members(tree, node)))
+    for place in range(tree.n_rows):
+        on_path = [int(tree.end[node]) for node in kept if tree.row_lo[node] <= place < tree.row_hi[node]]
+        total += partial_us(cost, shape) * (len(on_path) + 1 if on_path else 0)
+        total += tail_us(cost, shape, int(tree.tail_start[place]) - max(on_path, default=0))
+    return total
+
+
+def chosen(tree: PrefixTree, pruned: PrefixTree) -> tuple[int, ...]:
+    """The nodes of ``tree`` that ``pruned`` keeps; ``pruned`` must be a sound tree over the same rows."""
+    pruned.check_integrity()
+    assert pruned.row_order.tolist() == tree.row_order.tolist()
+    index = {(holders, end): i for i, (holders, _, end) in enumerate(spans_of(tree))}
+    kept = tuple(index[holders, end] for holders, _, end in spans_of(pruned))
+    assert len(set(kept)) == len(kept) and (np.diff(pruned.depth) >= 0).all()
+    for i, (holders, start, _) in enumerate(spans_of(pruned)):
+        above = [j for j, (other, _, _) in enumerate(spans_of(pruned)) if other > holders]
+        parent = max(above, key=lambda j: pruned.depth[j], default=-1)
+        assert pruned.parent[i] == parent and start == (pruned.end[parent] if above else 0)
+    for place, row in enumerate(tree.row_order.tolist()):
+        assert pruned.tail_start[place] == max((end for holders, _, end in spans_of(pruned) if row in holders), default=0)
+    assert all(array.dtype == np.int32 for array in vars(pruned).values())
+    return kept
+
+
+def allowed(tree: PrefixTree, mode: str) -> list[tuple[int, ...]]:
+    subsets = chain.from_iterable(combinations(range(tree.n_nodes), n) for n in range(tree.n_nodes + 1))
+    if mode == "multi":
+        return list(subsets)
+    return [s for s in subsets if not any(members(tree, a) & members(tree, b) for a, b in combinations(s, 2))]
+
+
+def positive(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(math.log(low), math.log(high)).map(math.exp)
+
+
+@st.composite
+def cost_models(draw: st.DrawFn) -> CostModel:
+    if draw(st.booleans()):
+        return draw(st.sampled_from([H200, CPU]))
+    small = draw(st.integers(1, 32))
+    return CostModel(
+        bytes_per_us=draw(positive(1e3, 1e7)),
+        reread_bytes_per_us=draw(positive(1e3, 1e8)),
+        flops_per_us=draw(positive(1e4, 1e9)),
+        item_us=draw(positive(1e-4, 1e2)),
+        large_rows=draw(st.integers(small, 128)),
+        small_rows=small,
+    )
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> AttentionShape:
+    kv_heads = draw(st.sampled_from([1, 2, 8]))
+    group = draw(st.sampled_from([1, 4, 5, 7, 8]))
+    return AttentionShape(kv_heads * group, kv_heads, draw(st.sampled_from([64, 128])), draw(st.sampled_from([1, 2, 4])))
+
+
+@st.composite
+def trees(draw: st.DrawFn, max_nodes: int) -> PrefixTree:
+    """Up to ``max_nodes`` nodes on spans of one token to thousands, with up to tens of rows each."""
+    token = draw(st.sampled_from([1, 7, 30, 200, 3000]))
+    steps = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 12)), min_size=1, max_size=max_nodes))
+    spread = draw(st.integers(0, token - 1))
+    shared = [level * token + level * level * spread for level, repeats in steps for _ in range(repeats)]
+    return PrefixTree.from_neighbours(range(len(shared) + 1), shared)
+
+
+@given(st.integers(1, 500), shapes(), cost_models())
+def test_the_model_says_what_its_words_say(queries: int, shape: AttentionShape, cost: CostModel) -> None:
+    token_us, fixed_us = cost.item_cost_us(shape, np.array([queries], np.float64))
+    assert fixed_us[0] == pytest.approx(read_us(cost, shape, 0, queries), rel=1e-12)
+    assert token_us[0] * 1000 + fixed_us[0] == pytest.approx(read_us(cost, shape, 1000, queries), rel=1e-12)
+    assert cost.tail_us_per_token(shape) * 1000 == pytest.approx(tail_us(cost, shape, 1000), rel=1e-9)
+    assert cost.partial_us(shape) == pytest.approx(partial_us(cost, shape), rel=1e-12)
+
+
+@settings(max_examples=800)
+@given(trees(6), shapes(), cost_models(), st.sampled_from(["multi", "single"]))
+def test_no_choice_is_cheaper(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str) -> None:
+    kept = chosen(tree, prune(tree, shape, cost, mode))
+    choices = allowed(tree, mode)
+    assert tuple(sorted(kept)) in choices
+    us = choice_us(tree, kept, shape, cost)
+    assert us <= choice_us(tree, (), shape, cost) * (1 + 1e-9)
+    assert us == pytest.approx(min(choice_us(tree, s, shape, cost) for s in choices), rel=1e-9)
+
+
+@settings(max_examples=300)
+@given(trees(20), shapes(), cost_models(), st.sampled_from(["multi", "single"]))
+def test_never_dearer_than_no_grouping(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str) -> None:
+    kept = chosen(tree, prune(tree, shape, cost, mode))
+    us = choice_us(tree, kept, shape, cost)
+    assert us <= choice_us(tree, (), shape, cost) * (1 + 1e-9)
+    # nor than any choice that differs in one node
+    for node in range(tree.n_nodes):
+        other = tuple(set(kept) ^ {node})
+        if mode == "multi" or not any(members(tree, a) & members(tree, b) for a, b in combinations(other, 2)):
+            assert us <= choice_us(tree, other, shape, cost) * (1 + 1e-9)
+
+
+@given(trees(6), shapes(), cost_models())
+def test_off_keeps_nothing(tree: PrefixTree, shape: AttentionShape, cost: CostModel) -> None:
+    pruned = prune(tree, shape, cost, "off")
+    assert chosen(tree, pruned) == () and not pruned.tail_start.any()
+
+
+def levels(rows: list[int], tokens: list[int]) -> PrefixTree:
+    """A regular tree: level ``i`` has ``rows[i]`` nodes of ``tokens[i]`` tokens; the last level is the rows' own."""
+    ends = np.cumsum(tokens).tolist()
+    shared = []
+    for place, following in pairwise(range(rows[-1])):
+        same = [place * n // rows[-1] == following * n // rows[-1] for n in rows[:-1]]
+        shared.append(ends[sum(same) - 1] if any(same) else 0)
+    return PrefixTree.from_neighbours(range(rows[-1]), shared)
+
+
+# kernels' workloads: one prompt of 16k tokens before 64 rows; 2k before 8 of 1k before 8 rows each; 1, 4, 16, 512 nodes
+D1 = levels([1, 64], [16384, 512])
+D3 = levels([1, 8, 64], [2048, 1024, 256])
+D11 = levels([1, 4, 16, 512], [1024, 256, 128, 32])
+
+
+@pytest.mark.parametrize("mode", ["multi", "single"])
+@pytest.mark.parametrize(("tree", "nodes"), [(D1, 1), (D3, 9), (D11, 21)], ids=["D1", "D3", "D11"])
+def test_grouping_is_chosen(tree: PrefixTree, nodes: int, mode: str) -> None:
+    assert tree.n_nodes == nodes
+    pruned = prune(tree, LLAMA_8B, H200, mode)
+    kept = chosen(tree, pruned)
+    assert (pruned.tail_start > 0).all()
+    assert choice_us(tree, kept, LLAMA_8B, H200) < choice_us(tree, (), LLAMA_8B, H200) / 2
+    # by symmetry the best choice keeps all nodes of a level or none
+    by_level = [
+        tuple(i for i in range(nodes) if tree.depth[i] in depths)
+        for n in range(4 if mode == "multi" else 2)
+        for depths in combinations(range(int(tree.depth[-1]) + 1), n)
+    ]
+    best_us = min(choice_us(tree, s, LLAMA_8B, H200) for s in by_level)
+    assert choice_us(tree, kept, LLAMA_8B, H200) == pytest.approx(best_us, rel=1e-9)
+
+
+def test_a_span_too_short_to_pay_is_declined() -> None:
+    """The rule of thumb for 32/8 heads: two rows need some tens of tokens in common."""
+    keeps = [prune(levels([1, 2], [n, 100]), LLAMA_8B, H200).n_nodes for n in (1, 8, 200, 1000)]
+    assert keeps == [0, 0, 1, 1]

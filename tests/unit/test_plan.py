@@ -1,0 +1,173 @@
+"""Every pair of a query and a KV token it sees is in exactly one work item, and every result has one place to go."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import DECODE, Case, cases, keep_nodes, tree_of
+
+from packinfer_sgl.plan import Col, Plan, TilePolicy, make_plan
+
+ROOM = "room"
+
+
+def tail_starts(case: Case) -> dict[int, int]:
+    return dict(zip(case.kept.row_order.tolist(), case.kept.tail_start.tolist()))
+
+
+def kv_list(case: Case, plan: Plan) -> list[tuple[int, int] | str | None]:
+    """(position, slot) of each entry of the KV slot list; no two spans and no room may overlap."""
+    entries: list[tuple[int, int] | str | None] = [None] * plan.kv_capacity
+    for row, first, tokens, offset in plan.spans.tolist():
+        for i in range(tokens):
+            assert entries[offset + i] is None
+            entries[offset + i] = (first + i, case.rows[row][first + i])
+    for row, start in tail_starts(case).items():
+        length, base = len(case.rows[row]), int(plan.append_base[row])
+        for p in range(start, length):
+            assert entries[base + p] == (p, case.rows[row][p])
+        if length > start:
+            for p in range(length, length + case.room):
+                assert base + p >= 0 and entries[base + p] is None
+                entries[base + p] = ROOM
+    assert None not in entries, "an entry that nobody uses"
+    return entries
+
+
+def check_items(case: Case, plan: Plan) -> None:
+    """Capacity, classes and order of the items."""
+    assert plan.items.dtype == np.int32 and plan.items.shape == (len(plan.items), len(Col))
+    sizes = [(bool(i[Col.SMALL]), -int(i[Col.A_LEN] + i[Col.B_LEN])) for i in plan.items]
+    assert sizes == sorted(sizes), "large tiles first, longest first within a class"
+    open_rows = Counter(int(i[Col.OPEN_ROW]) for i in plan.items if i[Col.OPEN_ROW] >= 0)
+    growing = [row for row, start in tail_starts(case).items() if case.room and len(case.rows[row]) > start]
+    assert open_rows == Counter(growing)
+    for item in plan.items:
+        policy = case.policy
+        assert 1 <= item[Col.Q_CNT] <= (policy.small_queries if item[Col.SMALL] else policy.large_queries)
+        assert 0 <= item[Col.Q_OFF] and item[Col.Q_OFF] + item[Col.Q_CNT] <= len(plan.query_rows)
+        assert 0 <= item[Col.A_LEN] <= policy.chunk_tokens and 0 <= item[Col.B_LEN]
+        for off, length in ((Col.A_OFF, Col.A_LEN), (Col.B_OFF, Col.B_LEN)):
+            assert item[length] == 0 or 0 <= item[off] <= item[off] + item[length] <= plan.kv_capacity
+        if (row := int(item[Col.OPEN_ROW])) >= 0:
+            assert item[Col.A_POS] + item[Col.A_LEN] == len(case.rows[row]) and item[Col.B_LEN] == 0
+            assert plan.query_rows[item[Col.Q_OFF]] == row and item[Col.Q_CNT] == 1
+
+
+def check_coverage(case: Case, plan: Plan) -> None:
+    entries = kv_list(case, plan)
+    seen: dict[int, Counter] = defaultdict(Counter)
+    for item in plan.items.tolist():
+        run_a = entries[item[Col.A_OFF] : item[Col.A_OFF] + item[Col.A_LEN]]
+        run_b = entries[item[Col.B_OFF] : item[Col.B_OFF] + item[Col.B_LEN]]
+        positions = [entry[0] for entry in [*run_a, *run_b]]
+        assert positions == list(range(item[Col.A_POS], item[Col.A_POS] + len(positions)))
+        for slot in range(item[Col.Q_OFF], item[Col.Q_OFF] + item[Col.Q_CNT]):
+            lo, hi = int(plan.win_lo[slot]), int(plan.win_hi[slot])
+            assert lo >= 0 and (not run_b or hi <= len(run_b))
+            seen[int(plan.query_rows[slot])].update([*run_a, *(run_b[lo:hi])])
+    for query, row in enumerate(case.query_row):
+        assert seen[query] == Counter((p, case.rows[row][p]) for p in case.seen(query))
+    assert set(seen) <= set(range(len(case.query_row)))
+
+
+def check_destinations(case: Case, plan: Plan) -> None:
+    """A query is written once by one item, or merged from its own range of partial rows, each written once."""
+    n_queries = len(case.query_row)
+    direct: Counter[int] = Counter()
+    partial: dict[int, list[int]] = defaultdict(list)
+    for item in plan.items.tolist():
+        for slot in range(item[Col.Q_OFF], item[Col.Q_OFF] + item[Col.Q_CNT]):
+            query, first = int(plan.query_rows[slot]), int(plan.partial_rows[slot])
+            if first < 0:
+                direct[query] += 1
+            else:
+                partial[query].append(first + item[Col.PIECE])
+    assert plan.merge_indptr.shape == (n_queries + 1,) and plan.merge_indptr[0] == 0
+    assert plan.n_partials == sum(map(len, partial.values()))
+    for query in range(n_queries):
+        merged = list(range(plan.merge_indptr[query], plan.merge_indptr[query + 1]))
+        assert sorted(partial[query]) == merged and len(merged) != 1
+        assert direct[query] == (0 if merged else 1)
+
+
+@settings(max_examples=1500)
+@given(cases())
+def test_every_query_and_token_is_in_exactly_one_item(case: Case) -> None:
+    plan = case.plan()
+    check_items(case, plan)
+    check_coverage(case, plan)
+    check_destinations(case, plan)
+
+
+@given(cases(DECODE))
+def test_tokens_counted(case: Case) -> None:
+    plan = case.plan()
+    assert plan.kv_tokens_logical == sum(map(len, case.rows))
+    assert plan.kv_tokens_unique == case.tree.unique_tokens(case.kv_lens)
+    if case.tree.tail_start.tolist() == tree_of(case.rows).tail_start.tolist():
+        assert plan.kv_tokens_unique == len({slot for row in case.rows for slot in row})
+    read = sum(len(case.rows[row]) - start for row, start in tail_starts(case).items())
+    for i in range(case.kept.n_nodes):
+        queries = int(case.kept.row_hi[i] - case.kept.row_lo[i])
+        tiles = 1 if queries <= case.policy.small_queries else -(-queries // case.policy.large_queries)
+        read += tiles * int(case.kept.end[i] - case.kept.start[i])
+    assert plan.kv_tokens_read == read
+
+
+@given(cases())
+def test_a_token_is_read_by_no_more_tiles_than_its_queries_need(case: Case) -> None:
+    plan = case.plan()
+    assert plan.kv_tokens_read == int(plan.items[:, [Col.A_LEN, Col.B_LEN]].sum())
+    reads: Counter[int] = Counter()  # by entry of the KV slot list
+    for item in plan.items.tolist():
+        for off, length in ((Col.A_OFF, Col.A_LEN), (Col.B_OFF, Col.B_LEN)):
+            reads.update(range(item[off], item[off] + item[length]))
+    for segment, (row, _, tokens, offset) in enumerate(plan.spans.tolist()):
+        holders = {row}
+        if segment < case.kept.n_nodes:
+            holders = set(case.kept.row_order[case.kept.row_lo[segment] : case.kept.row_hi[segment]].tolist())
+        queries = sum(row in holders for row in case.query_row)
+        tiles = 1 if queries <= case.policy.small_queries else -(-queries // case.policy.large_queries)
+        assert all(reads[offset + i] <= tiles for i in range(tokens))
+
+
+@st.composite
+def some_see_nothing(draw: st.DrawFn) -> Case:
+    """Rows without KV; rows with more queries than KV under a causal mask; windows that lie before or behind all KV."""
+    case = draw(cases(("full", "causal", "any", "decode")))
+    rows = [*case.rows, *([[]] * draw(st.integers(0, 2)))]
+    if case.windows is None:  # decode or full: only rows without KV see nothing
+        q_lens = [1] * len(rows) if case.qo_indptr is None else [*np.diff(case.qo_indptr), *([2] * len(rows))][: len(rows)]
+        windows = None
+    else:
+        q_lens = [draw(st.integers(int(r == 0), 4)) for r in range(len(rows))]
+        windows = []
+        for row, n in zip(rows, q_lens):
+            for i in range(n):
+                end = max(len(row) - n + i + 1, 0)
+                windows.append(draw(st.sampled_from([(0, end), (0, 0), (len(row), len(row))])))
+    tree = tree_of(rows)
+    return Case(
+        rows=rows, tree=tree, kept=keep_nodes(tree, set(range(tree.n_nodes))), policy=case.policy,
+        qo_indptr=None if case.qo_indptr is None else np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32),
+        query_row=[r for r, n in enumerate(q_lens) for _ in range(n)], windows=windows, room=0,
+    )  # fmt: skip
+
+
+@given(some_see_nothing())
+def test_queries_that_see_nothing(case: Case) -> None:
+    plan = case.plan()
+    check_coverage(case, plan)
+    check_destinations(case, plan)
+
+
+@pytest.mark.parametrize("qo_indptr", [None, np.array([0, 1, 2], np.int32)])
+def test_a_plan_without_grouping_has_one_item_per_row(qo_indptr: np.ndarray | None) -> None:
+    tree = keep_nodes(tree_of([[1, 2, 3], [1, 2, 4]]), set())
+    plan = make_plan(tree, np.array([3, 3], np.int32), TilePolicy(4, 1, 8), kv_tokens_unique=4, qo_indptr=qo_indptr)
+    assert (len(plan.items), plan.n_partials, plan.kv_tokens_read) == (2, 0, 6)

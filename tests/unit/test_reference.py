@@ -1,0 +1,248 @@
+"""The reference kernels against attention in float64, query by query; unwritten memory and foreign KV are NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import DECODE, PREFILL, Case, attention64, cases, kv_pool, pool_size, ragged, slot_list, tree_of
+from test_plan import some_see_nothing
+
+from packinfer_sgl.kernels import reference
+from packinfer_sgl.kernels.reference import MaskRows, PackedReference, merge_states
+from packinfer_sgl.plan import Plan, TilePolicy
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # half precision: FlashInfer's own tests
+HEADS = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4, 5, 6, 7, 8]))  # KV heads, query heads of each
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """What is allocated and never written is NaN."""
+    with (
+        mock.patch.object(torch, "empty", lambda *shape, **kwargs: torch.full(shape, math.nan, **kwargs)),
+        mock.patch.object(torch, "empty_like", lambda x, **kwargs: torch.full_like(x, math.nan, **kwargs)),
+    ):
+        yield
+
+
+def assert_close(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor], tol: float) -> None:
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b, rtol=tol, atol=tol)
+
+
+def packed(case: Case, plan: Plan, kv_slots: torch.Tensor | None = None) -> PackedReference:
+    """Ready to run at the planned lengths."""
+    ready = PackedReference(plan, token_bytes=256, room_tokens=case.room)
+    ready.bind(slot_list(plan, case.rows) if kv_slots is None else kv_slots, torch.tensor(case.kv_lens).long())
+    return ready
+
+
+def seen_slots(case: Case) -> list[list[int]]:
+    return [[case.rows[row][p] for p in case.seen(query)] for query, row in enumerate(case.query_row)]
+
+
+def inputs(case: Case, kv_heads: int, group: int, head_dim: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """q, and keys and values in which only slots of the rows are finite."""
+    held = {slot for row in case.rows for slot in row}
+    k, v = kv_pool(pool_size(case.rows), sorted(held), kv_heads, head_dim, seed)
+    q = torch.randn(len(case.query_row), kv_heads * group, head_dim, generator=torch.Generator().manual_seed(seed + 1))
+    return q, k, v
+
+
+def check(case: Case, heads: tuple[int, int], head_dim: int, seed: int, cap: float = 0.0) -> None:
+    q, k, v = inputs(case, *heads, head_dim, seed)
+    ready = packed(case, case.plan())
+    want = attention64(q, k, v, seen_slots(case), head_dim**-0.5, cap)
+    with poisoned_empty():
+        assert_close(ready.run(q, k, v, sm_scale=head_dim**-0.5, logits_soft_cap=cap), want, 1e-5)
+        out = torch.empty_like(q)
+        written, lse2 = ready.run(q, k, v, sm_scale=head_dim**-0.5, logits_soft_cap=cap, out=out)
+    assert written is out and lse2.dtype == torch.float32
+    assert_close((out, lse2), want, 1e-5)
+
+
+@settings(max_examples=200)
+@given(cases(), HEADS, st.integers(0, 999), st.sampled_from([0.0, 0.0, 1.5, 30.0]))
+def test_attention(case: Case, heads: tuple[int, int], seed: int, cap: float) -> None:
+    check(case, heads, 64, seed, cap)
+
+
+@settings(max_examples=20)
+@given(cases(), HEADS, st.sampled_from([128, 256]), st.integers(0, 999))
+def test_other_head_dims(case: Case, heads: tuple[int, int], head_dim: int, seed: int) -> None:
+    check(case, heads, head_dim, seed)
+
+
+@given(some_see_nothing(), HEADS, st.integers(0, 999))
+def test_queries_that_see_nothing(case: Case, heads: tuple[int, int], seed: int) -> None:
+    check(case, heads, 64, seed)
+
+
+@settings(max_examples=60)
+@given(cases(), HEADS, st.integers(0, 999), st.sampled_from([torch.float16, torch.bfloat16]))
+def test_half_precision(case: Case, heads: tuple[int, int], seed: int, dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in inputs(case, *heads, 64, seed))
+    out, lse2 = packed(case, case.plan()).run(q, k, v, sm_scale=0.125)
+    assert (out.dtype, lse2.dtype) == (dtype, torch.float32)
+    assert_close((out, lse2), attention64(q, k, v, seen_slots(case), 0.125), TOLERANCE[dtype])
+
+
+@settings(max_examples=60)
+@given(cases(), HEADS, st.integers(0, 999), st.sampled_from([1, 2, 5]), st.booleans())
+def test_pages(case: Case, heads: tuple[int, int], seed: int, page_size: int, heads_first: bool) -> None:
+    q, k, v = inputs(case, *heads, 64, seed)
+    want = attention64(q, k, v, seen_slots(case), 0.125)
+    fill = (0, 0, 0, 0, 0, -len(k) % page_size)
+    pages = [torch.nn.functional.pad(x, fill, value=math.nan).unflatten(0, (-1, page_size)) for x in (k, v)]
+    if heads_first:  # the same shape over [pages, kv_heads, page_size, head_dim] memory
+        pages = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in pages]
+    assert_close(packed(case, case.plan()).run(q, *pages, sm_scale=0.125), want, 1e-5)
+
+
+@settings(max_examples=100)
+@given(cases((*DECODE, "full")), HEADS, st.integers(0, 999), st.floats(0, 1))
+def test_custom_mask(case: Case, heads: tuple[int, int], seed: int, share: float) -> None:
+    q, k, v = inputs(case, *heads, 64, seed)
+    generator = torch.Generator().manual_seed(seed)
+    masks = [torch.rand(len(case.rows[row]), generator=generator) < share for row in case.query_row]
+    seen = [[s for s, ok in zip(slots, mask.tolist()) if ok] for slots, mask in zip(seen_slots(case), masks)]
+    starts = torch.tensor(ragged([[0] * len(mask) for mask in masks])[0][:-1]).long()
+    flat = torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
+    with poisoned_empty():
+        got = packed(case, case.plan()).run(q, k, v, sm_scale=0.125, mask=MaskRows(flat, starts))
+    assert_close(got, attention64(q, k, v, seen, 0.125), 1e-5)
+
+
+@settings(max_examples=80)
+@given(cases(DECODE), HEADS, st.integers(0, 999))
+def test_rows_that_grow(case: Case, heads: tuple[int, int], seed: int) -> None:
+    """One plan serves all lengths up to its room; only rows with a tail can grow."""
+    tails = dict(zip(case.kept.row_order.tolist(), case.kept.tail_start.tolist()))
+    growing = [r for r, row in enumerate(case.rows) if len(row) > tails[r]]
+    kv_heads, group = heads
+    plan = case.plan()
+    used, rows = pool_size(case.rows), [list(row) for row in case.rows]
+    q, k, v = inputs(case, kv_heads, group, 64, seed)
+    more = kv_pool(case.room * len(rows), range(case.room * len(rows)), kv_heads, 64, seed + 2)
+    k, v = torch.cat([k, more[0]]), torch.cat([v, more[1]])
+    kv_slots = slot_list(plan, rows)
+    ready = PackedReference(plan, token_bytes=256, room_tokens=case.room)
+    for step in range(case.room + 1):
+        kv_lens = torch.tensor([len(row) for row in rows])
+        ready.bind(kv_slots, kv_lens)
+        seen = [rows[row] for row in case.query_row]
+        with poisoned_empty():
+            assert_close(ready.run(q, k, v, sm_scale=0.125), attention64(q, k, v, seen, 0.125), 1e-5)
+        if step < case.room:
+            for r in growing:
+                kv_slots[plan.append_base[r] + len(rows[r])] = used
+                rows[r].append(used)
+                used += 1
+
+
+@settings(max_examples=40)
+@given(cases(PREFILL), HEADS, st.integers(0, 999), st.integers(0, 2048))
+def test_the_cut_into_slabs_does_not_matter(case: Case, heads: tuple[int, int], seed: int, slab_bytes: int) -> None:
+    q, k, v = inputs(case, *heads, 64, seed)
+    with mock.patch.object(reference, "SLAB_BYTES", slab_bytes):
+        ready = packed(case, case.plan())
+    assert_close(ready.run(q, k, v, sm_scale=0.125), attention64(q, k, v, seen_slots(case), 0.125), 1e-5)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    """A softmax without its maximum taken out would overflow."""
+    q, k = torch.full((1, 1, 64), 40.0), torch.full((2, 1, 64), 40.0)
+    v = torch.stack([torch.zeros(1, 64), torch.ones(1, 64)])
+    case = Case([[0, 1]], *[tree_of([[0, 1]])] * 2, TilePolicy(8, 1, 8), None, [0], None, 0)
+    out, lse2 = packed(case, case.plan()).run(q, k, v, sm_scale=1.0)
+    assert_close((out, lse2), attention64(q, k, v, [[0, 1]], 1.0), 1e-5)
+
+
+# merging
+
+
+@st.composite
+def states(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Partial results of ``sizes[i]`` items for query ``i``; some are empty for some heads, some for all."""
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    n, heads = sum(sizes), 3
+    o = torch.randn(n, heads, 8, generator=generator)
+    lse2 = torch.randn(n, heads, generator=generator) * draw(st.sampled_from([1.0, 30.0, 300.0]))
+    empty = torch.rand(n, heads, generator=generator) < draw(st.sampled_from([0.0, 0.4, 1.0]))
+    return o.masked_fill_(empty[..., None], 0.0), lse2.masked_fill_(empty, -math.inf), sizes
+
+
+def merge(o: torch.Tensor, lse2: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    indptr = torch.tensor([0, *sizes]).cumsum(0)
+    return merge_states(o, lse2, indptr[:-1], indptr[1:])
+
+
+def merge64(o: torch.Tensor, lse2: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    outs, lses = [], []
+    for oo, ll in zip(o.double().split(sizes), lse2.double().split(sizes)):
+        lses.append(torch.logsumexp(ll * math.log(2), 0) / math.log(2))
+        weight = torch.where(ll.isinf(), 0.0, torch.exp2(ll - torch.where(lses[-1].isinf(), 0.0, lses[-1])))
+        outs.append((weight[..., None] * oo).sum(0))
+    return torch.stack(outs), torch.stack(lses)
+
+
+@given(states(), st.randoms(use_true_random=False))
+def test_merge_in_any_order(states: tuple[torch.Tensor, torch.Tensor, list[int]], random) -> None:
+    o, lse2, sizes = states
+    want = merge64(o, lse2, sizes)
+    assert_close(merge(o, lse2, sizes), want, 2e-5)
+    order = [
+        i for lo, hi in pairwise([0, *torch.tensor(sizes).cumsum(0).tolist()]) for i in random.sample(range(lo, hi), hi - lo)
+    ]
+    assert_close(merge(o[order], lse2[order], sizes), want, 2e-5)
+
+
+@given(states(), st.data())
+def test_merge_of_merged_groups(states: tuple[torch.Tensor, torch.Tensor, list[int]], data: st.DataObject) -> None:
+    o, lse2, sizes = states
+    groups: list[int] = []
+    per_query = []
+    for size in sizes:
+        cuts = [0, *sorted(data.draw(st.sets(st.integers(1, size - 1)))), size] if size > 1 else [0, 1]
+        groups += [hi - lo for lo, hi in pairwise(cuts)]
+        per_query.append(len(cuts) - 1)
+    assert_close(merge(*merge(o, lse2, groups), per_query), merge64(o, lse2, sizes), 2e-5)
+
+
+@given(states(), st.data())
+def test_empty_states_change_nothing(states: tuple[torch.Tensor, torch.Tensor, list[int]], data: st.DataObject) -> None:
+    o, lse2, sizes = states
+    more_o, more_lse2, more_sizes = [], [], []
+    for oo, ll, size in zip(o.split(sizes), lse2.split(sizes), sizes):
+        at = data.draw(st.integers(0, size))
+        more_o += [oo[:at], torch.zeros(1, *o.shape[1:]), oo[at:]]
+        more_lse2 += [ll[:at], torch.full((1, o.shape[1]), -math.inf), ll[at:]]
+        more_sizes.append(size + 1)
+    assert_close(merge(torch.cat(more_o), torch.cat(more_lse2), more_sizes), merge64(o, lse2, sizes), 2e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_empty_states_merge_to_the_empty_state(n: int) -> None:
+    o, lse2 = merge(torch.zeros(n, 2, 4), torch.full((n, 2), -math.inf), [n])
+    assert (o == 0).all() and (lse2 == -math.inf).all()
+
+
+@given(states(), st.data())
+def test_merge_reads_no_other_row(states: tuple[torch.Tensor, torch.Tensor, list[int]], data: st.DataObject) -> None:
+    o, lse2, sizes = states
+    query = data.draw(st.integers(0, len(sizes) - 1))
+    first = torch.tensor([sum(sizes[:query])])
+    own = slice(int(first), int(first) + sizes[query])
+    poisoned_o, poisoned_lse2 = torch.full_like(o, math.nan), torch.full_like(lse2, math.nan)
+    poisoned_o[own], poisoned_lse2[own] = o[own], lse2[own]
+    got = merge_states(poisoned_o, poisoned_lse2, first, first + sizes[query])
+    assert_close(got, merge64(o[own], lse2[own], [sizes[query]]), 2e-5)
