@@ -94,7 +94,7 @@ def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = 
     """
     n = tree.n_nodes
     if mode == "off" or n == 0:
-        return _keep(tree, np.zeros(n, bool), np.zeros(n, np.int32))
+        return _keep(tree, [False] * n, np.zeros(n, np.int32))
     rows = (tree.row_hi - tree.row_lo).astype(np.float64)
     has_parent = tree.parent >= 0
     alone = rows - np.bincount(tree.parent[has_parent], weights=rows[has_parent], minlength=n)  # rows in no child
@@ -136,38 +136,43 @@ def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = 
         np.add.at(decline_us, tree.parent[level], best)
         if mode == "multi":
             np.add.at(keep_us, tree.parent[level], best[:, d, None])
-    kept = np.zeros(n, bool)
-    state = np.zeros(n, np.int32)  # depth at which the node's span begins; `levels` once nothing more may be kept
-    for d in range(levels):
-        nodes = np.arange(first_of_level[d], first_of_level[d + 1])
-        if d:
-            above = tree.parent[nodes]
-            state[nodes] = np.where(kept[above], d if mode == "multi" else levels, state[above])
-        column = np.minimum(state[nodes], levels - 1)
-        kept[nodes] = (state[nodes] < levels) & (keep_us[nodes, column] <= decline_us[nodes, column])
-    if mode == "multi":
-        return _keep(tree, kept, begin[np.arange(n), state].astype(np.int32))
-    return _keep(tree, kept, np.zeros(n, np.int32))
+    # top down, in plain Python: cheaper than NumPy calls for each level of a small tree
+    cheaper = (keep_us <= decline_us).tolist()
+    parent, depth = tree.parent.tolist(), tree.depth.tolist()
+    kept = [False] * n
+    state = [0] * n  # depth at which the node's span begins; -1 below the one node that mode single keeps
+    for i in range(n):
+        above = parent[i]
+        if above >= 0:
+            state[i] = state[above] if not kept[above] else depth[i] if mode == "multi" else -1
+        kept[i] = state[i] >= 0 and cheaper[i][state[i]]
+    return _keep(tree, kept, begin[np.arange(n), state].astype(np.int32))
 
 
-def _keep(tree: PrefixTree, kept: npt.NDArray[np.bool_], start: Int32) -> PrefixTree:
+def _keep(tree: PrefixTree, kept: list[bool], start: Int32) -> PrefixTree:
     """The tree of the ``kept`` nodes, whose spans now begin at ``start``."""
-    (index,) = kept.nonzero()
-    n = len(index)
-    new_index = np.full(tree.n_nodes + 1, -1, np.int32)  # the last entry stands for "no parent"
-    depth = np.zeros(tree.n_nodes + 1, np.int32) - 1
-    lowest = np.full(tree.n_nodes + 1, -1, np.int32)  # lowest kept node at or above
-    for i in range(tree.n_nodes):
-        above = lowest[tree.parent[i]]
+    n = tree.n_nodes
+    parent, row_lo, row_hi, end = tree.parent.tolist(), tree.row_lo.tolist(), tree.row_hi.tolist(), tree.end.tolist()
+    lowest = [-1] * (n + 1)  # lowest kept node at or above; the last entry stands for "no parent"
+    depth = [-1] * (n + 1)
+    for i in range(n):
+        above = lowest[parent[i]]
         lowest[i] = i if kept[i] else above
-        depth[i] = depth[above] + 1 if kept[i] else -1
-    order = index[np.lexsort((tree.row_lo[index], depth[index]))]
-    new_index[order] = np.arange(n, dtype=np.int32)
+        depth[i] = depth[above] + 1
+    order = sorted((i for i in range(n) if kept[i]), key=lambda i: (depth[i], row_lo[i]))
+    new_index = [-1] * (n + 1)
     tail_start = np.zeros(tree.n_rows, np.int32)
-    for i in order.tolist():
-        tail_start[tree.row_lo[i] : tree.row_hi[i]] = tree.end[i]
-    parent = new_index[lowest[tree.parent[order]]]
+    for new, i in enumerate(order):
+        new_index[i] = new
+        tail_start[row_lo[i] : row_hi[i]] = end[i]
+    index = np.array(order, np.intp)
     return PrefixTree(
-        tree.row_order, parent, depth[order], tree.row_lo[order], tree.row_hi[order], start[order], tree.end[order],
+        tree.row_order,
+        np.array([new_index[lowest[parent[i]]] for i in order], np.int32),
+        np.array([depth[i] for i in order], np.int32),
+        tree.row_lo[index],
+        tree.row_hi[index],
+        start[index],
+        tree.end[index],
         tail_start,
     )

@@ -37,7 +37,8 @@ class KVTokens(NamedTuple):
     unique : int
         The distinct tokens among them.
     read : int
-        What the plan reads; less than ``unique`` only where a window or ``causal`` hides tokens from every query.
+        What is read: ``unique`` if every shared span is worth reading apart; more where one is not, or where a request
+        has more queries than fit a tile; less where a window hides tokens from every query.
     """
 
     logical: int
@@ -57,6 +58,7 @@ class PagedWrapper:
         self.device = float_workspace_buffer.device
         self._kv_layout = kv_layout
         self._packed: PackedReference | None = None
+        self._causal, self._window_left = False, -1
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -92,6 +94,7 @@ class PagedWrapper:
         logits_soft_cap: float | None,
     ) -> None:
         """``dtypes`` are those of q, KV and the output; the last two default to the first."""
+        self._packed = None  # a plan that fails leaves none behind
         if min(qo_heads, kv_heads, head_dim, page_size) < 1 or qo_heads % kv_heads:
             raise ValueError(
                 "num_qo_heads must be a multiple of num_kv_heads and all sizes at least 1: "
@@ -108,7 +111,6 @@ class PagedWrapper:
         self, qo_indptr: Int32, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor
     ) -> Int32:
         """Take in the page tables; returns [n_requests] int32 KV tokens of each request."""
-        self._packed = None  # a plan that fails leaves none behind
         self._qo_indptr = qo_indptr
         self._indptr, self._indices = as_int32(indptr, "kv indptr"), as_int32(indices, "kv indices")
         last = as_int32(last_page_len, "kv last_page_len")
@@ -136,7 +138,11 @@ class PagedWrapper:
         self._causal, self._window_left = causal, max(window_left, -1)
         row = np.repeat(np.arange(len(self._q_lens)), self._q_lens)
         nth = np.arange(len(row)) - self._qo_indptr[row]
-        self._mask = None if mask is None else self._mask_rows(mask, row, nth)
+        self._mask = None
+        if mask is not None:
+            cells = self._q_lens.astype(np.int64) * self._kv_lens
+            row_start = (np.cumsum(cells) - cells)[row] + nth * self._kv_lens[row].astype(np.int64)
+            self._mask = MaskRows(mask, torch.from_numpy(row_start))
         plan = self._make_plan(row, nth, causal and mask is None)
         request, start, tokens, offset = plan.spans.T
         span = np.repeat(np.arange(len(tokens)), tokens)
@@ -148,13 +154,6 @@ class PagedWrapper:
         # the item of an empty request at the end of the batch points at the entry after the last
         packed.bind(torch.from_numpy(np.append(slots, slots[:1])))
         self._packed = packed
-
-    def _mask_rows(self, mask: torch.Tensor, row: np.ndarray, nth: np.ndarray) -> MaskRows:
-        cells = self._q_lens.astype(np.int64) * self._kv_lens
-        if mask.numel() != cells.sum():
-            raise ValueError(f"custom_mask has {mask.numel()} entries, the sum of qo_len * kv_len is {cells.sum()}")
-        row_start = (np.cumsum(cells) - cells)[row] + nth * self._kv_lens[row].astype(np.int64)
-        return MaskRows(mask, torch.from_numpy(row_start))
 
     def _make_plan(self, row: np.ndarray, nth: np.ndarray, causal: bool) -> Plan:
         """``row`` and ``nth``: [n_queries] request of each query, and which of its queries."""
@@ -171,17 +170,17 @@ class PagedWrapper:
                 limit = np.clip(kv_lens - q_lens + 1, 0, kv_lens)
             visible = (first, last)
         tree = PrefixTree.from_slots(self._indptr, self._indices, self._page_size, limit)
+        unique = tree.unique_tokens(kv_lens)
+        if (limit < kv_lens).any():  # what only some queries see may be shared, too
+            unique = PrefixTree.from_slots(self._indptr, self._indices, self._page_size, kv_lens).unique_tokens(kv_lens)
         # to the cost model the queries of a request are more heads over the same KV
-        queries = max(1, -(-len(row) // max(np.count_nonzero(kv_lens), 1)))
+        queries = max(1, -(-len(row) // max(int(np.count_nonzero(kv_lens)), 1)))
         kept = prune(
             tree,
             replace(shape, qo_heads=shape.qo_heads * queries),
             replace(COST, large_rows=TILES.large_queries * shape.group_size),
         )
-        unique = tree.unique_tokens(kv_lens)
-        return make_plan(
-            kept, kv_lens, TILES, kv_tokens_unique=unique, qo_indptr=self._qo_indptr, visible=visible
-        )
+        return make_plan(kept, kv_lens, TILES, kv_tokens_unique=unique, qo_indptr=self._qo_indptr, visible=visible)
 
     def _attend(
         self,
@@ -221,25 +220,15 @@ class PagedWrapper:
             result = lse.copy_(result)
         return (out, result) if return_lse else out
 
-    def _forward(
-        self,
-        q: torch.Tensor,
-        paged_kv_cache: KVCache,
-        scales: tuple[Scale | None, Scale | None, Scale | None],
-        causal: bool,
-        window_left: int,
-        logits_soft_cap: float | None,
-        sm_scale: float | None,
-        return_lse: bool,
-    ) -> Result:
-        """FlashInfer's deprecated way to run: what it is told wins over what ``plan`` was told."""
+    def _replan(self, causal: bool, window_left: int, logits_soft_cap: float | None, sm_scale: float | None) -> None:
+        """What FlashInfer's deprecated ``forward`` is told wins over what ``plan`` was told."""
         self._planned()
         self._sm_scale, self._soft_cap = sm_scale, logits_soft_cap
         if (causal, max(window_left, -1)) != (self._causal, self._window_left):
             self._build(causal, window_left, self._mask.mask if self._mask else None)
-        return self._attend(q, paged_kv_cache, scales, None, None, return_lse)
 
     def _check_window(self, window_left: int | None) -> None:
+        self._planned()
         if window_left is not None and max(window_left, -1) != self._window_left:
             raise NotImplementedError(f"window_left={window_left} is not what was planned ({self._window_left})")
 
@@ -296,6 +285,11 @@ def check_equal(given: torch.Tensor | None, derived: Int32, name: str) -> None:
         raise ValueError(f"{name} contradicts the indptr and last_page_len: {given.tolist()} is not {derived.tolist()}")
 
 
+def check_at_most(bound: int | None, lens: Int32, name: str) -> None:
+    if bound is not None and bound < lens.max(initial=0):
+        raise ValueError(f"{name}={bound} is less than the longest request has: {lens.max()}")
+
+
 def as_int32(x: torch.Tensor, name: str) -> Int32:
     """A copy, so that the caller may overwrite its tensor."""
     if x.dim() != 1 or x.dtype != torch.int32:
@@ -314,3 +308,15 @@ def as_number(scale: Scale | None, name: str) -> float:
     if isinstance(scale, torch.Tensor) and scale.numel() != 1:
         raise NotImplementedError(f"{name} with {scale.numel()} elements is not supported: give one number")
     return 1.0 if scale is None else float(scale)
+
+
+def as_flags(mask: torch.Tensor | None, packed: torch.Tensor | None, n: int) -> torch.Tensor | None:
+    """A copy of FlashInfer's custom mask, [n] bool, from whichever of its two forms is given."""
+    if packed is not None:
+        check_tensor(packed, (-(-n // 8),), torch.uint8, "packed_custom_mask")
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=n, bitorder="little").astype(bool))
+    if mask is None:
+        return None
+    mask = mask.reshape(-1)
+    check_tensor(mask, (n,), torch.bool, "custom_mask")
+    return mask.clone()

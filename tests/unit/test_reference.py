@@ -86,6 +86,29 @@ def test_queries_that_see_nothing(case: Case, heads: tuple[int, int], seed: int)
     check(case, heads, 64, seed)
 
 
+@pytest.mark.parametrize(
+    ("rows", "windows"),
+    [
+        ([[]], None),
+        ([[1], []], None),
+        ([[1], [1], []], None),
+        ([[1, 2]], [(2, 2)]),
+        ([[1], [1]], [(0, 0), (0, 1)]),
+        ([[1], [1]], [(0, 0), (1, 1)]),
+        ([[1, 2], [1, 2], [1, 3]], [(0, 2), (0, 0), (0, 0)]),
+    ],
+)
+def test_rows_without_kv_and_empty_windows(rows: list[list[int]], windows: list[tuple[int, int]] | None) -> None:
+    tree = tree_of(rows)
+    check(Case(rows, tree, tree, TilePolicy(1, 1, 8), None, list(range(len(rows))), windows, 0), (1, 2), 64, 0)
+
+
+def test_rows_without_queries() -> None:
+    tree = tree_of([[1], [1, 2]])
+    no_queries = Case([[1], [1, 2]], tree, tree, TilePolicy(8, 1, 8), torch.zeros(3).int().numpy(), [], None, 0)
+    check(no_queries, (1, 2), 64, 0)
+
+
 @settings(max_examples=60)
 @given(cases(), HEADS, st.integers(0, 999), st.sampled_from([torch.float16, torch.bfloat16]))
 def test_half_precision(case: Case, heads: tuple[int, int], seed: int, dtype: torch.dtype) -> None:
