@@ -35,7 +35,7 @@ class KVTokens(NamedTuple):
     logical : int
         The lengths of all requests, summed: what a kernel reads that knows nothing of sharing.
     unique : int
-        The distinct tokens among them.
+        The same when equal beginnings of page tables count once: the least that has to be read.
     read : int
         What is read: ``unique`` if every shared span is worth reading apart; more where one is not, or where a request
         has more queries than fit a tile; less where a window hides tokens from every query.
@@ -57,7 +57,7 @@ class PagedWrapper:
         check_on_cpu(float_workspace_buffer, "float_workspace_buffer")
         self.device = float_workspace_buffer.device
         self._kv_layout = kv_layout
-        self._packed: PackedReference | None = None
+        self._plan: Plan | None = None
         self._causal, self._window_left = False, -1
 
     @property
@@ -67,7 +67,7 @@ class PagedWrapper:
     @property
     def kv_tokens(self) -> KVTokens:
         """What the planned batch holds and what is read of it (:class:`KVTokens`); FlashInfer has no such thing."""
-        plan = self._planned().plan
+        plan = self._planned()
         return KVTokens(plan.kv_tokens_logical, plan.kv_tokens_unique, plan.kv_tokens_read)
 
     def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
@@ -78,10 +78,10 @@ class PagedWrapper:
     def end_forward(self) -> None:
         """Does nothing, as in FlashInfer."""
 
-    def _planned(self) -> PackedReference:
-        if self._packed is None:
+    def _planned(self) -> Plan:
+        if self._plan is None:
             raise RuntimeError(f"{type(self).__name__}: call plan() first")
-        return self._packed
+        return self._plan
 
     def _set_layer(
         self,
@@ -94,16 +94,15 @@ class PagedWrapper:
         logits_soft_cap: float | None,
     ) -> None:
         """``dtypes`` are those of q, KV and the output; the last two default to the first."""
-        self._packed = None  # a plan that fails leaves none behind
         if min(qo_heads, kv_heads, head_dim, page_size) < 1 or qo_heads % kv_heads:
             raise ValueError(
                 "num_qo_heads must be a multiple of num_kv_heads and all sizes at least 1: "
                 f"num_qo_heads={qo_heads}, num_kv_heads={kv_heads}, head_dim={head_dim}, page_size={page_size}"
             )
-        q_dtype, kv_dtype, o_dtype = dtypes
-        self._q_dtype = as_dtype(q_dtype, "q_data_type")
-        self._kv_dtype = as_dtype(kv_dtype or q_dtype, "kv_data_type")
-        self._o_dtype = as_dtype(o_dtype or q_dtype, "o_data_type")
+        names = ("q_data_type", "kv_data_type", "o_data_type")
+        dtypes = [as_dtype(dtype or dtypes[0], name) for dtype, name in zip(dtypes, names, strict=True)]
+        self._plan = None  # if the new one fails, the old one must not run with half of it
+        self._q_dtype, self._kv_dtype, self._o_dtype = dtypes
         self._shape = AttentionShape(qo_heads, kv_heads, head_dim, self._kv_dtype.itemsize)
         self._page_size, self._sm_scale, self._soft_cap = page_size, sm_scale, logits_soft_cap
 
@@ -143,17 +142,19 @@ class PagedWrapper:
             cells = self._q_lens.astype(np.int64) * self._kv_lens
             row_start = (np.cumsum(cells) - cells)[row] + nth * self._kv_lens[row].astype(np.int64)
             self._mask = MaskRows(mask, torch.from_numpy(row_start))
-        plan = self._make_plan(row, nth, causal and mask is None)
+        self._plan = plan = self._make_plan(row, nth, causal and mask is None)
+        if not plan.kv_capacity:  # nobody has KV: there is no slot that even padding could read
+            self._packed, self._pages_needed = None, 0
+            return
         request, start, tokens, offset = plan.spans.T
         span = np.repeat(np.arange(len(tokens)), tokens)
         position = np.arange(plan.kv_capacity) - offset[span] + start[span]
         page = self._indices[self._indptr[request[span]] + position // self._page_size].astype(np.int64)
         slots = page * self._page_size + position % self._page_size
-        self._pages_needed = int(page.max(initial=-1)) + 1
-        packed = PackedReference(plan, token_bytes=self._shape.kv_heads * self._shape.head_dim * 4)
+        self._pages_needed = int(page.max()) + 1
+        self._packed = PackedReference(plan, token_bytes=self._shape.kv_heads * self._shape.head_dim * 4)
         # the item of an empty request at the end of the batch points at the entry after the last
-        packed.bind(torch.from_numpy(np.append(slots, slots[:1])))
-        self._packed = packed
+        self._packed.bind(torch.from_numpy(np.append(slots, slots[:1])))
 
     def _make_plan(self, row: np.ndarray, nth: np.ndarray, causal: bool) -> Plan:
         """``row`` and ``nth``: [n_queries] request of each query, and which of its queries."""
@@ -193,7 +194,8 @@ class PagedWrapper:
         lse_base: str = "log2",
         lse_layout: str = "NH",
     ) -> Result:
-        packed, shape = self._planned(), self._shape
+        self._planned()
+        shape = self._shape
         n_queries = int(self._qo_indptr[-1])
         check_tensor(q, (n_queries, shape.qo_heads, shape.head_dim), self._q_dtype, "q")
         k, v = self._pages(paged_kv_cache)
@@ -203,14 +205,14 @@ class PagedWrapper:
             size = (n_queries, shape.qo_heads)
             check_tensor(lse, size if lse_layout == "NH" else size[::-1], torch.float32, "lse")
         q_scale, k_scale, v_scale = (as_number(s, f"{name}_scale") for s, name in zip(scales, "qkv", strict=True))
-        if packed.plan.kv_capacity:
+        if self._packed is None:
+            out.zero_()
+            lse2 = torch.full((n_queries, shape.qo_heads), -math.inf)
+        else:
             sm_scale = 1 / math.sqrt(shape.head_dim) if self._sm_scale is None else self._sm_scale
             sm_scale *= q_scale * k_scale
             soft_cap = self._soft_cap or 0.0
-            _, lse2 = packed.run(q, k, v, sm_scale=sm_scale, logits_soft_cap=soft_cap, mask=self._mask, out=out)
-        else:  # nobody has KV: there is no slot that even padding could read
-            out.zero_()
-            lse2 = torch.full((n_queries, shape.qo_heads), -math.inf)
+            _, lse2 = self._packed.run(q, k, v, sm_scale=sm_scale, logits_soft_cap=soft_cap, mask=self._mask, out=out)
         if v_scale != 1:
             out *= v_scale
         result = lse2 * math.log(2) if lse_base == "ln" else lse2

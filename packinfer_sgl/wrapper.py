@@ -78,7 +78,11 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             paged_kv_last_page_len_buffer=paged_kv_last_page_len_buffer, jit_args=jit_args,
         )  # fmt: skip
         super().__init__(float_workspace_buffer, kv_layout, backend)
-        self.use_tensor_cores = use_tensor_cores
+        self._use_tensor_cores = use_tensor_cores
+
+    @property
+    def use_tensor_cores(self) -> bool:
+        return self._use_tensor_cores
 
     def plan(
         self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, num_qo_heads: int, num_kv_heads: int,

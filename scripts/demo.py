@@ -33,7 +33,7 @@ from packinfer_sgl.tiny_model import build_tokenizer, write_tiny_model
 HERE = Path(__file__).resolve().parent
 ON_GPU = torch.cuda.is_available()
 REQUESTS, PREFIX_TOKENS, SUFFIX_TOKENS = 16, 2048, 32
-SHORT_TOKENS, LONG_TOKENS, ROUNDS = 8, 72, 5
+ANSWER_TOKENS, STREAM_INTERVAL, ROUNDS = 73, 8, 3
 NEAR_TIE = 1e-4  # log-probabilities closer than this are a tie: summing in another order may swap them
 START_LIMIT_S = 600
 NEEDED_DISK_MIB = 300
@@ -97,16 +97,16 @@ class Server:
     def trouble(self, what: str) -> DemoError:
         return DemoError("\n".join([*self.tail(20), f"demo: the {self.name} server {what}; the end of its log is above"]))
 
-    def generate(self, prompts: list[list[int]], tokens: int, **more: Any) -> list[dict[str, Any]]:
-        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    def generate(self, prompts: list[list[int]], tokens: int, **more: Any) -> requests.Response:
+        """Greedy answers of exactly ``tokens`` tokens; ``more`` goes into the request."""
+        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, "stream_interval": STREAM_INTERVAL}
+        request = {"input_ids": prompts, "sampling_params": sampling, **more}
         try:
-            answer = requests.post(
-                f"{self.url}/generate", json={"input_ids": prompts, "sampling_params": sampling, **more}, timeout=600
-            )
+            answer = requests.post(f"{self.url}/generate", json=request, stream=True, timeout=600)
             answer.raise_for_status()
         except requests.RequestException as e:
             raise self.trouble(f"did not answer ({type(e).__name__})") from None
-        return answer.json()
+        return answer
 
     def stop(self) -> None:
         """Ask it to end, then end whatever is left of its process group."""
@@ -162,22 +162,17 @@ def frontend(server: Server) -> dict[str, Any]:
     return {**json.loads(path.read_text()), "printed": done.stdout}
 
 
-def decode_speed(servers: list[Server], prompts: list[list[int]]) -> dict[str, list[float]]:
-    """Decode tokens/s of each server, one number a round: extra tokens of a long answer over its extra time."""
-    speeds: dict[str, list[float]] = {server.name: [] for server in servers}
-    with console.status("measuring decode"):
-        for server in servers:
-            server.generate(prompts[:1], 1)  # the prefix is in the tree before the others ask for it
-            server.generate(prompts, SHORT_TOKENS)
-        for _ in range(ROUNDS):  # in turn, so that a change of the machine's speed meets both
-            for server in servers:
-                took = []
-                for tokens in (SHORT_TOKENS, LONG_TOKENS):
-                    began = time.perf_counter()
-                    server.generate(prompts, tokens)
-                    took.append(time.perf_counter() - began)
-                speeds[server.name].append(len(prompts) * (LONG_TOKENS - SHORT_TOKENS) / (took[1] - took[0]))
-    return speeds
+def decode_speed(server: Server, prompts: list[list[int]]) -> float:
+    """Decode tokens/s, from the moment all requests have some tokens, so that no prefill is in it."""
+    reached, last = {}, 0.0
+    for line in server.generate(prompts, ANSWER_TOKENS, stream=True).iter_lines():
+        if line.startswith(b"data: {"):
+            answer, last = json.loads(line[6:]), time.perf_counter()
+            if answer["meta_info"]["completion_tokens"] > STREAM_INTERVAL:
+                reached.setdefault(answer["index"], last)
+    if len(reached) < len(prompts):
+        raise server.trouble("broke off its answers")
+    return len(prompts) * (ANSWER_TOKENS - STREAM_INTERVAL - 1) / (last - max(reached.values()))
 
 
 def verdict(stock: dict[str, Any], packed: dict[str, Any]) -> str:
@@ -197,24 +192,38 @@ def select_verdict(stock: dict[str, Any], packed: dict[str, Any]) -> str:
     return "near-tie" if first - second <= NEAR_TIE else "different"
 
 
-def compare(stock: Server, packed: Server, prompts: list[list[int]]) -> tuple[Counter[str], dict[str, Any]]:
-    """Greedy answers of both servers, to the frontend program and to ``prompts``; and the most grouped state seen."""
-    programs = [frontend(stock)]
+def run_frontend(stock: Server, packed: Server) -> tuple[Counter[str], dict[str, Any]]:
+    """How the answers of the two servers compare, and the most grouped state of the packinfer server meanwhile."""
+    first = frontend(stock)
     with Snapshots(packed) as snapshots:
-        programs.append(frontend(packed))
+        second = frontend(packed)
     console.print(f"\n[bold]scripts/frontend_fork.py against {packed.name}[/bold]")
-    for line in programs[1]["printed"].splitlines():
-        console.print(Text(line[: max(console.width, 80)]), soft_wrap=True)
-    counts = Counter([select_verdict(programs[0]["select"], programs[1]["select"])])
-    counts.update(verdict(answer, programs[1]["answers"][q]) for q, answer in programs[0]["answers"].items())
-    with console.status("comparing outputs"):
-        answers = [
-            server.generate(prompts, LONG_TOKENS, return_logprob=True, top_logprobs_num=5) for server in (stock, packed)
-        ]
-    counts.update(verdict(a["meta_info"], b["meta_info"]) for a, b in zip(*answers, strict=True))
+    for line in second["printed"].splitlines():
+        console.print(Text(line), no_wrap=True, overflow="ellipsis")
+    counts = Counter(verdict(answer, second["answers"][question]) for question, answer in first["answers"].items())
+    counts[select_verdict(first["select"], second["select"])] += 1
     if snapshots.best is None:
-        raise DemoError("demo: the packinfer server never told its state; python -m packinfer_sgl.cli doctor looks for why")
+        raise packed.trouble("never told its state")
     return counts, snapshots.best
+
+
+def run_batch(stock: Server, packed: Server) -> tuple[Counter[str], dict[str, list[float]]]:
+    """One batch behind one prefix: how the answers compare, and decode tokens/s of each server in each round."""
+    rng, words = random.Random(0), build_tokenizer()[1]
+    prefix = rng.choices(words, k=PREFIX_TOKENS)
+    prompts = [prefix + rng.choices(words, k=SUFFIX_TOKENS) for _ in range(REQUESTS)]
+    servers, answers = (stock, packed), []
+    for server in servers:
+        with console.status(f"{server.name}: answering {REQUESTS} prompts"):
+            server.generate(prompts[:1], 1).json()  # the prefix is in the tree before the others ask for it
+            answers.append(server.generate(prompts, ANSWER_TOKENS, return_logprob=True, top_logprobs_num=5).json())
+    counts = Counter(verdict(a["meta_info"], b["meta_info"]) for a, b in zip(*answers, strict=True))
+    speeds: dict[str, list[float]] = {server.name: [] for server in servers}
+    for i in range(ROUNDS):
+        for server in servers:  # in turn, so that a change of the machine's speed meets both
+            with console.status(f"{server.name}: measuring decode, round {i + 1} of {ROUNDS}"):
+                speeds[server.name].append(decode_speed(server, prompts))
+    return counts, speeds
 
 
 def report(counts: Counter[str], best: dict, last: dict, speeds: dict[str, list[float]]) -> bool:
@@ -256,13 +265,9 @@ def demo(keep: bool, later: list[Callable[[], None]]) -> bool:
         server.wait()
     stock, packed = servers
 
-    rng = random.Random(0)
-    words = build_tokenizer()[1]
-    prefix = rng.choices(words, k=PREFIX_TOKENS)
-    prompts = [prefix + rng.choices(words, k=SUFFIX_TOKENS) for _ in range(REQUESTS)]
-    counts, best = compare(stock, packed, prompts)
-    speeds = decode_speed(servers, prompts)
-    passed = report(counts, best, server_states(packed.url)[0], speeds)
+    program_counts, best = run_frontend(stock, packed)
+    batch_counts, speeds = run_batch(stock, packed)
+    passed = report(program_counts + batch_counts, best, server_states(packed.url)[0], speeds)
     if keep:
         stock.stop()
         later.clear()

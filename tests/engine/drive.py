@@ -78,13 +78,13 @@ class Driver:
         async def one(i: int, prompt: list[int]) -> dict:
             more = {"return_logprob": True, "top_logprobs_num": 5} if self.logprobs else {}
             stream = await self.engine.async_generate(
-                input_ids=prompt, sampling_params=greedy(60), rid=f"abort-{i}", stream=True, **more
+                input_ids=prompt, sampling_params=greedy(60), rid=f"abort-{i:02d}", stream=True, **more
             )
             last, parts = None, 0
             async for last in stream:
                 parts += 1
                 if i % 2 and parts == 5 + i:
-                    self.engine.tokenizer_manager.abort_request(rid=f"abort-{i}")
+                    self.engine.tokenizer_manager.abort_request(rid=f"abort-{i:02d}")
             return last
 
         async def all_of_them() -> list[dict]:

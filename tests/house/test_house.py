@@ -18,12 +18,12 @@ FLOORS = {
     "__version__": 0, "config": 0, "reasons": 0,
     "prefix_tree": 1, "groups": 1, "plan": 1,
     "kernels": 2,
-    "wrapper": 3, "regroup": 3, "metrics": 3,
+    "paged": 3, "wrapper": 3, "regroup": 3, "metrics": 3,
     "backend": 4, "planner": 4, "radix": 4, "cpu_platform": 4, "__init__": 4,
     "plugin": 5, "cli": 5, "tiny_model": 5, "show": 5, "doctor": 5, "patches": 5,
 }  # fmt: skip
 # Within a floor only these may be imported; on the floors that touch SGLang everybody may import everybody.
-NEIGHBOURS = {"groups": {"prefix_tree"}, "plan": {"prefix_tree", "groups"}}
+NEIGHBOURS = {"groups": {"prefix_tree"}, "plan": {"prefix_tree", "groups"}, "wrapper": {"paged"}}
 OPEN_FLOORS = {4, 5}
 THIRD_PARTY = {
     0: set(),

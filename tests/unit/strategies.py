@@ -150,7 +150,7 @@ def cases(draw: st.DrawFn, kinds: Sequence[str] = DECODE + PREFILL, max_rows: in
     if kind not in ("decode", "full"):
         windows = []
         left = draw(st.integers(0, 6))
-        for row, n in zip(rows, q_lens):
+        for row, n in zip(rows, q_lens, strict=True):
             for i in range(n):
                 end = len(row) - n + i + 1
                 if kind == "any":

@@ -71,7 +71,9 @@ def test_mistakes(text: str, names: list[str]) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text() | st.sampled_from(list(DEFAULTS)), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text() | st.sampled_from(list(DEFAULTS)), inner, max_size=3)
+    ),
     max_leaves=4,
 )
 

@@ -63,7 +63,9 @@ def chosen(tree: PrefixTree, pruned: PrefixTree) -> tuple[int, ...]:
         parent = max(above, key=lambda j: pruned.depth[j], default=-1)
         assert pruned.parent[i] == parent and start == (pruned.end[parent] if above else 0)
     for place, row in enumerate(tree.row_order.tolist()):
-        assert pruned.tail_start[place] == max((end for holders, _, end in spans_of(pruned) if row in holders), default=0)
+        assert pruned.tail_start[place] == max(
+            (end for holders, _, end in spans_of(pruned) if row in holders), default=0
+        )
     assert all(array.dtype == np.int32 for array in vars(pruned).values())
     return kept
 
@@ -98,7 +100,9 @@ def cost_models(draw: st.DrawFn) -> CostModel:
 def shapes(draw: st.DrawFn) -> AttentionShape:
     kv_heads = draw(st.sampled_from([1, 2, 8]))
     group = draw(st.sampled_from([1, 4, 5, 7, 8]))
-    return AttentionShape(kv_heads * group, kv_heads, draw(st.sampled_from([64, 128])), draw(st.sampled_from([1, 2, 4])))
+    return AttentionShape(
+        kv_heads * group, kv_heads, draw(st.sampled_from([64, 128])), draw(st.sampled_from([1, 2, 4]))
+    )
 
 
 @st.composite

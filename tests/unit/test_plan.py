@@ -16,7 +16,7 @@ ROOM = "room"
 
 
 def tail_starts(case: Case) -> dict[int, int]:
-    return dict(zip(case.kept.row_order.tolist(), case.kept.tail_start.tolist()))
+    return dict(zip(case.kept.row_order.tolist(), case.kept.tail_start.tolist(), strict=True))
 
 
 def kv_list(case: Case, plan: Plan) -> list[tuple[int, int] | str | None]:
@@ -142,12 +142,14 @@ def some_see_nothing(draw: st.DrawFn) -> Case:
     case = draw(cases(("full", "causal", "any", "decode")))
     rows = [*case.rows, *([[]] * draw(st.integers(0, 2)))]
     if case.windows is None:  # decode or full: only rows without KV see nothing
-        q_lens = [1] * len(rows) if case.qo_indptr is None else [*np.diff(case.qo_indptr), *([2] * len(rows))][: len(rows)]
+        q_lens = (
+            [1] * len(rows) if case.qo_indptr is None else [*np.diff(case.qo_indptr), *([2] * len(rows))][: len(rows)]
+        )
         windows = None
     else:
         q_lens = [draw(st.integers(int(r == 0), 4)) for r in range(len(rows))]
         windows = []
-        for row, n in zip(rows, q_lens):
+        for row, n in zip(rows, q_lens, strict=True):
             for i in range(n):
                 end = max(len(row) - n + i + 1, 0)
                 windows.append(draw(st.sampled_from([(0, end), (0, 0), (len(row), len(row))])))

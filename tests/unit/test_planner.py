@@ -103,10 +103,10 @@ class Engine:
         packed = self.planner.step(rows if known else None, torch.tensor(list(self.rows)), kv_lens, new)
         q = torch.randn(len(held), KV_HEADS * GROUP, HEAD_DIM, generator=self.random)
         got = packed.run(q, self.k, self.v, sm_scale=0.25)
-        for a, b in zip(got, attention64(q, self.k, self.v, held, 0.25)):
+        for a, b in zip(got, attention64(q, self.k, self.v, held, 0.25), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
         after = (self.stats.kv_tokens_logical, self.stats.kv_tokens_unique, self.stats.kv_tokens_read)
-        self.logical, self.unique, self.read = (b - a for a, b in zip(before, after))
+        self.logical, self.unique, self.read = (b - a for a, b in zip(before, after, strict=True))
         assert self.logical == sum(map(len, held))
         assert self.unique == len({slot for slots in held for slot in slots})
         assert self.unique <= self.read <= self.logical
@@ -220,7 +220,7 @@ def test_rows_that_know_no_tree_are_grouped_by_equal_slots() -> None:
         packed = engine.planner.step(rows, torch.tensor(list(engine.rows)), lens, new)
         q = torch.ones(3, KV_HEADS * GROUP, HEAD_DIM)
         got = packed.run(q, engine.k, engine.v, sm_scale=0.25)
-        for a, b in zip(got, attention64(q, engine.k, engine.v, held, 0.25)):
+        for a, b in zip(got, attention64(q, engine.k, engine.v, held, 0.25), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
         assert engine.stats.plans == 1, step
     assert engine.stats.kv_tokens_read == engine.stats.kv_tokens_logical - 3 * 12
@@ -242,7 +242,9 @@ def test_modes(grouping: str, saved: int) -> None:
 def test_verify_finds_rows_that_do_not_share() -> None:
     wrong = PrefixTree.from_neighbours([0, 1, 2], [13, 0])  # 12 tokens are shared
     engine = three_rows(verify=True)
-    with pytest.raises(RuntimeError, match=r"^packinfer: requests grouped on tokens 0 to 13 hold different KV slots.*$"):
+    with pytest.raises(
+        RuntimeError, match=r"^packinfer: requests grouped on tokens 0 to 13 hold different KV slots.*$"
+    ):
         engine.step(tree=wrong)
 
 
@@ -255,7 +257,11 @@ def test_verify_passes_rows_that_share() -> None:
 
 @settings(max_examples=40)
 @given(
-    st.lists(st.sampled_from(["step", "step", "step", "join", "join", "leave", "gap", "unknown", "rekey"]), min_size=5, max_size=40),
+    st.lists(
+        st.sampled_from(["step", "step", "step", "join", "join", "leave", "gap", "unknown", "rekey"]),
+        min_size=5,
+        max_size=40,
+    ),
     st.sampled_from(["off", "single", "multi"]),
     st.sampled_from([EAGER, CPU]),
     st.randoms(use_true_random=False),
@@ -285,7 +291,10 @@ def test_any_history(events: list[str], grouping: str, cost: CostModel, random) 
         held = list(engine.rows.values())
         assert tree is not None
         if not holds and grouping == "multi" and cost is EAGER:
-            nodes = {(frozenset(tree.row_order[lo:hi].tolist()), int(end)) for lo, hi, end in zip(tree.row_lo, tree.row_hi, tree.end)}
+            nodes = {
+                (frozenset(tree.row_order[lo:hi].tolist()), int(end))
+                for lo, hi, end in zip(tree.row_lo, tree.row_hi, tree.end, strict=True)
+            }
             assert nodes == {(holders, end) for holders, _, end in shared_spans([slots[:-1] for slots in held])}
         if grouping == "off":
             assert engine.read == engine.logical

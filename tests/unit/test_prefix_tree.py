@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Rows, ragged, radix_rows, shared_spans, spans_of, tree_of
+from strategies import Rows, radix_rows, ragged, shared_spans, spans_of, tree_of
 
 from packinfer_sgl.prefix_tree import PrefixTree
 
@@ -37,7 +39,7 @@ def test_from_neighbours(shared: list[int], scale: int, random) -> None:
     leader = np.arange(len(order))
     rows: list[list[int]] = [[] for _ in order]
     levels = sorted({0, *shared})
-    for lo, hi in zip(levels, levels[1:]):
+    for lo, hi in pairwise(levels):
         for i, n in enumerate(shared):
             leader[i + 1] = leader[i] if n >= hi else i + 1
         for place, row in enumerate(order):
@@ -54,7 +56,7 @@ def radix_paths(draw: st.DrawFn, rows: Rows) -> tuple[list[tuple[int, ...]], lis
     nodes = {tuple(rows[min(holders)][:end]) for holders, _, end in shared_spans(rows)}
     for row in rows:
         nodes |= {tuple(row[:end]) for end in draw(st.lists(st.integers(1, len(row)), max_size=2))} if row else set()
-    ids = dict(zip(sorted(nodes), draw(st.permutations(range(len(nodes))))))
+    ids = dict(zip(sorted(nodes), draw(st.permutations(range(len(nodes)))), strict=True))
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
     paths, ends = [], []
     for row in rows:
@@ -73,20 +75,25 @@ def test_from_paths_and_from_slots_agree(data: st.DataObject) -> None:
     paths, ends = data.draw(radix_paths(rows))
     limits = [end[-1] if end else 0 for end in ends]
     by_paths, by_slots = PrefixTree.from_paths(paths, ends), tree_of(rows, limits)
-    assert_tree(by_paths, [row[:n] for row, n in zip(rows, limits)])
+    assert_tree(by_paths, [row[:n] for row, n in zip(rows, limits, strict=True)])
     assert set(spans_of(by_paths)) == set(spans_of(by_slots))
 
 
 # Page ids whose byte order, in the wrong endianness, is another order than their own; repeats and equal pages after
 # different ones do not occur in a radix tree, but a caller of the wrapper may hand them in.
-PAGE_TABLES = st.lists(st.lists(st.sampled_from([0, 1, 2, 255, 256, 65536, 2**31 - 1]), max_size=5), min_size=1, max_size=7)
+PAGE_TABLES = st.lists(
+    st.lists(st.sampled_from([0, 1, 2, 255, 256, 65536, 2**31 - 1]), max_size=5), min_size=1, max_size=7
+)
 
 
 @settings(max_examples=200)
 @given(st.one_of(radix_rows(), PAGE_TABLES), st.integers(1, 64), st.data())
 def test_from_slots(tables: list[list[int]], page_size: int, data: st.DataObject) -> None:
     limits = [data.draw(st.integers(0, len(table) * page_size)) for table in tables]
-    rows = [[page * page_size + p for page in table for p in range(page_size)][:n] for table, n in zip(tables, limits)]
+    rows = [
+        [page * page_size + p for page in table for p in range(page_size)][:n]
+        for table, n in zip(tables, limits, strict=True)
+    ]
     tree = PrefixTree.from_slots(*ragged(tables), page_size, np.array(limits, np.int32))
     assert_tree(tree, rows)
 
@@ -101,11 +108,14 @@ def test_unique_tokens(rows: Rows) -> None:
 def test_unique_tokens_of_rows_that_grew(rows: Rows, data: st.DataObject) -> None:
     tree = tree_of(rows)
     grown = [row + [-1 - r] * data.draw(st.integers(0, 3)) for r, row in enumerate(rows)]
-    own = sum(len(g) - len(row) for g, row in zip(grown, rows))
+    own = sum(len(g) - len(row) for g, row in zip(grown, rows, strict=True))
     expected = len({slot for row in rows for slot in row}) + own
     assert tree.unique_tokens(np.array([len(g) for g in grown], np.int32)) == expected
 
 
 def test_a_chain_of_equal_members_is_one_node() -> None:
     tree = PrefixTree.from_paths([(7, 3, 9), (7, 3, 9), (7, 3)], [(4, 5, 8), (4, 5, 8), (4, 5)])
-    assert [(sorted(holders), start, end) for holders, start, end in spans_of(tree)] == [([0, 1, 2], 0, 5), ([0, 1], 5, 8)]
+    assert [(sorted(holders), start, end) for holders, start, end in spans_of(tree)] == [
+        ([0, 1, 2], 0, 5),
+        ([0, 1], 5, 8),
+    ]

@@ -34,7 +34,7 @@ def poisoned_empty() -> Iterator[None]:
 
 
 def assert_close(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor], tol: float) -> None:
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tol, atol=tol)
 
 
@@ -136,7 +136,10 @@ def test_custom_mask(case: Case, heads: tuple[int, int], seed: int, share: float
     q, k, v = inputs(case, *heads, 64, seed)
     generator = torch.Generator().manual_seed(seed)
     masks = [torch.rand(len(case.rows[row]), generator=generator) < share for row in case.query_row]
-    seen = [[s for s, ok in zip(slots, mask.tolist()) if ok] for slots, mask in zip(seen_slots(case), masks)]
+    seen = [
+        [s for s, ok in zip(slots, mask.tolist(), strict=True) if ok]
+        for slots, mask in zip(seen_slots(case), masks, strict=False)
+    ]
     starts = torch.tensor(ragged([[0] * len(mask) for mask in masks])[0][:-1]).long()
     flat = torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
     with poisoned_empty():
@@ -148,7 +151,7 @@ def test_custom_mask(case: Case, heads: tuple[int, int], seed: int, share: float
 @given(cases(DECODE), HEADS, st.integers(0, 999))
 def test_rows_that_grow(case: Case, heads: tuple[int, int], seed: int) -> None:
     """One plan serves all lengths up to its room; only rows with a tail can grow."""
-    tails = dict(zip(case.kept.row_order.tolist(), case.kept.tail_start.tolist()))
+    tails = dict(zip(case.kept.row_order.tolist(), case.kept.tail_start.tolist(), strict=True))
     growing = [r for r, row in enumerate(case.rows) if len(row) > tails[r]]
     kv_heads, group = heads
     plan = case.plan()
@@ -211,7 +214,7 @@ def merge(o: torch.Tensor, lse2: torch.Tensor, sizes: list[int]) -> tuple[torch.
 
 def merge64(o: torch.Tensor, lse2: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     outs, lses = [], []
-    for oo, ll in zip(o.double().split(sizes), lse2.double().split(sizes)):
+    for oo, ll in zip(o.double().split(sizes), lse2.double().split(sizes), strict=True):
         lses.append(torch.logsumexp(ll * math.log(2), 0) / math.log(2))
         weight = torch.where(ll.isinf(), 0.0, torch.exp2(ll - torch.where(lses[-1].isinf(), 0.0, lses[-1])))
         outs.append((weight[..., None] * oo).sum(0))
@@ -224,7 +227,9 @@ def test_merge_in_any_order(states: tuple[torch.Tensor, torch.Tensor, list[int]]
     want = merge64(o, lse2, sizes)
     assert_close(merge(o, lse2, sizes), want, 2e-5)
     order = [
-        i for lo, hi in pairwise([0, *torch.tensor(sizes).cumsum(0).tolist()]) for i in random.sample(range(lo, hi), hi - lo)
+        i
+        for lo, hi in pairwise([0, *torch.tensor(sizes).cumsum(0).tolist()])
+        for i in random.sample(range(lo, hi), hi - lo)
     ]
     assert_close(merge(o[order], lse2[order], sizes), want, 2e-5)
 
@@ -245,7 +250,7 @@ def test_merge_of_merged_groups(states: tuple[torch.Tensor, torch.Tensor, list[i
 def test_empty_states_change_nothing(states: tuple[torch.Tensor, torch.Tensor, list[int]], data: st.DataObject) -> None:
     o, lse2, sizes = states
     more_o, more_lse2, more_sizes = [], [], []
-    for oo, ll, size in zip(o.split(sizes), lse2.split(sizes), sizes):
+    for oo, ll, size in zip(o.split(sizes), lse2.split(sizes), sizes, strict=True):
         at = data.draw(st.integers(0, size))
         more_o += [oo[:at], torch.zeros(1, *o.shape[1:]), oo[at:]]
         more_lse2 += [ll[:at], torch.full((1, o.shape[1]), -math.inf), ll[at:]]

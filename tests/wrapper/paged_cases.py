@@ -39,17 +39,16 @@ class Batch:
         return [divmod_page(self.tables[row], p, self.page_size) for p in range(self.kv_lens[row])]
 
     def sees(self, row: int) -> torch.Tensor:
-        """[qo_len, kv_len] bool, one comparison per query and token as in FlashInfer's kernels."""
+        """[qo_len, kv_len] bool, with the comparisons of FlashInfer's kernels."""
         q_len, kv_len = self.q_lens[row], self.kv_lens[row]
+        i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
         seen = torch.ones(q_len, kv_len, dtype=torch.bool)
-        for i in range(q_len):
-            for j in range(kv_len):
-                if self.mask is not None:
-                    seen[i, j] = self.mask[row][i, j]
-                elif self.causal and j + q_len > kv_len + i:
-                    seen[i, j] = False
-                if self.window_left >= 0 and j + q_len + self.window_left < kv_len + i:
-                    seen[i, j] = False
+        if self.mask is not None:
+            seen &= self.mask[row]
+        elif self.causal:
+            seen &= ~(j + q_len > kv_len + i)
+        if self.window_left >= 0:
+            seen &= j + q_len + self.window_left >= kv_len + i
         return seen
 
     def read_once(self) -> int:
@@ -91,7 +90,7 @@ def random_batch(rng: random.Random, *, decode: bool) -> Batch:
     most = max(1, 48 // page_size)
     tables: list[list[int]] = []
     last_page_len: list[int] = []
-    pages = iter(rng.sample(range(4096), 4096))
+    pages = iter(rng.sample(range(8 * most + 3), 8 * most))
     for _ in range(rng.randint(1, 8)):
         table: list[int] = []
         if tables and rng.random() < 0.75:

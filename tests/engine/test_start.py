@@ -1,0 +1,194 @@
+"""Starting a server: it runs as asked, or stops with one line that says why and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faults
+import psutil
+import pytest
+import requests
+from conftest import POOL, START_S, run_engine
+
+pytestmark = pytest.mark.contract
+
+SERVE = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--dtype", "float32"]
+
+
+def start(*flags: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*SERVE, *flags],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def refused(*flags: str, env: dict[str, str] | None = None) -> str:
+    """What a server that must not start says; asserts a non-zero exit and an empty process group."""
+    server = start(*flags, env=env)
+    try:
+        output, _ = server.communicate(timeout=START_S)
+        assert server.returncode != 0
+        deadline = time.monotonic() + 30
+        while left := processes_of(server.pid):
+            assert time.monotonic() < deadline, f"still running: {left}"
+            time.sleep(0.5)
+        return output
+    finally:
+        stop(server)
+
+
+def processes_of(group: int) -> list[str]:
+    alive = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(" ".join(process.cmdline()))
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return alive
+
+
+def stop(server: subprocess.Popen) -> None:
+    try:
+        os.killpg(server.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    server.wait(30)
+
+
+PACKINFER = ("--attention-backend", "packinfer", "--max-total-tokens", "4000")
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "line"),
+    [
+        (("--packinfer-grouping", "off"), {}, "packinfer: --packinfer-grouping needs --attention-backend packinfer"),
+        (
+            (*PACKINFER, "--packinfer-grouping", "some"),
+            {},
+            "packinfer: grouping is 'some'; allowed: off, single, multi",
+        ),
+        (PACKINFER, {"PACKINFER_CONFIG": "{"}, "packinfer: PACKINFER_CONFIG is not valid JSON"),
+        (PACKINFER, {"PACKINFER_CONFIG": '{"groping": "off"}'}, "packinfer: unknown setting 'groping'"),
+        ((*PACKINFER, "--packinfer-base-backend", "fa9"), {}, "packinfer: base backend 'fa9' is not registered"),
+    ],
+)
+def test_wrong_setting_stops_the_start(flags, env, line, model):
+    output = refused("--model-path", model, *flags, env=env)
+    assert line in output
+    if "fa9" not in line:  # checked before anything is started: nothing else is said about it
+        assert "Traceback" not in output
+
+
+SEAMS = ["ForwardBatch.init_new", "ModelRunner.forward", "Scheduler.get_internal_state", "ServerArgs.add_cli_args"]
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+def test_broken_seam_stops_packinfer(seam, model, tmp_path):
+    output = refused("--model-path", model, *PACKINFER, env=faults.install(tmp_path, f"break-hook={seam}"))
+    assert "packinfer: cannot hook sglang.srt." in output and seam in output
+    assert "tested are 0.5.17, 0.5.23" in output
+
+
+def test_broken_seam_is_invisible_for_others(model, tmp_path):
+    engine = {"model_path": model, "attention_backend": "torch_native", **POOL}
+    env = faults.install(tmp_path, *(f"break-hook={seam}" for seam in SEAMS[:2]))
+    result = run_engine({"engine": engine, "rounds": ["cold"]}, env)
+    assert len(result["said"]["0-cold"]) == 8
+    assert result["packinfer"]["active"] is False and result["packinfer"]["reason"]
+
+
+def test_model_without_packable_layer_is_refused(model, tmp_path):
+    """Multi-head latent attention: no layer can ever be packed."""
+    folder = tmp_path / "mla"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(model) / name, folder)
+    config = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": None,
+        "n_shared_experts": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "vocab_size": json.loads((Path(model) / "config.json").read_text())["vocab_size"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    output = refused("--model-path", str(folder), "--load-format", "dummy", *PACKINFER)
+    assert "packinfer: DeepseekV2ForCausalLM uses multi-head latent attention, which packinfer never packs" in output
+
+
+def test_server_says_what_it_does(model):
+    """One log line, /server_info and Prometheus agree, and a port in use is refused."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    url = f"http://127.0.0.1:{port}"
+    flags = ("--model-path", model, *PACKINFER, "--port", port)
+    server = start(*flags, "--enable-metrics", "--packinfer-verify")
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, server.stdout.read()[-3000:]
+            try:
+                if requests.get(f"{url}/health", timeout=5).status_code == 200:
+                    break
+            except requests.ConnectionError:
+                time.sleep(1)
+        prompt = [400 + i % 300 for i in range(200)]
+        body = {
+            "input_ids": [[*prompt, 310 + i] for i in range(4)],
+            "sampling_params": {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True},
+        }
+        for _ in range(2):
+            assert requests.post(f"{url}/generate", json=body, timeout=300).status_code == 200
+        state = requests.get(f"{url}/server_info", timeout=30).json()["internal_states"][0]["packinfer"]
+        assert state["active"] and state["reason"] is None and state["base_backend"] == "torch_native"
+        assert state["config"] == {"grouping": "multi", "verify": True}
+        assert state["packed_steps"] > 50 and state["fallback_steps"]["extend"] >= 2 and state["plan_us_p50"] > 0
+        assert state["rows_grouped"] == 4 and state["tree"][0]["rows"] == 4 and state["tree"][0]["end"] >= 200
+        assert state["kv_tokens_unique"] <= state["kv_tokens_read"] < state["kv_tokens_logical"] / 2
+        metrics = requests.get(f"{url}/metrics", timeout=30).text
+        values = {
+            line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+            for line in metrics.splitlines()
+            if line.startswith("packinfer:") and "reason=" not in line
+        }
+        for name in ("packed_steps", "kv_tokens_read", "kv_tokens_logical", "kv_tokens_unique"):
+            assert values[f"packinfer:{name}_total"] == state[name]
+        assert values["packinfer:rows_grouped"] == 4
+        assert "packinfer:fallback_steps_total" in metrics
+        assert refused(*flags)
+    finally:
+        stop(server)
+    lines = [line for line in server.stdout.read().splitlines() if "packinfer 0." in line]
+    assert len(lines) == 1 and "torch_native" in lines[0] and "hooks verified" in lines[0]
