@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper"]
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> object:
     """The wrappers are imported when first asked for: they need torch, the package does not."""
     if name in __all__:
         from packinfer_sgl import wrapper

@@ -22,7 +22,7 @@ def _setting(default: Any, help: str, *, unit: str, choices: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting with its unit, default and range. Flags are ``--packinfer-<field>``, JSON keys are the field names."""
+    """Every setting with its unit, default and range; the flag of ``a_b`` is ``--packinfer-a-b``, its JSON key ``a_b``."""
 
     base_backend: str = _setting(
         "auto",
@@ -52,7 +52,9 @@ class Config:
             if wanted is str and choices and value not in choices:
                 raise ConfigError(f"packinfer: {f.name} is {value!r}; allowed: {', '.join(choices)}")
         if not self.base_backend or self.base_backend == "packinfer":
-            raise ConfigError(f"packinfer: base_backend is {self.base_backend!r}; name a stock backend of SGLang, or auto")
+            raise ConfigError(
+                f"packinfer: base_backend is {self.base_backend!r}; name a stock backend of SGLang, or auto"
+            )
 
     @classmethod
     def from_json(cls, text: str) -> Config:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from importlib.metadata import PackageNotFoundError, version
+from warnings import catch_warnings, simplefilter
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from packinfer_sgl.config import ENV, Config, ConfigError, flag
 
@@ -17,50 +19,56 @@ PACKAGES = ("packinfer-sgl", "sglang", "torch", "triton", "flashinfer-python")
 
 def examine() -> int:
     """Prints what it finds; 0 = healthy, 1 = not, with one line for each reason."""
-    console = Console()
-    console.print(_versions())
-    troubles, warnings = [], []
+    console = Console(highlight=False)
+    troubles: list[str] = []
+    warnings: list[str] = []
+    console.print(_versions(), "")
     try:
-        import torch
-        from sglang.srt.platforms import current_platform
-        from sglang.srt.plugins import load_plugins
-
-        from packinfer_sgl.plugin import TESTED, check
+        _look_at_sglang(console, troubles, warnings)
     except ImportError as e:
         troubles.append(f"SGLang cannot be imported: {e}")
-    else:
-        load_plugins()
-        checks = check()
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-        console.print(f"\nplatform  {type(current_platform).__name__}\nGPU       {gpu}\n", highlight=False)
-        hooks = Table("hook", "state", show_edge=False)
-        for target, ok, detail in checks:
-            hooks.add_row(target, escape(detail) if ok else f"[red]{escape(detail)}[/red]")
-        console.print(hooks)
-        console.print()
-        troubles += [f"{target}: {detail}" for target, ok, detail in checks if not ok]
-        allowed = os.environ.get("SGLANG_PLUGINS")
-        if allowed and "packinfer" not in [name.strip() for name in allowed.split(",")]:
-            troubles.append(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading packinfer")
-        if version("sglang") not in TESTED:
-            warnings.append(f"SGLang {version('sglang')} is not tested; tested are {', '.join(TESTED)}")
     console.print(_settings())
-    console.print()
     try:
         Config.load()
     except ConfigError as e:
         troubles.append(str(e))
     for text in warnings:
-        console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
     for text in troubles:
-        console.print(f"[red]not healthy:[/red] {escape(text)}", highlight=False, soft_wrap=True)
+        console.print(f"[red]not healthy:[/] {escape(text)}", soft_wrap=True)
     if not troubles:
-        console.print("[green]healthy[/green]")
+        console.print("[green]healthy[/]")
     return 1 if troubles else 0
 
 
+def _look_at_sglang(console: Console, troubles: list[str], warnings: list[str]) -> None:
+    with catch_warnings():  # of SGLang's own optional parts
+        simplefilter("ignore")
+        import torch
+        from sglang.srt.platforms import current_platform
+        from sglang.srt.plugins import load_plugins
+
+        from packinfer_sgl import plugin
+
+        load_plugins()
+    console.print(f"platform  {type(current_platform).__name__}")
+    console.print(f"GPU       {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}\n")
+    checks = plugin.check()
+    hooks = Table.grid(padding=(0, 2))
+    for check in checks:
+        hooks.add_row("[green]hooked[/]" if check.ok else "[red]missing[/]", Text(check.target, overflow="fold"))
+    console.print(hooks, "")
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    if allowed and "packinfer" not in [name.strip() for name in allowed.split(",")]:
+        troubles.append(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading packinfer")
+    else:
+        troubles += [f"{check.target}: {check.detail}" for check in checks if not check.ok]
+    if version("sglang") not in plugin.TESTED:
+        warnings.append(f"SGLang {version('sglang')} is not tested; tested are {', '.join(plugin.TESTED)}")
+
+
 def _versions() -> Table:
-    table = Table("package", "version", show_edge=False)
+    table = Table.grid(padding=(0, 2))
     for package in PACKAGES:
         try:
             table.add_row(package, version(package))
@@ -70,8 +78,12 @@ def _versions() -> Table:
 
 
 def _settings() -> Table:
-    table = Table("flag of sglang serve", f"{ENV} key", "default", "allowed", "meaning", show_edge=False)
+    """SGLang 0.5.23 prints its own help before it loads plugins, so the flags are listed here."""
+    table = Table.grid(padding=(0, 2))
     for f in dataclasses.fields(Config):
         allowed = " | ".join(f.metadata["choices"]) or f.metadata["unit"]
-        table.add_row(flag(f.name), f.name, str(f.default).lower(), allowed, f.metadata["help"])
+        table.add_row(Text(flag(f.name), no_wrap=True), f"{allowed}; default {str(f.default).lower()}")
+        table.add_row("", Text(f.metadata["help"], style="dim"))
+    table.add_row(Text(ENV, no_wrap=True), f"the same for sglang.Engine, as JSON: {escape(Config().to_json())}")
+    table.add_row()
     return table

@@ -99,11 +99,13 @@ class PagedWrapper:
                 "num_qo_heads must be a multiple of num_kv_heads and all sizes at least 1: "
                 f"num_qo_heads={qo_heads}, num_kv_heads={kv_heads}, head_dim={head_dim}, page_size={page_size}"
             )
-        names = ("q_data_type", "kv_data_type", "o_data_type")
-        dtypes = [as_dtype(dtype or dtypes[0], name) for dtype, name in zip(dtypes, names, strict=True)]
+        q_dtype, kv_dtype, o_dtype = (
+            as_dtype(dtype or dtypes[0], name)
+            for dtype, name in zip(dtypes, ("q_data_type", "kv_data_type", "o_data_type"), strict=True)
+        )
         self._plan = None  # if the new one fails, the old one must not run with half of it
-        self._q_dtype, self._kv_dtype, self._o_dtype = dtypes
-        self._shape = AttentionShape(qo_heads, kv_heads, head_dim, self._kv_dtype.itemsize)
+        self._q_dtype, self._kv_dtype, self._o_dtype = q_dtype, kv_dtype, o_dtype
+        self._shape = AttentionShape(qo_heads, kv_heads, head_dim, kv_dtype.itemsize)
         self._page_size, self._sm_scale, self._soft_cap = page_size, sm_scale, logits_soft_cap
 
     def _set_batch(

@@ -112,7 +112,8 @@ def make_plan(
     order = tree.row_order
     kv_by_place = kv_lens[order]
     # segments: the nodes, then one tail for each place
-    has_tail = (kv_by_place > tree.tail_start) | (tree.tail_start == 0)
+    # a row keeps its empty tail where its queries may see none of its nodes: every query is in some item
+    has_tail = (kv_by_place > tree.tail_start) | (tree.tail_start == 0) | (visible is not None)
     (tail_place,) = has_tail.nonzero()
     lo = np.concatenate([tree.row_lo, tail_place]).astype(np.int64)
     hi = np.concatenate([tree.row_hi, tail_place + 1]).astype(np.int64)

@@ -78,9 +78,7 @@ class DecodePlanner:
         return self._packed
 
     def _still_holds(self, rows: Rows | None, lens: np.ndarray) -> bool:
-        return (
-            rows is not None and self._steps_left > 0 and rows == self._rows and np.array_equal(lens, self._lens + 1)
-        )
+        return rows is not None and self._steps_left > 0 and rows == self._rows and np.array_equal(lens, self._lens + 1)
 
     def _replan(self, rows: Rows | None, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
         started = time.perf_counter()

@@ -56,9 +56,7 @@ def register() -> None:
 def check() -> list[Check]:
     """Look at every seam; valid once SGLang has loaded its plugins."""
     return [
-        Check(hook.target, problem is None, problem or "hooked")
-        for hook in hooks()
-        for problem in [hook.problem()]
+        Check(hook.target, problem is None, problem or "hooked") for hook in hooks() for problem in [hook.problem()]
     ]
 
 
@@ -108,10 +106,17 @@ def create_backend(runner: Any) -> Any:
         "hooks": [c.target for c in checks],
         "config": {"grouping": config.grouping, "verify": config.verify},
     }
-    start_prometheus({"tp_rank": str(getattr(runner, "tp_rank", 0)), "dp_rank": str(getattr(runner, "dp_rank", 0) or 0)})
+    start_prometheus(
+        {"tp_rank": str(getattr(runner, "tp_rank", 0)), "dp_rank": str(getattr(runner, "dp_rank", 0) or 0)}
+    )
     logger.info(
         "packinfer %s: decode of shared prefixes over %s on %s (SGLang %s, %d hooks verified, grouping %s)",
-        __version__, base, type(current_platform).__name__, version("sglang"), len(checks), config.grouping,
+        __version__,
+        base,
+        type(current_platform).__name__,
+        version("sglang"),
+        len(checks),
+        config.grouping,
     )
     return backend
 

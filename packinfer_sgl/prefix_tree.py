@@ -103,7 +103,14 @@ class PrefixTree:
             tail_start[lo[i] : hi[i]] = end[i]
         column = nodes.T.copy()
         return cls(
-            np.asarray(row_order, np.int32), column[0], column[1], column[2], column[3], column[4], column[5], tail_start
+            np.asarray(row_order, np.int32),
+            column[0],
+            column[1],
+            column[2],
+            column[3],
+            column[4],
+            column[5],
+            tail_start,
         )
 
     @classmethod

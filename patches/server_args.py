@@ -30,9 +30,7 @@ def add_flags(result: None, parser: argparse.ArgumentParser) -> None:
 def check_flags(cls: type, args: argparse.Namespace) -> None:
     """Validate the settings and hand them to the processes that SGLang will start; exit on a mistake."""
     given = {
-        f.name: value
-        for f in dataclasses.fields(Config)
-        if (value := getattr(args, _dest(f.name), None)) is not None
+        f.name: value for f in dataclasses.fields(Config) if (value := getattr(args, _dest(f.name), None)) is not None
     }
     if not any(getattr(args, name, None) == "packinfer" for name in _BACKEND_FIELDS):
         if given:

@@ -118,7 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=300)
     rounds = parser.parse_args().rounds
-    table = Table("requests", "levels", "groups", "unchanged step", "read paths + tree", "prune", "plan", "change of batch")
+    table = Table(
+        "requests", "levels", "groups", "unchanged step", "read paths + tree", "prune", "plan", "change of batch"
+    )
     for n, branches, tokens in BATCHES:
         cache, name = radix_cache()
         batch = fill(cache, n, branches, tokens)

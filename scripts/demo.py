@@ -59,10 +59,9 @@ class Server:
         command += ["--dtype", "bfloat16", "--mem-fraction-static", "0.3"] if ON_GPU else ["--dtype", "float32"]
         command += ["--sleep-on-idle"]  # an idle scheduler would take a core from the other server
         command += ["--attention-backend", backend] if backend else []
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
 
     def wait(self) -> None:
         """Until the server is healthy; raises DemoError with the end of its log if it ends or takes too long."""
@@ -95,7 +94,9 @@ class Server:
         return [line for line in text.split("\n") if line.strip()][-lines:]
 
     def trouble(self, what: str) -> DemoError:
-        return DemoError("\n".join([*self.tail(20), f"demo: the {self.name} server {what}; the end of its log is above"]))
+        return DemoError(
+            "\n".join([*self.tail(20), f"demo: the {self.name} server {what}; the end of its log is above"])
+        )
 
     def generate(self, prompts: list[list[int]], tokens: int, **more: Any) -> requests.Response:
         """Greedy answers of exactly ``tokens`` tokens; ``more`` goes into the request."""
@@ -155,7 +156,16 @@ def frontend(server: Server) -> dict[str, Any]:
     """Runs the frontend program; what it printed is under ``printed``."""
     path = server.log.with_suffix(".json")
     with console.status(f"{server.name}: running frontend_fork.py"):
-        command = [sys.executable, "-W", "ignore", str(HERE / "frontend_fork.py"), "--url", server.url, "--json", str(path)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(HERE / "frontend_fork.py"),
+            "--url",
+            server.url,
+            "--json",
+            str(path),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise server.trouble(f"did not answer the frontend program ({done.stderr.strip().splitlines()[-1]})")
@@ -177,7 +187,9 @@ def decode_speed(server: Server, prompts: list[list[int]]) -> float:
 
 def verdict(stock: dict[str, Any], packed: dict[str, Any]) -> str:
     """``equal``, ``near-tie`` or ``different``: two greedy answers with their log-probabilities."""
-    pairs = zip(stock["output_token_logprobs"], packed["output_token_logprobs"], stock["output_top_logprobs"], strict=True)
+    pairs = zip(
+        stock["output_token_logprobs"], packed["output_token_logprobs"], stock["output_top_logprobs"], strict=True
+    )
     for (best, token, _), (_, other, _), top in pairs:
         if token != other:
             gaps = [best - logprob for logprob, candidate, _ in top if candidate == other]
@@ -228,14 +240,18 @@ def run_batch(stock: Server, packed: Server) -> tuple[Counter[str], dict[str, li
 
 def report(counts: Counter[str], best: dict, last: dict, speeds: dict[str, list[float]]) -> bool:
     console.print("\n[bold]groups while the frontend program ran[/bold]", group_tree(best), "", totals(last), "")
-    table = Table(f"decode of {REQUESTS} requests behind {PREFIX_TOKENS:,} shared tokens", "tokens/s", "lowest .. highest")
+    table = Table(
+        f"decode of {REQUESTS} requests behind {PREFIX_TOKENS:,} shared tokens", "tokens/s", "lowest .. highest"
+    )
     table.show_edge = False
     medians = []
     for name, values in speeds.items():
         medians.append(statistics.median(values))
         table.add_row(name, f"{medians[-1]:,.0f}", f"{min(values):,.0f} .. {max(values):,.0f}")
     console.print(table)
-    console.print(f"packinfer decodes at {ratio(medians[1], medians[0])} the speed of stock (median of {ROUNDS} rounds)\n")
+    console.print(
+        f"packinfer decodes at {ratio(medians[1], medians[0])} the speed of stock (median of {ROUNDS} rounds)\n"
+    )
 
     checks: list[tuple[bool, str]] = [
         (ON_GPU or not counts["different"], f"greedy outputs: {counts['equal']} equal, {counts['near-tie']} near-ties "
@@ -294,7 +310,7 @@ def main() -> int:
     try:
         passed = demo(args.keep, later)
     except (DemoError, CommandError, OSError) as e:
-        console.print(Text(str(e)), soft_wrap=True)
+        console.print(Text(f"demo: {e}" if isinstance(e, OSError) else str(e)), soft_wrap=True)
         passed = False
     except KeyboardInterrupt:
         console.print("demo: interrupted")

@@ -2,7 +2,8 @@
 
     python scripts/frontend_fork.py --url http://127.0.0.1:30000
 
-The server's radix tree then holds the notes once, for 16 requests at a time; a prefix-aware backend also reads them once.
+The server's radix tree then holds the notes once, for 16 requests at a time; a prefix-aware backend also reads them
+once.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class Driver:
                 input_ids=prompt, sampling_params=greedy(60), rid=f"abort-{i:02d}", stream=True, **more
             )
             last, parts = None, 0
-            async for last in stream:
-                parts += 1
+            async for part in stream:
+                last, parts = part, parts + 1
                 if i % 2 and parts == 5 + i:
                     self.engine.tokenizer_manager.abort_request(rid=f"abort-{i:02d}")
             return last

@@ -46,6 +46,7 @@ def poison_freed_slots(_: str) -> None:
 def drop_token(_: str) -> None:
     """The last token of the first group is not read."""
     import numpy as np
+
     import packinfer_sgl.planner as planner
     from packinfer_sgl.plan import Col
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from itertools import zip_longest
 
-import pytest
-
 import faults
+import pytest
 from conftest import POOL, SGLANG, run_engine
 
 pytestmark = pytest.mark.contract

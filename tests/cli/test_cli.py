@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from packinfer_sgl.cli import main
+from packinfer_sgl.metrics import Stats
+
+KEY = "secret"
+
+
+@pytest.fixture
+def serve():
+    """Starts a server that answers GET /server_info with one text and status; gives its URL."""
+    servers = []
+
+    def start(status: int, text: str, key: str | None = None) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                welcome = key is None or self.headers.get("Authorization") == f"Bearer {key}"
+                self.send_response(status if welcome and self.path == "/server_info" else 401)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *args):
+                pass
+
+        servers.append(HTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def info(**state) -> str:
+    return json.dumps({"internal_states": [{"packinfer": {**Stats().as_dict(), **state}}]})
+
+
+def test_inspect_once(serve, capsys):
+    node = {"parent": -1, "rows": 8, "start": 0, "end": 2048}
+    url = serve(200, info(active=True, rows=8, rows_grouped=8, groups=1, tree=[node]))
+    assert main(["inspect", url + "/", "--once"]) == 0
+    assert "8 requests · tokens 0..2,048 · 2,048 read once" in capsys.readouterr().out
+
+
+def test_inspect_shows_every_rank(serve, capsys):
+    rank = json.loads(info(active=True))["internal_states"][0]
+    assert main(["inspect", serve(200, json.dumps({"internal_states": [rank, rank]})), "--once"]) == 0
+    assert capsys.readouterr().out.count("last packed step") == 2
+
+
+def test_inspect_sends_the_key(serve, capsys):
+    url = serve(200, info(active=True), key=KEY)
+    assert main(["inspect", url, "--once", "--api-key", KEY]) == 0
+    assert main(["inspect", url, "--once"]) == 1
+    assert "--api-key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "says"),
+    [
+        (200, info(active=False, reason="no graph"), "not active at http://127.0.0.1:{port}: no graph"),
+        (200, '{"internal_states": [{}]}', "packinfer-sgl is not installed in the server"),
+        (200, "[]", "no SGLang server"),
+        (404, "not found", "no SGLang server: /server_info answers 404"),
+    ],
+)
+def test_inspect_explains_in_one_line(serve, capsys, status, text, says):
+    url = serve(status, text)
+    assert main(["inspect", url, "--once"]) == 1
+    out, err = capsys.readouterr()
+    assert says.format(port=url.rsplit(":", 1)[1]) in err
+    assert out == "" and err.count("\n") == 1
+
+
+def test_inspect_nobody_there(capsys):
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["inspect", url]) == 1
+    assert capsys.readouterr().err == f"packinfer-sgl inspect: no server answers at {url}\n"
+    assert main(["inspect", "localhost"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("interval", ["0", "-1", "nan", "often"])
+def test_inspect_interval(interval):
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "http://127.0.0.1:1", "--interval", interval])
+    assert stop.value.code == 2
+
+
+def test_tiny_model(tmp_path, capsys):
+    small = ["--layers", "1", "--heads", "4", "--kv-heads", "2", "--head-dim", "8"]
+    assert main(["tiny-model", str(tmp_path / "model"), *small]) == 0
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").touch()
+    for arguments in ([str(tmp_path / "mine"), *small], [str(tmp_path / "odd"), *small, "--heads", "3"]):
+        assert main(["tiny-model", *arguments]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("packinfer-sgl tiny-model: ") and err.count("\n") == 1
+
+
+@pytest.mark.contract
+def test_doctor(monkeypatch, capsys):
+    from sglang.srt.plugins import load_plugins
+
+    from packinfer_sgl import plugin
+
+    load_plugins()
+    assert main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert "--packinfer-grouping" in report and "PackInferCpuPlatform" in report
+    assert report.rstrip().endswith("healthy")
+
+    # a seam that this SGLang does not have
+    monkeypatch.setattr(plugin, "check", lambda: [plugin.Check("sglang.srt.nowhere", False, "not found")])
+    assert main(["doctor"]) == 1
+    assert "not healthy: sglang.srt.nowhere: not found" in capsys.readouterr().out
+    monkeypatch.undo()
+
+    monkeypatch.setattr(plugin, "TESTED", ("0.0.1",))
+    assert main(["doctor"]) == 0
+    assert "warning: SGLang" in capsys.readouterr().out
+
+    monkeypatch.setenv("PACKINFER_CONFIG", '{"grouping": "some"}')
+    assert main(["doctor"]) == 1
+    assert "not healthy: packinfer: grouping is 'some'" in capsys.readouterr().out
