@@ -50,6 +50,8 @@ class ItemClass:
 
 def _slabs(items: np.ndarray, length: np.ndarray, token_bytes: int) -> Iterator[np.ndarray]:
     """Index arrays of items that differ little in length and query count, each at most ``SLAB_BYTES`` of keys."""
+    if not len(items):
+        return
     # padding wastes at most half of a class in each direction
     octave = np.ceil(np.log2(length)).astype(np.int64) * 64 + np.ceil(np.log2(items[:, Col.Q_CNT])).astype(np.int64)
     order = np.lexsort((length, octave))
@@ -61,7 +63,7 @@ def _slabs(items: np.ndarray, length: np.ndarray, token_bytes: int) -> Iterator[
 def _item_class(plan: Plan, items: np.ndarray, a_len: np.ndarray) -> ItemClass:
     b_len, q_count = items[:, Col.B_LEN], items[:, Col.Q_CNT]
     total = a_len + b_len
-    q_at, kv_at = np.arange(q_count.max()), np.arange(max(int(total.max()), 1))
+    q_at, kv_at = np.arange(q_count.max()), np.arange(total.max())
     live = q_at < q_count[:, None]
     slot = items[:, Col.Q_OFF, None] + np.where(live, q_at, 0)
     in_a = kv_at < a_len[:, None]
@@ -106,6 +108,12 @@ class MaskRows:
     row_start: torch.Tensor
 
 
+def _query_slots(items: np.ndarray) -> np.ndarray:
+    """[m] int64: the query slots of ``items``, one after the other."""
+    ranges = [np.arange(off, off + count) for off, count in items[:, [Col.Q_OFF, Col.Q_CNT]].tolist()]
+    return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+
+
 class PackedReference:
     """A plan made ready for torch: ``bind`` it to KV slots once per step, ``run`` it for each layer."""
 
@@ -121,8 +129,15 @@ class PackedReference:
         items = plan.items.astype(np.int64)
         is_open = items[:, Col.OPEN_ROW] >= 0
         a_len = items[:, Col.A_LEN] + np.where(is_open, room_tokens, 0)
-        length = np.maximum(a_len + items[:, Col.B_LEN], 1)
-        self.classes = [_item_class(plan, items[part], a_len[part]) for part in _slabs(items, length, token_bytes)]
+        length = a_len + items[:, Col.B_LEN]
+        (seen,) = (length > 0).nonzero()
+        parts = _slabs(items[seen], length[seen], token_bytes)
+        self.classes = [_item_class(plan, items[seen[part]], a_len[seen[part]]) for part in parts]
+        # items without KV tokens write the empty state
+        empty = _query_slots(items[length == 0])
+        first_partial = plan.partial_rows[empty]
+        self._empty_out = torch.from_numpy(plan.query_rows[empty[first_partial < 0]]).long()
+        self._empty_part = torch.from_numpy(first_partial[first_partial >= 0]).long()
         indptr = torch.from_numpy(plan.merge_indptr).long()
         (self._merged,) = (indptr[1:] > indptr[:-1]).nonzero(as_tuple=True)
         self._merge_first, self._merge_last = indptr[self._merged], indptr[self._merged + 1]
@@ -136,7 +151,7 @@ class PackedReference:
             kv_lens: [n_rows] current length of each row, if the plan has open items.
         """
         for c in self.classes:
-            c.slots = kv_slots[c.entry] if len(kv_slots) else torch.zeros_like(c.entry)
+            c.slots = kv_slots[c.entry]
             c.hidden_now = c.hidden
             if c.open_row is not None:
                 assert kv_lens is not None, "a plan with open items needs the current lengths"
@@ -174,6 +189,10 @@ class PackedReference:
         lse2 = torch.empty(n_queries, qo_heads, dtype=torch.float32)
         part_o = torch.empty(n_partials, qo_heads, head_dim, dtype=torch.float32)
         part_lse2 = torch.empty(n_partials, qo_heads, dtype=torch.float32)
+        out[self._empty_out] = 0
+        lse2[self._empty_out] = -math.inf
+        part_o[self._empty_part] = 0
+        part_lse2[self._empty_part] = -math.inf
         for c in self.classes:
             assert c.slots is not None, "bind the plan to KV slots first"
             hidden = c.hidden_now

@@ -22,7 +22,7 @@ def _setting(default: Any, help: str, *, unit: str, choices: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting with its unit, default and range; the flag of ``a_b`` is ``--packinfer-a-b``, its JSON key ``a_b``."""
+    """Every setting with its unit, default and range; the flag of ``a_b`` is ``--packinfer-a-b``, its key ``a_b``."""
 
     base_backend: str = _setting(
         "auto",

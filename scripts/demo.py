@@ -240,18 +240,13 @@ def run_batch(stock: Server, packed: Server) -> tuple[Counter[str], dict[str, li
 
 def report(counts: Counter[str], best: dict, last: dict, speeds: dict[str, list[float]]) -> bool:
     console.print("\n[bold]groups while the frontend program ran[/bold]", group_tree(best), "", totals(last), "")
-    table = Table(
-        f"decode of {REQUESTS} requests behind {PREFIX_TOKENS:,} shared tokens", "tokens/s", "lowest .. highest"
-    )
-    table.show_edge = False
-    medians = []
-    for name, values in speeds.items():
-        medians.append(statistics.median(values))
-        table.add_row(name, f"{medians[-1]:,.0f}", f"{min(values):,.0f} .. {max(values):,.0f}")
-    console.print(table)
-    console.print(
-        f"packinfer decodes at {ratio(medians[1], medians[0])} the speed of stock (median of {ROUNDS} rounds)\n"
-    )
+    console.print(f"[bold]decode of {REQUESTS} requests behind {PREFIX_TOKENS:,} shared tokens[/bold]")
+    table = Table("", "tokens/s", f"in {ROUNDS} rounds", show_edge=False)
+    medians = [statistics.median(values) for values in speeds.values()]
+    for (name, values), median in zip(speeds.items(), medians, strict=True):
+        table.add_row(name, f"{median:,.0f}", f"{min(values):,.0f} .. {max(values):,.0f}")
+    table.add_row("ratio", ratio(medians[1], medians[0]))
+    console.print(table, "")
 
     checks: list[tuple[bool, str]] = [
         (ON_GPU or not counts["different"], f"greedy outputs: {counts['equal']} equal, {counts['near-tie']} near-ties "

@@ -1,4 +1,4 @@
-"""A program in SGLang's frontend language that shares prefixes: one long prompt, eight questions, two asked further.
+"""A program in SGLang's frontend language that shares prefixes: one long prompt, eight questions, two pursued further.
 
     python scripts/frontend_fork.py --url http://127.0.0.1:30000
 
@@ -28,12 +28,13 @@ QUESTIONS = (
     " is the bridge strong?",
 )
 FOLLOW_UPS = (" say it in short:", " say why:", " say who told you:", " say it again:")
+PURSUED = 2  # so many questions come with notes of their own and are asked further
 CHOICES = (" the farm", " the island", " the mountain")
 
 
-def notes(lines: int = 74) -> str:
-    """About 2,000 tokens, the same each time."""
-    rng = random.Random(0)
+def notes(lines: int, seed: int) -> str:
+    """About 27 tokens a line, the same each time."""
+    rng = random.Random(seed)
     things = "farm bridge ship garden school river town island horse king door road field boat mill".split()
     places = "by the river, on the hill, under the stone, in the valley, near the sea, behind the wall".split(", ")
     states = "old, very quiet, full of gold, closed in winter, far from home, warm and dry, never seen".split(", ")
@@ -49,12 +50,14 @@ def answer(name: str, tokens: int) -> sgl.SglGen:
 
 
 @sgl.function
-def ask_all(s: Any, text: str, tokens: int) -> dict[str, Any]:
-    s += text
+def ask_all(s: Any, tokens: int) -> dict[str, Any]:
+    s += notes(74, seed=0)
     branches = s.fork(len(QUESTIONS))
-    for branch, question in zip(branches, QUESTIONS):
+    for i, (branch, question) in enumerate(zip(branches, QUESTIONS)):
+        if i < PURSUED:
+            branch += notes(8, seed=1 + i)
         branch += "question:" + question + " answer:"
-    deeper = [branch.fork(len(FOLLOW_UPS)) for branch in branches[:2]]
+    deeper = [branch.fork(len(FOLLOW_UPS)) for branch in branches[:PURSUED]]
     for branch in branches:
         branch += answer("answer", tokens)
     for twigs in deeper:
@@ -84,7 +87,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         backend = sgl.RuntimeEndpoint(args.url, api_key=args.api_key)
-        result = ask_all.run(notes(), args.tokens, backend=backend).ret_value
+        result = ask_all.run(args.tokens, backend=backend).ret_value
     except (OSError, RuntimeError) as e:
         print(f"frontend_fork.py: {args.url}: {e}", file=sys.stderr)
         return 1
