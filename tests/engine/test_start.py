@@ -18,8 +18,6 @@ import pytest
 import requests
 from conftest import POOL, START_S, run_engine
 
-pytestmark = pytest.mark.contract
-
 SERVE = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--dtype", "float32"]
 
 
@@ -157,6 +155,7 @@ def test_model_without_packable_layer_is_refused(model, tmp_path):
     assert "packinfer: DeepseekV2ForCausalLM uses multi-head latent attention, which packinfer never packs" in output
 
 
+@pytest.mark.contract
 def test_server_says_what_it_does(model):
     """One log line, /server_info and Prometheus agree, and a port in use is refused."""
     with socket.socket() as free:
