@@ -129,6 +129,7 @@ def test_model_without_packable_layer_is_refused(model, tmp_path):
         "qk_rope_head_dim": 16,
         "v_head_dim": 16,
         "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
         "n_routed_experts": 4,
         "n_shared_experts": 1,
         "num_experts_per_tok": 2,
