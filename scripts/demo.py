@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packinfer_sgl.cli import CommandError, server_states
-from packinfer_sgl.show import group_tree, ratio, totals
+from packinfer_sgl.show import group_tree, totals
 from packinfer_sgl.tiny_model import build_tokenizer, write_tiny_model
 
 HERE = Path(__file__).resolve().parent
@@ -242,10 +242,12 @@ def report(counts: Counter[str], best: dict, last: dict, speeds: dict[str, list[
     console.print("\n[bold]groups while the frontend program ran[/bold]", group_tree(best), "", totals(last), "")
     console.print(f"[bold]decode of {REQUESTS} requests behind {PREFIX_TOKENS:,} shared tokens[/bold]")
     table = Table("", "tokens/s", f"in {ROUNDS} rounds", show_edge=False)
-    medians = [statistics.median(values) for values in speeds.values()]
-    for (name, values), median in zip(speeds.items(), medians, strict=True):
-        table.add_row(name, f"{median:,.0f}", f"{min(values):,.0f} .. {max(values):,.0f}")
-    table.add_row("ratio", ratio(medians[1], medians[0]))
+    speeds["packinfer / stock"] = [packed / stock for stock, packed in zip(*speeds.values(), strict=True)]
+    for name, values in speeds.items():
+        median, low, high = (
+            f"{v:,.0f}" if v >= 10 else f"{v:.2f}" for v in (statistics.median(values), min(values), max(values))
+        )
+        table.add_row(name, median, f"{low} .. {high}")
     console.print(table, "")
 
     checks: list[tuple[bool, str]] = [

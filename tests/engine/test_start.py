@@ -172,7 +172,7 @@ def test_server_says_what_it_does(model):
             try:
                 if requests.get(f"{url}/health", timeout=5).status_code == 200:
                     break
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 time.sleep(1)
         prompt = [400 + i % 300 for i in range(200)]
         body = {
