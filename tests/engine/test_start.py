@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,27 +23,34 @@ SERVE = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "-
 
 
 def start(*flags: str, env: dict[str, str] | None = None) -> subprocess.Popen:
-    return subprocess.Popen(
+    log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop the server once it is full
+    server = subprocess.Popen(
         [*SERVE, *flags],
         env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
+        stdout=log,
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
     )
+    server.log = log
+    return server
+
+
+def said(server: subprocess.Popen) -> str:
+    server.log.seek(0)
+    return server.log.read()
 
 
 def refused(*flags: str, env: dict[str, str] | None = None) -> str:
     """What a server that must not start says; asserts a non-zero exit and an empty process group."""
     server = start(*flags, env=env)
     try:
-        output, _ = server.communicate(timeout=START_S)
+        server.wait(START_S)
         assert server.returncode != 0
         deadline = time.monotonic() + 30
         while left := processes_of(server.pid):
             assert time.monotonic() < deadline, f"still running: {left}"
             time.sleep(0.5)
-        return output
+        return said(server)
     finally:
         stop(server)
 
@@ -168,7 +176,7 @@ def test_server_says_what_it_does(model):
     try:
         deadline = time.monotonic() + START_S
         while True:
-            assert server.poll() is None and time.monotonic() < deadline, server.stdout.read()[-3000:]
+            assert server.poll() is None and time.monotonic() < deadline, said(server)[-3000:]
             try:
                 if requests.get(f"{url}/health", timeout=5).status_code == 200:
                     break
@@ -200,5 +208,5 @@ def test_server_says_what_it_does(model):
         assert refused(*flags)
     finally:
         stop(server)
-    lines = [line for line in server.stdout.read().splitlines() if "packinfer 0." in line]
+    lines = [line for line in said(server).splitlines() if "packinfer 0." in line]
     assert len(lines) == 1 and "torch_native" in lines[0] and "hooks verified" in lines[0]

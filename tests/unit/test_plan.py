@@ -59,14 +59,20 @@ def check_items(case: Case, plan: Plan) -> None:
 
 
 def check_coverage(case: Case, plan: Plan) -> None:
-    entries = kv_list(case, plan)
+    entries, starts = kv_list(case, plan), tail_starts(case)
     seen: dict[int, Counter] = defaultdict(Counter)
     for item in plan.items.tolist():
         run_a = entries[item[Col.A_OFF] : item[Col.A_OFF] + item[Col.A_LEN]]
         run_b = entries[item[Col.B_OFF] : item[Col.B_OFF] + item[Col.B_LEN]]
         positions = [entry[0] for entry in [*run_a, *run_b]]
         assert positions == list(range(item[Col.A_POS], item[Col.A_POS] + len(positions)))
-        for slot in range(item[Col.Q_OFF], item[Col.Q_OFF] + item[Col.Q_CNT]):
+        slots = range(item[Col.Q_OFF], item[Col.Q_OFF] + item[Col.Q_CNT])
+        wanted = [case.seen(int(plan.query_rows[slot])) for slot in slots]
+        if positions:  # what nobody in the tile sees is cut off at both ends
+            assert min(r.start for r in wanted) <= positions[0] and positions[-1] < max(r.stop for r in wanted)
+        else:  # an empty item is a tail's: a node of which a tile sees nothing has none for it
+            assert item[Col.A_POS] >= starts[case.query_row[plan.query_rows[slots[0]]]]
+        for slot in slots:
             lo, hi = int(plan.win_lo[slot]), int(plan.win_hi[slot])
             assert lo >= 0 and (not run_b or hi <= len(run_b))
             seen[int(plan.query_rows[slot])].update([*run_a, *(run_b[lo:hi])])
@@ -111,12 +117,17 @@ def test_tokens_counted(case: Case) -> None:
     assert plan.kv_tokens_unique == case.tree.unique_tokens(case.kv_lens)
     if case.tree.tail_start.tolist() == tree_of(case.rows).tail_start.tolist():
         assert plan.kv_tokens_unique == len({slot for row in case.rows for slot in row})
-    read = sum(len(case.rows[row]) - start for row, start in tail_starts(case).items())
-    for i in range(case.kept.n_nodes):
-        queries = int(case.kept.row_hi[i] - case.kept.row_lo[i])
-        tiles = 1 if queries <= case.policy.small_queries else -(-queries // case.policy.large_queries)
-        read += tiles * int(case.kept.end[i] - case.kept.start[i])
+    read = 0
+    small = {}  # by entry of the KV slot list
+    for segment, (_, _, tokens, offset) in enumerate(plan.spans.tolist()):
+        tail = segment >= case.kept.n_nodes
+        queries = 1 if tail else int(case.kept.row_hi[segment] - case.kept.row_lo[segment])
+        fits = queries <= case.policy.small_queries
+        read += tokens * (1 if fits else -(-queries // case.policy.large_queries))
+        small |= dict.fromkeys(range(offset, offset + tokens), fits)
     assert plan.kv_tokens_read == read
+    for item in plan.items:
+        assert bool(item[Col.SMALL]) == small[int(item[Col.A_OFF])]
 
 
 @given(cases())
