@@ -164,7 +164,6 @@ def test_model_without_packable_layer_is_refused(model, tmp_path):
     assert "packinfer: DeepseekV2ForCausalLM uses multi-head latent attention, which packinfer never packs" in output
 
 
-@pytest.mark.contract
 def test_server_says_what_it_does(model):
     """One log line, /server_info and Prometheus agree, and a port in use is refused."""
     with socket.socket() as free:

@@ -255,7 +255,7 @@ def test_verify_passes_rows_that_share() -> None:
     assert engine.stats.plans == 2
 
 
-@settings(max_examples=40)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.sampled_from(["step", "step", "step", "join", "join", "leave", "gap", "unknown", "rekey"]),

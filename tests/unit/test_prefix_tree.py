@@ -86,7 +86,7 @@ PAGE_TABLES = st.lists(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=400)
 @given(st.one_of(radix_rows(), PAGE_TABLES), st.integers(1, 64), st.data())
 def test_from_slots(tables: list[list[int]], page_size: int, data: st.DataObject) -> None:
     limits = [data.draw(st.integers(0, len(table) * page_size)) for table in tables]

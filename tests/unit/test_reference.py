@@ -19,7 +19,7 @@ from packinfer_sgl.kernels import reference
 from packinfer_sgl.kernels.reference import MaskRows, PackedReference, merge_states
 from packinfer_sgl.plan import Col, Plan, TilePolicy
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # half precision: FlashInfer's own tests
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # those of FlashInfer's own tests
 HEADS = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4, 5, 6, 7, 8]))  # KV heads, query heads of each
 
 
@@ -69,7 +69,7 @@ def check(case: Case, heads: tuple[int, int], head_dim: int, seed: int, cap: flo
     assert_close((out, lse2), want, 1e-5)
 
 
-@settings(max_examples=200)
+@settings(max_examples=400)
 @given(cases(), HEADS, st.integers(0, 999), st.sampled_from([0.0, 0.0, 1.5, 30.0]))
 def test_attention(case: Case, heads: tuple[int, int], seed: int, cap: float) -> None:
     check(case, heads, 64, seed, cap)
@@ -116,10 +116,8 @@ def test_half_precision(case: Case, heads: tuple[int, int], seed: int, dtype: to
     out, lse2 = packed(case, case.plan()).run(q, k, v, sm_scale=0.125)
     assert (out.dtype, lse2.dtype) == (dtype, torch.float32)
     want = attention64(q, k, v, seen_slots(case), 0.125)
-    assert_close((out, lse2), want, TOLERANCE[dtype])
-    # all that is rounded is the output
-    assert_close((out, lse2), (want[0].to(dtype).double(), want[1]), 1e-5 + torch.finfo(dtype).eps)
-    torch.testing.assert_close(lse2.double(), want[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), want[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse2.double(), want[1], rtol=1e-5, atol=1e-5)  # float32 all the way
 
 
 @settings(max_examples=60)
