@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# One tile holds all queries of a node; pieces keep a batched product in the cache (measured on two cores).
-CPU_TILES = TilePolicy(large_queries=1 << 20, small_queries=1, chunk_tokens=1024)
+# One tile holds all queries of a node; pieces bound the memory of a batched product.
+CPU_TILES = TilePolicy(large_queries=1 << 20, small_queries=1, chunk_tokens=4096)
 
 
 class UnsupportedModel(RuntimeError):

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import add
 
-import numpy as np
-import numpy.typing as npt
-
-from packinfer_sgl.prefix_tree import Int32, PrefixTree
-
-Float64 = npt.NDArray[np.float64]
+from packinfer_sgl.prefix_tree import PrefixTree
 
 
 @dataclass(frozen=True)
@@ -53,19 +49,19 @@ class CostModel:
     large_rows: int
     small_rows: int
 
-    def item_cost_us(self, shape: AttentionShape, rows: Float64) -> tuple[Float64, Float64]:
-        """Time of reading a span once for ``rows`` queries ([n] float64): [n] us per KV token, and [n] us besides."""
+    def read_us(self, shape: AttentionShape, rows: int) -> tuple[float, float]:
+        """Time of reading a span once for ``rows`` queries: us per KV token, and us besides."""
         query_rows = rows * shape.group_size
-        tile = np.where(query_rows <= self.small_rows, self.small_rows, self.large_rows)
-        tiles = np.ceil(query_rows / tile)
+        tile = self.small_rows if query_rows <= self.small_rows else self.large_rows
+        tiles = -(-query_rows // tile)
         kv_bytes = 2 * shape.kv_heads * shape.head_dim * shape.kv_bytes
         moved = kv_bytes / self.bytes_per_us + (tiles - 1) * (kv_bytes / self.reread_bytes_per_us)
         multiplied = tiles * tile * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
-        return np.maximum(moved, multiplied), tiles * self.item_us
+        return max(moved, multiplied), tiles * self.item_us
 
     def tail_us_per_token(self, shape: AttentionShape) -> float:
         """Time of one more KV token of a row that reads alone, in us."""
-        return float(self.item_cost_us(shape, np.ones(1))[0][0])
+        return self.read_us(shape, 1)[0]
 
     def partial_us(self, shape: AttentionShape) -> float:
         """Time of writing and reading back one partial result of one query (float32 output and ``lse2``), in us."""
@@ -86,94 +82,101 @@ def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = 
     """The tree of the spans that are worth a work item of their own; the cheapest choice under ``cost``.
 
     A node that is not kept is read by each of its children and by each row that hangs on it: their spans begin
-    earlier. The choice is exact: a dynamic programme over (node, ancestor at which the node's span would begin),
-    deepest level first.
+    earlier. The choice is exact: a dynamic programme over (node, position at which its span would begin).
 
     Args:
         tree: who shares what.
         mode: ``multi`` keeps any set of nodes, ``single`` at most one on each row's path, ``off`` none.
     """
-    n = tree.n_nodes
+    # Plain Python: a tree has tens of nodes, and NumPy calls for each of its levels cost more than a loop.
+    n, multi = tree.n_nodes, mode == "multi"
     if mode == "off" or n == 0:
-        return _keep(tree, [False] * n, np.zeros(n, np.int32))
-    rows = (tree.row_hi - tree.row_lo).astype(np.float64)
-    has_parent = tree.parent >= 0
-    alone = rows - np.bincount(tree.parent[has_parent], weights=rows[has_parent], minlength=n)  # rows in no child
-    token_us, item_us = cost.item_cost_us(shape, rows)
-    tail_us = cost.tail_us_per_token(shape)
-    partial_us = cost.partial_us(shape) * rows
-    if mode == "multi":
-        # Costs are linear in the span, so if each node pays with all its children kept and its rows' only partials
-        # its own, then no other choice is cheaper.
-        children_us = np.bincount(tree.parent[has_parent], weights=token_us[has_parent], minlength=n)
-        saved_us = (children_us + alone * tail_us - token_us) * (tree.end - tree.start)
-        if (saved_us >= item_us + 2 * partial_us).all():
-            return tree
+        return _keep(tree, [False] * n, [0] * n)
+    parent, start, end = tree.parent.tolist(), tree.start.tolist(), tree.end.tolist()
+    rows = (tree.row_hi - tree.row_lo).tolist()
+    prices = {r: cost.read_us(shape, r) for r in set(rows)}
+    tail_us, partial_us = cost.tail_us_per_token(shape), cost.partial_us(shape)
+    alone = rows.copy()  # rows in no child
+    for r, above in zip(rows, parent):
+        if above >= 0:
+            alone[above] -= r
+    alone_us = [r * tail_us for r in alone]
+    least_us = alone_us.copy()  # the least that a token of the span costs if the node is not kept
+    # A node that pays against that pays whatever is chosen above and below it: costs are linear in the span.
+    sure = [False] * n
+    for i in range(n - 1, -1, -1):
+        token_us, item_us = prices[rows[i]]
+        declined_us = least_us[i]
+        sure[i] = multi and (declined_us - token_us) * (end[i] - start[i]) >= item_us + 2 * rows[i] * partial_us
+        if parent[i] >= 0:
+            least_us[parent[i]] += token_us if token_us < declined_us else declined_us
+    if all(sure):
+        return tree
 
-    levels = int(tree.depth[-1]) + 1
-    first_of_level = np.searchsorted(tree.depth, np.arange(levels + 1))
-    # begin[i, j]: where the span of node i begins if its lowest kept ancestor stands right above depth j
-    begin = np.zeros((n, levels))
-    for d in range(levels):
-        level = slice(first_of_level[d], first_of_level[d + 1])
-        if d:
-            begin[level, :d] = begin[tree.parent[level], :d]
-        begin[level, d:] = tree.start[level, None]
-    span = tree.end[:, None] - begin
-    keep_us = span * token_us[:, None] + (item_us + partial_us)[:, None]
-    keep_us[:, 0] += partial_us  # the first kept node on a path makes the tail a partial, too
-    decline_us = span * (alone * tail_us)[:, None]
-    if mode == "single":
-        # nothing below a kept node is grouped: every row reads the rest of its chain alone
-        below_us = rows * (tree.end - tree.start) * tail_us
-        own_us = below_us.copy()
-        for d in range(levels - 1, 0, -1):
-            level = slice(first_of_level[d], first_of_level[d + 1])
-            np.add.at(below_us, tree.parent[level], below_us[level])
-        keep_us += (below_us - own_us)[:, None]
-    for d in range(levels - 1, 0, -1):
-        level = slice(first_of_level[d], first_of_level[d + 1])
-        best = np.minimum(keep_us[level], decline_us[level])
-        np.add.at(decline_us, tree.parent[level], best)
-        if mode == "multi":
-            np.add.at(keep_us, tree.parent[level], best[:, d, None])
-    # top down, in plain Python: cheaper than NumPy calls for each level of a small tree
-    cheaper = (keep_us <= decline_us).tolist()
-    parent, depth = tree.parent.tolist(), tree.depth.tolist()
-    kept = [False] * n
-    state = [0] * n  # depth at which the node's span begins; -1 below the one node that mode single keeps
-    for i in range(n):
+    # The others, and below them: `begins` are the positions where the node's span may begin (first if its parent is
+    # kept, then as the parent's), with the cost of the subtree down to sure nodes, for each. Below a sure node there
+    # is one such place and nothing to choose, and its subtree adds the same to every choice above.
+    begins: list[list[int]] = [[s] for s in start] if multi else [[0]] * n
+    keep_us: list[list[float]] = [[]] * n
+    decline_us: list[list[float]] = [[]] * n
+    rest_us = [0.0] * n  # single: every row reads the rest of its chain alone
+    unsure = [i for i in range(n) if not sure[i] or (parent[i] >= 0 and not sure[parent[i]])]
+    for i in unsure:
+        above = parent[i]
+        if multi and above >= 0 and not sure[above]:
+            begins[i] = [start[i], *begins[above]]
+        token_us, item_us = prices[rows[i]]
+        partials_us = rows[i] * partial_us
+        # the first kept node on a path makes the row's tail a partial, too
+        keep_us[i] = [(end[i] - b) * token_us + item_us + (partials_us if b else 2 * partials_us) for b in begins[i]]
+        decline_us[i] = [(end[i] - b) * alone_us[i] for b in begins[i]]
+    for i in reversed(unsure):
+        above = parent[i]
+        if not multi:
+            keep_us[i][0] += rest_us[i]
+        if above < 0 or sure[above]:
+            continue
+        best = keep_us[i] if sure[i] else list(map(min, keep_us[i], decline_us[i]))
+        if multi:
+            first = best[0]
+            keep_us[above] = [us + first for us in keep_us[above]]
+            best = best[1:]
+        else:
+            rest_us[above] += rest_us[i] + rows[i] * (end[i] - start[i]) * tail_us
+        decline_us[above] = list(map(add, decline_us[above], best))
+
+    kept = sure.copy()
+    place = [0] * n  # index into begins; -1 below the one node that mode single keeps
+    for i in unsure:
         above = parent[i]
         if above >= 0:
-            state[i] = state[above] if not kept[above] else depth[i] if mode == "multi" else -1
-        kept[i] = state[i] >= 0 and cheaper[i][state[i]]
-    return _keep(tree, kept, begin[np.arange(n), state].astype(np.int32))
+            if multi:
+                place[i] = 0 if kept[above] else place[above] + 1
+            elif kept[above] or place[above] < 0:
+                place[i] = -1
+        kept[i] = sure[i] or (place[i] >= 0 and keep_us[i][place[i]] <= decline_us[i][place[i]])
+    if multi and all(kept):
+        return tree
+    return _keep(tree, kept, [begins[i][place[i]] for i in range(n)])
 
 
-def _keep(tree: PrefixTree, kept: list[bool], start: Int32) -> PrefixTree:
+def _keep(tree: PrefixTree, kept: list[bool], start: list[int]) -> PrefixTree:
     """The tree of the ``kept`` nodes, whose spans now begin at ``start``."""
     n = tree.n_nodes
     parent, row_lo, row_hi, end = tree.parent.tolist(), tree.row_lo.tolist(), tree.row_hi.tolist(), tree.end.tolist()
     lowest = [-1] * (n + 1)  # lowest kept node at or above; the last entry stands for "no parent"
     depth = [-1] * (n + 1)
-    for i in range(n):
-        above = lowest[parent[i]]
-        lowest[i] = i if kept[i] else above
-        depth[i] = depth[above] + 1
+    tail_start = [0] * tree.n_rows
+    for i, above in enumerate(parent):
+        at = lowest[above]
+        if kept[i]:
+            lowest[i], depth[i] = i, depth[at] + 1
+            tail_start[row_lo[i] : row_hi[i]] = [end[i]] * (row_hi[i] - row_lo[i])
+        else:
+            lowest[i] = at
     order = sorted((i for i in range(n) if kept[i]), key=lambda i: (depth[i], row_lo[i]))
     new_index = [-1] * (n + 1)
-    tail_start = np.zeros(tree.n_rows, np.int32)
     for new, i in enumerate(order):
         new_index[i] = new
-        tail_start[row_lo[i] : row_hi[i]] = end[i]
-    index = np.array(order, np.intp)
-    return PrefixTree(
-        tree.row_order,
-        np.array([new_index[lowest[parent[i]]] for i in order], np.int32),
-        np.array([depth[i] for i in order], np.int32),
-        tree.row_lo[index],
-        tree.row_hi[index],
-        start[index],
-        tree.end[index],
-        tail_start,
-    )
+    nodes = [(new_index[lowest[parent[i]]], depth[i], row_lo[i], row_hi[i], start[i], end[i]) for i in order]
+    return PrefixTree.of_nodes(tree.row_order, nodes, tail_start)

@@ -33,17 +33,67 @@ class Col(IntEnum):
 
 
 @dataclass(frozen=True)
+class PieceTiming:
+    """How long KV pieces of one tile class take; a model, fitted to a device.
+
+    Attributes:
+        parallel: items that run at once (all KV heads of an item counted as one).
+        fixed_us: time of an item whatever its length.
+        token_us: time of one KV token of an item while ``parallel`` of them run.
+        partial_us: time that one query's partial result costs everybody (written, and read by the merge).
+    """
+
+    parallel: float
+    fixed_us: float
+    token_us: float
+    partial_us: float
+
+
+CHUNKS = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
+
+
+@dataclass(frozen=True)
 class TilePolicy:
     """How queries and KV are cut into items.
 
     Attributes:
         large_queries, small_queries: queries (tokens) of one tile of each class.
         chunk_tokens: longest KV piece of an item.
+        timings: of the large and of the small class: pieces are then cut so that each class fills its waves, and
+            ``chunk_tokens`` only bounds them. None: as long as ``chunk_tokens`` allows.
     """
 
     large_queries: int
     small_queries: int
     chunk_tokens: int
+    timings: tuple[PieceTiming, PieceTiming] | None = None
+
+    def pieces(self, tokens: Int64, queries: Int64, small: npt.NDArray[np.bool_]) -> Int64:
+        """Into how many pieces each tile's KV tokens are cut ([n_tiles] each)."""
+        pieces = np.maximum(-(-tokens // self.chunk_tokens), 1)
+        if self.timings is not None:
+            for timing, of_class in zip(self.timings, (~small, small)):
+                if of_class.any():
+                    chunk = min(_best_chunk(tokens[of_class], queries[of_class], timing), self.chunk_tokens)
+                    pieces[of_class] = np.maximum(-(-tokens[of_class] // chunk), 1)
+        return pieces
+
+
+def _best_chunk(tokens: Int64, queries: Int64, timing: PieceTiming) -> int:
+    """The longest piece for which a class of tiles is done first.
+
+    Work is spread over waves of ``parallel`` pieces. A last wave that is not full costs as much as a full one, so
+    good lengths are sharp minima, not a slope.
+    """
+    longest = int(tokens.max())
+    chunks = CHUNKS[: int(CHUNKS.searchsorted(longest)) + 1]
+    pieces = np.maximum(-(-tokens // chunks[:, None]), 1)
+    piece_us = timing.fixed_us + timing.token_us * (tokens / pieces)
+    waves = pieces.sum(1) / timing.parallel
+    busy_us = (pieces * piece_us).sum(1) / timing.parallel
+    partials = ((pieces * (pieces > 1)) @ queries) * timing.partial_us
+    us = np.maximum(busy_us * np.ceil(waves) / waves, piece_us.max(1)) + partials
+    return int(chunks[us.argmin()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,56 +158,56 @@ def make_plan(
             sliding window); default: all of its row.
         room_tokens: how many tokens each tail may grow while the plan lives (decode only).
     """
-    n_rows, n_nodes = tree.n_rows, tree.n_nodes
-    order = tree.row_order
-    kv_by_place = kv_lens[order]
     # segments: the nodes, then one tail for each place
-    # a row keeps its empty tail where its queries may see none of its nodes: every query is in some item
-    has_tail = (kv_by_place > tree.tail_start) | (tree.tail_start == 0) | (visible is not None)
-    (tail_place,) = has_tail.nonzero()
-    lo = np.concatenate([tree.row_lo, tail_place]).astype(np.int64)
-    hi = np.concatenate([tree.row_hi, tail_place + 1]).astype(np.int64)
-    start = np.concatenate([tree.start, tree.tail_start[tail_place]]).astype(np.int64)
-    end = np.concatenate([tree.end, kv_by_place[tail_place]]).astype(np.int64)
-    is_tail = np.arange(len(lo)) >= n_nodes
+    n_nodes, order = tree.n_nodes, tree.row_order
+    kv_by_place = kv_lens[order]
+    if visible is None:
+        tail_place = ((kv_by_place > tree.tail_start) | (tree.tail_start == 0)).nonzero()[0]
+    else:
+        # an empty tail stays where a query may see none of the row's nodes: every query is in some item
+        tail_place = np.arange(tree.n_rows)
+    segments = np.empty((4, n_nodes + len(tail_place)), np.int64)
+    lo, hi, start, end = segments
+    lo[:n_nodes], hi[:n_nodes], start[:n_nodes], end[:n_nodes] = tree.row_lo, tree.row_hi, tree.start, tree.end
+    lo[n_nodes:], hi[n_nodes:] = tail_place, tail_place + 1
+    start[n_nodes:], end[n_nodes:] = tree.tail_start[tail_place], kv_by_place[tail_place]
     length = end - start
-    room = np.where(is_tail, room_tokens, 0)
-    kv_off = _exclusive_sum(length + room)
+    capacity = length.copy()
+    capacity[n_nodes:] += room_tokens
+    kv_off = _exclusive_sum(capacity)
+    to_slots = kv_off - start  # from a KV position of the segment to its entry of the slot list
     spans = np.stack([order[lo], start, length, kv_off], 1).astype(np.int32)
-    append_base = np.zeros(n_rows, np.int32)
-    append_base[order[tail_place]] = (kv_off - start)[n_nodes:]
+    append_base = np.zeros(tree.n_rows, np.int32)
+    append_base[order[tail_place]] = to_slots[n_nodes:]
 
     # queries of the segments: tokens of the rows in place order
     if qo_indptr is None:
-        tokens, token_indptr = order.astype(np.int64), np.arange(n_rows + 1)
+        tokens = order.astype(np.int64)
+        q_first, q_count = lo, hi - lo
     else:
         q_lens = np.diff(qo_indptr).astype(np.int64)[order]
         token_indptr = np.concatenate([[0], np.cumsum(q_lens)])
         tokens = _ranges(qo_indptr[order].astype(np.int64), q_lens)
+        q_first, q_count = token_indptr[lo], token_indptr[hi] - token_indptr[lo]
     n_queries = len(tokens)
-    q_first, q_count = token_indptr[lo], token_indptr[hi] - token_indptr[lo]
 
     # tiles: each segment's queries in equal parts of the class's size
     small = q_count <= policy.small_queries
     tiles_of = -(-q_count // np.where(small, max(policy.small_queries, 1), policy.large_queries))
-    seg = np.repeat(np.arange(len(lo)), tiles_of)
-    step = -(-q_count[seg] // tiles_of[seg])
-    tile_q = (np.arange(len(seg)) - np.repeat(_exclusive_sum(tiles_of), tiles_of)) * step
-    tile_count = np.minimum(step, q_count[seg] - tile_q)
-    live = tile_count > 0
+    seg, nth = _expand(tiles_of)
+    step = -(-q_count // np.maximum(tiles_of, 1))
+    tile_q = nth * step[seg]
+    tile_count = np.minimum(step[seg], q_count[seg] - tile_q)
+    tile_q += q_first[seg]
     if visible is None:
-        a_from, a_to, b_to = start[seg], end[seg], end[seg]
+        a_from, a_to, b_len = start[seg], end[seg], np.zeros(0, np.int64)
     else:
-        a_from, a_to, b_to, seen = _runs(tokens, q_first[seg] + tile_q, tile_count, start[seg], end[seg], visible)
-        live &= seen | is_tail[seg]
-    if not live.all():
+        a_from, a_to, b_to, seen = _runs(tokens, tile_q, tile_count, start[seg], end[seg], visible)
+        (live,) = ((tile_count > 0) & (seen | (seg >= n_nodes))).nonzero()
         seg, tile_q, tile_count = seg[live], tile_q[live], tile_count[live]
-        a_from, a_to, b_to = a_from[live], a_to[live], b_to[live]
-    n_tiles = len(seg)
-    slot_off = _exclusive_sum(tile_count)
-    slot_tile = np.repeat(np.arange(n_tiles), tile_count)
-    slot_query = tokens[_ranges(q_first[seg] + tile_q, tile_count)]
-    a_len, b_len = a_to - a_from, b_to - a_to
+        a_from, a_to, b_len = a_from[live], a_to[live], (b_to - a_to)[live]
+    slot_tile, nth = _expand(tile_count)
+    slot_query = tokens[tile_q[slot_tile] + nth]
     if visible is None:
         win_lo = win_hi = np.zeros(len(slot_query), np.int32)
     else:
@@ -166,30 +216,32 @@ def make_plan(
         )
 
     # pieces: run A in near-equal parts; run B rides with the last
-    pieces = np.maximum(-(-a_len // policy.chunk_tokens), 1)
-    piece_len = -(-a_len // pieces)
-    tile = np.repeat(np.arange(n_tiles), pieces)
-    piece = np.arange(len(tile)) - np.repeat(_exclusive_sum(pieces), pieces)
+    a_len = a_to - a_from
+    pieces = policy.pieces(a_len, tile_count, small[seg])
+    tile, piece = _expand(pieces)
+    piece_len = (-(-a_len // pieces))[tile]
+    done = piece * piece_len
     last = piece == pieces[tile] - 1
-    done = piece * piece_len[tile]
-    items = np.zeros((len(tile), len(Col)), np.int32)
-    items[:, Col.Q_OFF] = slot_off[tile]
-    items[:, Col.Q_CNT] = tile_count[tile]
-    items[:, Col.A_LEN] = np.minimum(piece_len[tile], a_len[tile] - done)
-    items[:, Col.A_POS] = a_from[tile] + done
-    to_slots = (kv_off - start)[seg]
-    items[:, Col.A_OFF] = to_slots[tile] + items[:, Col.A_POS]
-    items[:, Col.B_OFF] = (to_slots + a_to)[tile]
-    items[:, Col.B_LEN] = np.where(last, b_len[tile], 0)
-    items[:, Col.PIECE] = piece
-    items[:, Col.SMALL] = small[seg[tile]]
-    open_tile = is_tail[seg] & (room_tokens > 0)
-    items[:, Col.OPEN_ROW] = np.where(last & open_tile[tile], order[lo[seg[tile]]], -1)
-    longest_first = np.lexsort((-(items[:, Col.A_LEN] + items[:, Col.B_LEN]), items[:, Col.SMALL]))
+    tile_seg = seg[tile]
+    columns = np.zeros((len(Col), len(tile)), np.int64)
+    columns[Col.Q_OFF] = _exclusive_sum(tile_count)[tile]
+    columns[Col.Q_CNT] = tile_count[tile]
+    a_len = columns[Col.A_LEN] = np.minimum(piece_len, a_len[tile] - done)
+    position = columns[Col.A_POS] = a_from[tile] + done
+    columns[Col.A_OFF] = position + to_slots[tile_seg]
+    columns[Col.PIECE] = piece
+    is_small = columns[Col.SMALL] = small[tile_seg]
+    columns[Col.OPEN_ROW] = np.where(last & (tile_seg >= n_nodes), order[lo[tile_seg]], -1) if room_tokens else -1
+    total_len = a_len
+    if visible is not None:
+        columns[Col.B_OFF] = to_slots[tile_seg] + a_to[tile]
+        columns[Col.B_LEN] = np.where(last, b_len[tile], 0)
+        total_len = a_len + columns[Col.B_LEN]
+    longest_first = np.argsort((is_small.astype(np.int64) << 32) - total_len, kind="stable")
 
     partial_rows, merge_indptr = _partials(slot_query, pieces[slot_tile], n_queries)
     return Plan(
-        items=items[longest_first],
+        items=columns.T[longest_first].astype(np.int32),
         query_rows=slot_query.astype(np.int32),
         partial_rows=partial_rows,
         win_lo=win_lo,
@@ -197,15 +249,21 @@ def make_plan(
         merge_indptr=merge_indptr,
         spans=spans,
         append_base=append_base,
-        kv_capacity=int((length + room).sum()),
+        kv_capacity=int(capacity.sum()),
         kv_tokens_logical=int(kv_lens.sum()),
         kv_tokens_unique=kv_tokens_unique,
-        kv_tokens_read=int(items[:, [Col.A_LEN, Col.B_LEN]].sum()),
+        kv_tokens_read=int(total_len.sum()),
     )
 
 
 def _exclusive_sum(counts: Int64) -> Int64:
-    return np.cumsum(counts) - counts
+    return counts.cumsum() - counts
+
+
+def _expand(counts: Int64) -> tuple[Int64, Int64]:
+    """For ``counts[i]`` copies of each ``i``: the ``i`` of each copy, and its number among them."""
+    index = np.arange(len(counts)).repeat(counts)
+    return index, np.arange(len(index)) - _exclusive_sum(counts)[index]
 
 
 def _ranges(first: Int64, count: Int64) -> Int64:
@@ -237,11 +295,11 @@ def _runs(
 def _partials(slot_query: Int64, pieces: Int64, n_queries: int) -> tuple[Int32, Int32]:
     """Partial rows: those of one query are consecutive; a query with a single partial result needs none."""
     total = np.bincount(slot_query, weights=pieces, minlength=n_queries).astype(np.int64)
-    merged = np.where(total > 1, total, 0)
-    merge_indptr = np.concatenate([[0], np.cumsum(merged)]).astype(np.int32)
-    by_query = np.argsort(slot_query, kind="stable")
+    merge_indptr = np.zeros(n_queries + 1, np.int32)
+    np.where(total > 1, total, 0).cumsum(out=merge_indptr[1:])
+    by_query = slot_query.argsort(kind="stable")
     query, count = slot_query[by_query], pieces[by_query]
-    before = _exclusive_sum(count) - np.repeat(_exclusive_sum(total), np.bincount(slot_query, minlength=n_queries))
+    before = _exclusive_sum(count) - _exclusive_sum(total)[query]
     partial_rows = np.empty(len(slot_query), np.int32)
     partial_rows[by_query] = np.where(total[query] > 1, merge_indptr[query] + before, -1)
     return partial_rows, merge_indptr

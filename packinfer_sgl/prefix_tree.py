@@ -94,24 +94,21 @@ class PrefixTree:
         new_index = [0] * n
         for new, old in enumerate(order):
             new_index[old] = new
-        nodes = np.array(
-            [(new_index[parent[i]] if parent[i] >= 0 else -1, depth[i], lo[i], hi[i], start[i], end[i]) for i in order],
-            np.int32,
-        ).reshape(n, 6)
-        tail_start = np.zeros(len(row_order), np.int32)
+        tail_start = [0] * len(row_order)
         for i in order:  # deeper nodes come later and overwrite
-            tail_start[lo[i] : hi[i]] = end[i]
-        column = nodes.T.copy()
-        return cls(
-            np.asarray(row_order, np.int32),
-            column[0],
-            column[1],
-            column[2],
-            column[3],
-            column[4],
-            column[5],
-            tail_start,
-        )
+            tail_start[lo[i] : hi[i]] = [end[i]] * (hi[i] - lo[i])
+        nodes = [
+            (new_index[parent[i]] if parent[i] >= 0 else -1, depth[i], lo[i], hi[i], start[i], end[i]) for i in order
+        ]
+        return cls.of_nodes(np.asarray(row_order, np.int32), nodes, tail_start)
+
+    @classmethod
+    def of_nodes(
+        cls, row_order: Int32, nodes: list[tuple[int, int, int, int, int, int]], tail_start: list[int]
+    ) -> PrefixTree:
+        """From (parent, depth, row_lo, row_hi, start, end) of each node, level by level."""
+        parent, depth, lo, hi, start, end = np.array(nodes, np.int32).reshape(len(nodes), 6).T.copy()
+        return cls(row_order, parent, depth, lo, hi, start, end, np.array(tail_start, np.int32))
 
     @classmethod
     def from_paths(cls, paths: Sequence[tuple[int, ...]], ends: Sequence[tuple[int, ...]]) -> PrefixTree:

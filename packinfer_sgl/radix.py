@@ -72,7 +72,7 @@ def _paths(tree_cache: Any, nodes: list[Any]) -> dict[Any, Path] | None:
         known = [node for node in nodes if isinstance(node, int)]
         paths: dict[Any, Path] = dict.fromkeys(nodes, ((), ()))
         for node, path in zip(known, core.collect_path_info(known)):
-            paths[node] = (tuple(p.node_id for p in path), tuple(p.path_end for p in path))
+            paths[node] = (tuple([p.node_id for p in path]), tuple([p.path_end for p in path]))
         return paths
     root = getattr(tree_cache, "root_node", None)
     if root is None or any(node is None for node in nodes):

@@ -1,6 +1,6 @@
 """Decode speed on the CPU: the stock backend, packinfer, and packinfer with grouping off, interleaved in one run.
 
-    python scripts/bench_decode.py [--rounds 5]
+    python scripts/bench_decode.py [--rounds 3]
 
 A tiny Llama (4 layers, 16 query heads, 4 KV heads, head_dim 64, float32), 16 requests of 2,080 tokens: behind one
 prefix of 2,048, and unrelated. One engine per arm, all up at once, only one of them busy. A round times the same warm
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 REQUESTS, PREFIX_TOKENS, SUFFIX_TOKENS = 16, 2048, 32
-FEW, MANY = 8, 72
+FEW, MANY = 8, 40
 ARMS = {
     "stock torch_native": ("torch_native", {}),
     "packinfer": ("packinfer", {}),
@@ -102,7 +102,7 @@ class Arm:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", nargs=2, metavar=("BACKEND", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

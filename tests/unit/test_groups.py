@@ -117,9 +117,9 @@ def trees(draw: st.DrawFn, max_nodes: int) -> PrefixTree:
 
 @given(st.integers(1, 500), shapes(), cost_models())
 def test_the_model_says_what_its_words_say(queries: int, shape: AttentionShape, cost: CostModel) -> None:
-    token_us, fixed_us = cost.item_cost_us(shape, np.array([queries], np.float64))
-    assert fixed_us[0] == pytest.approx(read_us(cost, shape, 0, queries), rel=1e-12)
-    assert token_us[0] * 1000 + fixed_us[0] == pytest.approx(read_us(cost, shape, 1000, queries), rel=1e-12)
+    token_us, fixed_us = cost.read_us(shape, queries)
+    assert fixed_us == pytest.approx(read_us(cost, shape, 0, queries), rel=1e-12)
+    assert token_us * 1000 + fixed_us == pytest.approx(read_us(cost, shape, 1000, queries), rel=1e-12)
     assert cost.tail_us_per_token(shape) * 1000 == pytest.approx(tail_us(cost, shape, 1000), rel=1e-9)
     assert cost.partial_us(shape) == pytest.approx(partial_us(cost, shape), rel=1e-12)
 

@@ -1,0 +1,39 @@
+"""The Triton kernels on small shapes, in Triton's interpreter where there is no GPU.
+
+The interpreter multiplies bf16 wrongly, so these are float32 and float16.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import brute_force, random_case, run_packed
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = {
+    "nothing shared": {"shared": [0, 0], "tails": [5, 33, 1]},
+    "one row": {"shared": [], "tails": [70]},
+    "one shared span": {"shared": [40, 40, 40], "tails": [1, 7, 3, 50]},
+    "three levels": {"shared": [70, 30, 50, 0, 20], "tails": [3, 1, 9, 2, 64, 1]},
+    "more queries than a tile": {"shared": [33] * 17, "tails": [2] * 18},
+    "group of 5": {"shared": [40, 20, 0], "tails": [4, 9, 2, 1], "group": 5},
+    "group of 7": {"shared": [40, 20, 0], "tails": [4, 9, 2, 1], "group": 7},
+    "group of 1": {"shared": [65] * 20, "tails": [2] * 21, "group": 1, "large_queries": 64},
+    "group of 16": {"shared": [40, 40], "tails": [4, 9, 2], "group": 16, "kv_heads": 1},
+    "head_dim 128": {"shared": [40, 40], "tails": [4, 9, 2], "head_dim": 128},
+    "head_dim 256": {"shared": [40, 40], "tails": [4, 9, 2], "head_dim": 256},
+    "pages of 16": {"shared": [48, 16], "tails": [4, 9, 2], "page_size": 16},
+    "soft cap": {"shared": [40, 40], "tails": [4, 9, 2], "soft_cap": 0.7},
+    "float16": {"shared": [40, 20, 0], "tails": [4, 9, 2, 1], "dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_brute_force(name: str) -> None:
+    case = random_case(list(CASES).index(name), device=DEVICE, **CASES[name])
+    out, lse2 = run_packed(case)
+    expected, expected_lse2 = brute_force(case)
+    # half precision: P is rounded to 11 bits before its product with V, and so is the output
+    tolerance = 2e-3 if case.q.dtype == torch.float16 else 2e-3 if DEVICE == "cuda" else 2e-6
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=tolerance, atol=tolerance)
