@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from packinfer_sgl.config import Config
+from packinfer_sgl.cpu_decode import CpuDecode
 from packinfer_sgl.groups import CPU, AttentionShape
 from packinfer_sgl.metrics import STATS
 from packinfer_sgl.plan import TilePolicy
-from packinfer_sgl.planner import DecodePlanner
 from packinfer_sgl.radix import running_rows
 from packinfer_sgl.reasons import BatchReason, LayerReason
 
@@ -40,7 +40,7 @@ class PackInferMixin:
     backend, so that its flags, buffers and metadata keep working (see ``wrap``).
     """
 
-    _packinfer_planner: DecodePlanner
+    _packinfer_planner: CpuDecode
     _packinfer_layers: dict[int, LayerReason | None]
     _packinfer_step: PackedReference | None = None
 
@@ -160,7 +160,7 @@ def wrap(stock: AttentionBackend, runner: Any, config: Config) -> AttentionBacke
     backend = object.__new__(packed_class(type(stock)))
     backend.__dict__ = stock.__dict__
     backend._packinfer_layers = {}
-    backend._packinfer_planner = DecodePlanner(
+    backend._packinfer_planner = CpuDecode(
         shape,
         CPU,
         CPU_TILES,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from packinfer_sgl.groups import AttentionShape, CostModel, prune
-from packinfer_sgl.kernels.reference import PackedReference
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan, TilePolicy, make_plan
 from packinfer_sgl.prefix_tree import PrefixTree
-
-# A CPU plan lives at most this many steps; a batched product reads (and masks) the room it has not used yet.
-ROOM_TOKENS = 32
 
 
 class Rows(Protocol):
@@ -25,11 +22,18 @@ class Rows(Protocol):
 
 
 class DecodePlanner:
-    """Keeps the plan of the running decode batch and its list of KV slots.
+    """Keeps the plan of the running decode batch.
 
     A plan holds while the batch compares equal, every row has grown by exactly one token since the step before, and
-    the tails have room. Anything else takes a new snapshot of the slots from ``req_to_token``.
+    the tails have room.
+
+    Attributes:
+        plan: the plan of the last step.
+        tree: who shares what in it, before pruning by cost.
     """
+
+    plan: Plan
+    tree: PrefixTree
 
     def __init__(
         self,
@@ -38,89 +42,58 @@ class DecodePlanner:
         policy: TilePolicy,
         *,
         grouping: str,
-        verify: bool,
-        req_to_token: torch.Tensor,
+        room_tokens: int,
         stats: Stats,
+        fits: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
         """
         Args:
-            req_to_token: [pool rows, max context] int32, SGLang's table of slots.
-            grouping, verify: see ``config.Config``.
+            grouping: see ``config.Config``.
+            room_tokens: how many steps a plan may live.
+            fits: whether a plan can be run; if not, it is made smaller.
         """
         self.shape, self.cost, self.policy = shape, cost, policy
-        self.grouping, self.verify = grouping, verify
-        self.req_to_token, self.stats = req_to_token, stats
+        self.grouping, self.room_tokens, self.stats, self.fits = grouping, room_tokens, stats, fits
         self._rows: Rows | None = None
         self._lens = np.zeros(0, np.int64)
         self._steps_left = 0
-        self._planned_tokens = 0
 
-    def step(
-        self, rows: Rows | None, pool_rows: torch.Tensor, kv_lens: torch.Tensor, out_slots: torch.Tensor
-    ) -> PackedReference:
-        """The work of this decode step.
+    def step(self, rows: Rows | None, lens: np.ndarray, tree_without_rows: Callable[[], PrefixTree]) -> bool:
+        """Whether this decode step needs a new plan, which then is ``self.plan``.
 
         Args:
-            rows: the scheduler's batch, or None to find sharing by equal slots instead.
-            pool_rows: [n] row of ``req_to_token`` of each request.
-            kv_lens: [n] KV tokens of each row, the new one included.
-            out_slots: [n] slot of the new token.
+            rows: the scheduler's batch, or None if it is not known.
+            lens: [n] int64 KV tokens of each row, the new one included.
+            tree_without_rows: who shares what, if ``rows`` cannot tell.
         """
-        lens = kv_lens.numpy()
-        if self._still_holds(rows, lens):
-            self._kv_slots[self._append_base + kv_lens] = out_slots.long()
+        holds = (
+            rows is not None and self._steps_left > 0 and rows == self._rows and np.array_equal(lens, self._lens + 1)
+        )
+        if holds:
             self._steps_left -= 1
         else:
-            self._replan(rows, pool_rows, lens)
+            self._make_plan(rows, lens.astype(np.int32), tree_without_rows)
         self._lens = lens.copy()
-        self._packed.bind(self._kv_slots, kv_lens)
-        self.stats.count_packed(self._plan, int(lens.sum()) - self._plan.kv_tokens_logical)
-        return self._packed
+        self.stats.count_packed(self.plan, int(lens.sum()) - self.plan.kv_tokens_logical)
+        return not holds
 
-    def _still_holds(self, rows: Rows | None, lens: np.ndarray) -> bool:
-        return rows is not None and self._steps_left > 0 and rows == self._rows and np.array_equal(lens, self._lens + 1)
+    def forget(self) -> None:
+        """Make a new plan at the next step."""
+        self._rows = None
 
-    def _replan(self, rows: Rows | None, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
+    def _make_plan(self, rows: Rows | None, lens: np.ndarray, tree_without_rows: Callable[[], PrefixTree]) -> None:
         started = time.perf_counter()
-        kv_lens = lens.astype(np.int32)
         tree = rows.prefix_tree() if rows is not None else None
         if tree is None:
-            tree = self._tree_by_slots(pool_rows, kv_lens)
-        kept = prune(tree, self.shape, self.cost, self.grouping)
-        plan = make_plan(
-            kept, kv_lens, self.policy, kv_tokens_unique=tree.unique_tokens(kv_lens), room_tokens=ROOM_TOKENS
-        )
-        self._rows, self._plan, self._steps_left = rows, plan, ROOM_TOKENS
-        self._kv_slots = self._snapshot(plan, pool_rows)
-        # the slot of position p lies at append_base + p; the new token's position is the length - 1
-        self._append_base = torch.from_numpy(plan.append_base).long() - 1
-        if self.verify:
-            self._check_slots(tree, pool_rows)
+            tree = tree_without_rows()
+        unique = tree.unique_tokens(lens)
+        uncut = dataclasses.replace(self.policy, chunk_tokens=1 << 30, timings=None)
+        for grouping, policy in ((self.grouping, self.policy), (self.grouping, uncut), ("single", uncut)):
+            kept = prune(tree, self.shape, self.cost, grouping)
+            plan = make_plan(kept, lens, policy, kv_tokens_unique=unique, room_tokens=self.room_tokens)
+            if self.fits(plan):
+                break
+        else:
+            raise RuntimeError("packinfer: a batch does not fit the buffers; please report this")
+        self._rows, self.plan, self.tree, self._steps_left = rows, plan, tree, self.room_tokens
         self.stats.count_plan(plan, kept, (time.perf_counter() - started) * 1e6)
-        self._packed = PackedReference(
-            plan, token_bytes=self.shape.kv_heads * self.shape.head_dim * 4, room_tokens=ROOM_TOKENS
-        )
-
-    def _snapshot(self, plan: Plan, pool_rows: torch.Tensor) -> torch.Tensor:
-        """[plan.kv_capacity] int64: the spans' slots; room is filled with the span's first slot, whose KV is finite."""
-        row, start, length, offset = torch.from_numpy(plan.spans).long().unbind(1)
-        ends = torch.cat([offset[1:], offset.new_tensor([plan.kv_capacity])])
-        span = torch.repeat_interleave(torch.arange(len(row)), ends - offset)
-        within = torch.arange(plan.kv_capacity) - offset[span]
-        position = start[span] + torch.where(within < length[span], within, 0)
-        return self.req_to_token[pool_rows.long()[row[span]], position].long()
-
-    def _tree_by_slots(self, pool_rows: torch.Tensor, kv_lens: np.ndarray) -> PrefixTree:
-        tables = [self.req_to_token[r, :n].numpy() for r, n in zip(pool_rows.tolist(), kv_lens.tolist())]
-        indptr = np.concatenate([[0], np.cumsum(kv_lens)]).astype(np.int32)
-        return PrefixTree.from_slots(indptr, np.concatenate(tables).astype(np.int32), 1, kv_lens)
-
-    def _check_slots(self, tree: PrefixTree, pool_rows: torch.Tensor) -> None:
-        table = self.req_to_token[pool_rows.long()[torch.from_numpy(tree.row_order).long()]]
-        for i in range(tree.n_nodes):
-            held = table[tree.row_lo[i] : tree.row_hi[i], tree.start[i] : tree.end[i]]
-            if not bool((held == held[0]).all()):
-                raise RuntimeError(
-                    f"packinfer: requests grouped on tokens {tree.start[i]} to {tree.end[i]} hold different KV slots; "
-                    "please report this with the SGLang version"
-                )

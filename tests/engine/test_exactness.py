@@ -20,8 +20,12 @@ CASES = {
     "no-radix-cache": ({"disable_radix_cache": True}, ALL),
     "retraction": ({"max_total_tokens": 2600}, ["busy"]),
 }
-if SGLANG != "0.5.17":  # its paged allocator needs a GPU
+ENV = {"python-tree-core": {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}}
+if SGLANG != "0.5.17":  # its paged allocator needs a GPU, and it has one tree core
     CASES["page-16"] = ({"page_size": 16}, ALL)
+    CASES["python-tree-core"] = ({}, ALL)
+
+pytestmark = pytest.mark.contract
 
 
 def differences(said: list[dict], stock: list[dict]) -> tuple[list[int], int]:
@@ -51,11 +55,13 @@ def check(said: dict[str, list[dict]], stock: dict[str, list[dict]]) -> None:
             warnings.warn(f"round {name}: {near} outputs differ in a near-tie", stacklevel=2)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.contract if c == "default" else ()) for c in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_outputs_equal_stock(case, model, stock):
     flags, rounds = CASES[case]
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL, **flags}
-    result = run_engine({"engine": engine, "rounds": rounds}, {"PACKINFER_CONFIG": '{"verify": true}'})
+    result = run_engine(
+        {"engine": engine, "rounds": rounds}, {"PACKINFER_CONFIG": '{"verify": true}', **ENV.get(case, {})}
+    )
     check(result["said"], stock)
     state = result["packinfer"]
     assert state["active"] and state["packed_steps"] > 30
@@ -84,7 +90,6 @@ def test_freed_slots_are_never_read(model, stock, tmp_path):
     assert result["packinfer"]["kv_tokens_read"] < result["packinfer"]["kv_tokens_logical"]
 
 
-@pytest.mark.contract
 def test_one_missing_token_shows(model, stock, tmp_path):
     """The tests above can see a bug as small as one prefix token that one group does not read."""
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL}

@@ -17,7 +17,9 @@ import faults
 import psutil
 import pytest
 import requests
-from conftest import POOL, START_S, run_engine
+from conftest import POOL, SGLANG, START_S, run_engine
+
+pytestmark = pytest.mark.contract
 
 SERVE = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--dtype", "float32"]
 
@@ -116,6 +118,7 @@ def test_broken_seam_is_invisible_for_others(model, tmp_path):
     assert result["packinfer"]["active"] is False and result["packinfer"]["reason"]
 
 
+@pytest.mark.skipif(SGLANG == "0.5.17", reason="0.5.17 cannot build a pool for such a model on a platform plugin")
 def test_model_without_packable_layer_is_refused(model, tmp_path):
     """Multi-head latent attention: no layer can ever be packed."""
     folder = tmp_path / "mla"

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import attention64, shared_spans, tree_of
 
+from packinfer_sgl.cpu_decode import ROOM_TOKENS, CpuDecode
 from packinfer_sgl.groups import CPU, AttentionShape, CostModel
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import TilePolicy
-from packinfer_sgl.planner import ROOM_TOKENS, DecodePlanner
 from packinfer_sgl.prefix_tree import PrefixTree
 
 KV_HEADS, GROUP, HEAD_DIM = 1, 2, 16
@@ -49,7 +49,7 @@ class Engine:
         self.key = 0
         self.stats = Stats()
         self.random = torch.Generator().manual_seed(0)
-        self.planner = DecodePlanner(
+        self.planner = CpuDecode(
             AttentionShape(KV_HEADS * GROUP, KV_HEADS, HEAD_DIM, 4),
             cost,
             TilePolicy(large_queries=8, small_queries=1, chunk_tokens=8),

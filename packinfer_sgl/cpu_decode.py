@@ -1,0 +1,97 @@
+"""Packed decode on the CPU: the plan of the batch, its slots, and the reference kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from packinfer_sgl.groups import AttentionShape, CostModel
+from packinfer_sgl.kernels.reference import PackedReference
+from packinfer_sgl.metrics import Stats
+from packinfer_sgl.plan import Plan, TilePolicy
+from packinfer_sgl.planner import DecodePlanner, Rows
+from packinfer_sgl.prefix_tree import PrefixTree
+
+# A CPU plan lives at most this many steps; a batched product reads (and masks) the room it has not used yet.
+ROOM_TOKENS = 32
+
+
+class CpuDecode:
+    """Turns each decode batch into work for the reference kernels.
+
+    The slots of a plan are a snapshot of ``req_to_token``; steps that keep the plan append their new slots.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        cost: CostModel,
+        policy: TilePolicy,
+        *,
+        grouping: str,
+        verify: bool,
+        req_to_token: torch.Tensor,
+        stats: Stats,
+    ) -> None:
+        """
+        Args:
+            req_to_token: [pool rows, max context] int32, SGLang's table of slots.
+            grouping, verify: see ``config.Config``.
+        """
+        self.shape, self.verify, self.req_to_token = shape, verify, req_to_token
+        self._planner = DecodePlanner(shape, cost, policy, grouping=grouping, room_tokens=ROOM_TOKENS, stats=stats)
+
+    def step(
+        self, rows: Rows | None, pool_rows: torch.Tensor, kv_lens: torch.Tensor, out_slots: torch.Tensor
+    ) -> PackedReference:
+        """The work of this decode step.
+
+        Args:
+            rows: the scheduler's batch, or None to find sharing by equal slots instead.
+            pool_rows: [n] row of ``req_to_token`` of each request.
+            kv_lens: [n] int64 KV tokens of each row, the new one included.
+            out_slots: [n] slot of the new token.
+        """
+        lens = kv_lens.numpy()
+        if self._planner.step(rows, lens, lambda: self._tree_by_slots(pool_rows, lens)):
+            plan = self._planner.plan
+            self._kv_slots = self._snapshot(plan, pool_rows)
+            # the slot of position p lies at append_base + p; the new token's position is the length - 1
+            self._append_base = torch.from_numpy(plan.append_base).long() - 1
+            if self.verify:
+                self._check_slots(self._planner.tree, pool_rows)
+            token_bytes = self.shape.kv_heads * self.shape.head_dim * 4
+            self._packed = PackedReference(plan, token_bytes=token_bytes, room_tokens=ROOM_TOKENS)
+        else:
+            self._kv_slots[self._append_base + kv_lens] = out_slots.long()
+        self._packed.bind(self._kv_slots, kv_lens)
+        return self._packed
+
+    def _snapshot(self, plan: Plan, pool_rows: torch.Tensor) -> torch.Tensor:
+        """[plan.kv_capacity] int64: the spans' slots; room is filled with the span's first slot, whose KV is finite."""
+        row, start, length, offset = torch.from_numpy(plan.spans).long().unbind(1)
+        ends = torch.cat([offset[1:], offset.new_tensor([plan.kv_capacity])])
+        span = torch.repeat_interleave(torch.arange(len(row)), ends - offset)
+        within = torch.arange(plan.kv_capacity) - offset[span]
+        position = start[span] + torch.where(within < length[span], within, 0)
+        return self.req_to_token[pool_rows.long()[row[span]], position].long()
+
+    def _tree_by_slots(self, pool_rows: torch.Tensor, kv_lens: np.ndarray) -> PrefixTree:
+        tables = [self.req_to_token[r, :n].numpy() for r, n in zip(pool_rows.tolist(), kv_lens.tolist())]
+        indptr = np.concatenate([[0], np.cumsum(kv_lens)]).astype(np.int32)
+        return PrefixTree.from_slots(indptr, np.concatenate(tables).astype(np.int32), 1, kv_lens.astype(np.int32))
+
+    def _check_slots(self, tree: PrefixTree, pool_rows: torch.Tensor) -> None:
+        table = self.req_to_token[pool_rows.long()[torch.from_numpy(tree.row_order).long()]]
+        check_shared_slots(tree, table)
+
+
+def check_shared_slots(tree: PrefixTree, table: torch.Tensor) -> None:
+    """Raise RuntimeError unless the rows of each node hold equal slots; ``table`` has the rows in place order."""
+    for i in range(tree.n_nodes):
+        held = table[tree.row_lo[i] : tree.row_hi[i], tree.start[i] : tree.end[i]]
+        if not bool((held == held[0]).all()):
+            raise RuntimeError(
+                f"packinfer: requests grouped on tokens {tree.start[i]} to {tree.end[i]} hold different KV slots; "
+                "please report this with the SGLang version"
+            )
