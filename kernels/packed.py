@@ -11,8 +11,10 @@ numbers of warps; they may run at the same time. Queries with several partial re
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +33,8 @@ B_LEN = tl.constexpr(int(Col.B_LEN))
 PIECE = tl.constexpr(int(Col.PIECE))
 OPEN_ROW = tl.constexpr(int(Col.OPEN_ROW))
 N_COLS = tl.constexpr(len(Col))
+# entries of ``counts``: first the item at which each tile class begins, and the end of the last
+N_QUERIES = tl.constexpr(6)
 
 
 @triton.jit
@@ -83,17 +87,18 @@ def _attend(
             inside = (pos < length)[:, None]
             k = tl.load(k_ptr + offset, mask=inside, other=0.0)
             v = tl.load(v_ptr + offset, mask=inside, other=0.0)
-        s = tl.dot(q, tl.trans(k)) * scale2
+        s = tl.dot(q, tl.trans(k))
         if SOFT_CAP:
             # tanh by exp2, exact at both ends
-            s = cap2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * 1.4426950408889634) / cap2)))
+            s = cap2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale2 * (2.0 * 1.4426950408889634) / cap2)))
         if MASK == 1:
             s = tl.where((pos < length)[None, :], s, -float("inf"))
         if MASK == 2:
             s = tl.where((pos[None, :] >= win_lo[:, None]) & (pos[None, :] < win_hi[:, None]), s, -float("inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
+        # scaling after the maximum makes one fused multiply-add of scale and shift for each element
+        new_top = tl.maximum(top, tl.max(s, 1) if SOFT_CAP else tl.max(s, 1) * scale2)
         shift = tl.where(new_top == -float("inf"), 0.0, new_top) if MASK == 2 else new_top
-        p = tl.exp2(s - shift[:, None])
+        p = tl.exp2(s - shift[:, None] if SOFT_CAP else s * scale2 - shift[:, None])
         keep = tl.exp2(top - shift)
         total = total * keep + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
@@ -230,13 +235,13 @@ def merge_kernel(
 ):
     """Program (query, head): the softmax over the union of what its partial results saw.
 
-    Queries past ``counts[2]`` pad a captured graph: they come out as 0.
+    Queries past those of the plan pad a captured graph: they come out as 0.
     """
     query = tl.program_id(0)
     head = tl.program_id(1)
     d = tl.arange(0, HEAD_DIM)
     out = out_ptr + query.to(tl.int64) * stride_out_token + head * stride_out_head + d
-    if query >= tl.load(counts_ptr + 2):
+    if query >= tl.load(counts_ptr + N_QUERIES):
         tl.store(out, tl.zeros([HEAD_DIM], out_ptr.dtype.element_ty))
     else:
         begin = tl.load(merge_indptr_ptr + query)
@@ -282,7 +287,7 @@ def snapshot_kernel(
 def append_kernel(kv_slots_ptr, append_base_ptr, kv_lens_ptr, out_slots_ptr, counts_ptr, BLOCK: tl.constexpr):
     """Enter the slot of each row's new token, its last one, in the plan's slot list."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = row < tl.load(counts_ptr + 2)
+    live = row < tl.load(counts_ptr + N_QUERIES)
     base = tl.load(append_base_ptr + row, mask=live, other=0)
     length = tl.load(kv_lens_ptr + row, mask=live, other=0).to(tl.int32)
     slot = tl.load(out_slots_ptr + row, mask=live, other=0).to(tl.int32)
@@ -291,41 +296,59 @@ def append_kernel(kv_slots_ptr, append_base_ptr, kv_lens_ptr, out_slots_ptr, cou
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile class: query rows, KV tokens of a block, warps, and blocks in flight."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tile classes for one (architecture, head_dim); ``large`` for shared spans, ``small`` for what few queries see.
+    """One tile class.
 
     Attributes:
-        large_slots, small_slots: programs of each launch per multiprocessor.
+        rows: query rows, that is tokens times query heads of a KV head.
+        tokens: KV tokens of a block.
+        warps, stages: of the program, and blocks in flight.
+        resident: programs of a multiprocessor at once, by which pieces are cut.
+        programs: programs launched for each multiprocessor.
+        fixed_us: time of an item besides its tokens.
     """
 
-    large: Tile
-    small: Tile
-    large_slots: int
-    small_slots: int
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+    resident: int
+    programs: int
+    fixed_us: float
 
 
-def tiles_for(head_dim: int) -> Tiles:
+# Largest class first; measured with scripts/tune_kernels.py on an H200.
+TILES = {
+    64: (Tile(128, 64, 8, 3, 1, 1, 5.8), Tile(64, 64, 4, 3, 1, 1, 5.8), Tile(16, 64, 2, 4, 4, 8, 2.2)),
+    128: (Tile(128, 64, 8, 3, 1, 1, 5.8), Tile(64, 64, 4, 3, 1, 1, 5.8), Tile(16, 32, 4, 4, 4, 8, 2.2)),
+    256: (Tile(64, 32, 4, 2, 1, 1, 5.8), Tile(16, 32, 4, 2, 2, 4, 2.2)),
+}
+BYTES_PER_US, FLOPS_PER_US = 4.6e6, 4.6e8
+
+
+def tiles_for(head_dim: int) -> tuple[Tile, ...]:
     """The tile classes for a head dimension; raises ValueError for one that the kernels do not know."""
     if head_dim not in TILES:
         raise ValueError(f"packed attention knows head dimensions {sorted(TILES)}, not {head_dim}")
     return TILES[head_dim]
 
 
-# (64 x 64, 4 warps) and (16 x 32, 2 warps) were the best of the tile sweep on an H200 at head_dim 128.
-TILES = {
-    64: Tiles(Tile(64, 64, 4, 3), Tile(16, 64, 2, 4), 2, 8),
-    128: Tiles(Tile(64, 64, 4, 3), Tile(16, 32, 2, 4), 2, 8),
-    256: Tiles(Tile(64, 32, 4, 2), Tile(16, 32, 4, 2), 1, 4),
-}
+def tile_policy(shape: AttentionShape, device: torch.device) -> TilePolicy:
+    """How a plan for these kernels is cut on ``device``.
+
+    The constants are of an H200; on other GPUs only the number of multiprocessors is taken from the device.
+    """
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    timings = []
+    for tile in tiles_for(shape.head_dim):
+        programs = sms * tile.resident
+        moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
+        multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
+        # written and read back, and twice that was measured
+        partial_us = 4 * shape.qo_heads * (shape.head_dim + 1) * 4 / BYTES_PER_US
+        token_us = max(moved_us, multiplied_us)
+        timings.append(PieceTiming(programs / shape.kv_heads, tile.fixed_us, token_us, partial_us))
+    tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles_for(shape.head_dim))
+    return TilePolicy(tile_queries, chunk_tokens=1 << 30, timings=tuple(timings))
 
 
 @dataclass(frozen=True)
@@ -379,7 +402,7 @@ class PackedCuda:
         self.tiles = tiles_for(head_dim)
         c = capacity
         sizes = {
-            "counts": 4,  # 0, large items, queries, items; the kernels name them by position
+            "counts": 8,
             "items": c.items * 10,
             "query_rows": c.slots,
             "partial_rows": c.slots,
@@ -403,10 +426,8 @@ class PackedCuda:
         self.kv_slots = torch.zeros(max(c.kv_slots, 1), dtype=torch.int32, device=device)
         self._part_out = torch.empty(max(c.partials, 1), qo_heads, head_dim, dtype=torch.float32, device=device)
         self._part_lse2 = torch.empty(max(c.partials, 1), qo_heads, dtype=torch.float32, device=device)
-        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        self._large_programs = sms * self.tiles.large_slots
-        self._small_programs = sms * self.tiles.small_slots
-        self._branch = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        self._branches = [torch.cuda.Stream(device) for _ in self.tiles[1:]] if device.type == "cuda" else []
 
     @property
     def nbytes(self) -> int:
@@ -422,8 +443,10 @@ class PackedCuda:
         if staged is not None:
             staged.synchronize()  # the copy of two loads ago
         block = staging.numpy()
-        n_large = int(len(plan.items) - plan.items[:, Col.SMALL].sum())
-        block[self._at["counts"]] = (0, n_large, len(plan.merge_indptr) - 1, len(plan.items))
+        classes = np.arange(len(self.tiles) + 1)
+        counts = block[self._at["counts"]]
+        counts[: len(classes)] = plan.items[:, Col.TILE_CLASS].searchsorted(classes)
+        counts[int(N_QUERIES)] = len(plan.merge_indptr) - 1
         for name in ("items", "query_rows", "partial_rows", "win_lo", "win_hi", "merge_indptr", "spans", "append_base"):
             values = getattr(plan, name).reshape(-1)
             start = self._at[name].start
@@ -493,65 +516,32 @@ class PackedCuda:
         lse2 = torch.empty(n, n_heads, dtype=torch.float32, device=q.device) if lse2 is None else lse2
         stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
         view = self._view
-        large = (self.tiles.large, self._large_programs, 0, 1, True)
-        small = (self.tiles.small, self._small_programs, 1, 3, False)
 
-        def launch(tile: Tile, programs: int, first: int, last: int, peel: bool) -> None:
-            packed_attention_kernel[(programs,)](
+        def launch(i: int, tile: Tile) -> None:
+            # full blocks apart from the rest pay where blocks are many; tails are short
+            peel = i < len(self.tiles) - 1
+            packed_attention_kernel[(self._sms * tile.programs,)](
                 q, k, v, out, lse2, self._part_out, self._part_lse2, self.kv_slots,
                 view["items"], view["counts"], view["query_rows"], view["partial_rows"], view["win_lo"], view["win_hi"],
                 kv_lens, q.stride(0), q.stride(1), out.stride(0), out.stride(1), stride_page, stride_slot, stride_head,
-                sm_scale * LOG2_E, logits_soft_cap * LOG2_E, first, last, self.kv_heads, n_heads,
-                GROUP=n_heads // self.kv_heads, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+                sm_scale * LOG2_E, logits_soft_cap * LOG2_E, i, i + 1, self.kv_heads, n_heads,
+                GROUP=n_heads // self.kv_heads, HEAD_DIM=head_dim, BLOCK_M=tile.rows, BLOCK_N=tile.tokens,
                 PAGE=page_size, WINDOW=windowed, SOFT_CAP=logits_soft_cap > 0, PEEL=peel, STAGES=tile.stages,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
 
-        # two branches, so that the tensor work of the large tiles and the reading of the tails may overlap
-        if self._branch is None:
-            launch(*large)
-            launch(*small)
-        else:
-            current = torch.cuda.current_stream(self.device)
-            self._branch.wait_stream(current)
-            launch(*large)
-            with torch.cuda.stream(self._branch):
-                launch(*small)
-            current.wait_stream(self._branch)
+        # a branch for each class, so that the tensor work of large tiles and the reading of tails overlap
+        current = torch.cuda.current_stream(self.device) if self._branches else None
+        for branch in self._branches:
+            branch.wait_stream(current)
+        launch(0, self.tiles[0])
+        for i, tile in enumerate(self.tiles[1:]):
+            with torch.cuda.stream(self._branches[i]) if self._branches else nullcontext():
+                launch(i + 1, tile)
+        for branch in self._branches:
+            current.wait_stream(branch)
         merge_kernel[(n, n_heads)](
             self._part_out, self._part_lse2, view["merge_indptr"], view["counts"], out, lse2,
             out.stride(0), out.stride(1), n_heads, HEAD_DIM=head_dim, BLOCK_P=16, num_warps=1,
         )  # fmt: skip
         return out, lse2
-
-
-def tile_policy(shape: AttentionShape, device: torch.device) -> TilePolicy:
-    """How a plan for these kernels is cut on ``device``.
-
-    The constants are of an H200; on other GPUs only the number of multiprocessors is taken from the device.
-    """
-    tiles = tiles_for(shape.head_dim)
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    token_bytes = 2 * shape.head_dim * shape.kv_bytes
-    timings = []
-    for tile, per_sm in ((tiles.large, tiles.large_slots), (tiles.small, tiles.small_slots)):
-        programs = sms * per_sm
-        moved_us = programs * token_bytes / BYTES_PER_US
-        multiplied_us = programs * tile.block_m * 4 * shape.head_dim / FLOPS_PER_US
-        timings.append(
-            PieceTiming(
-                parallel=programs / shape.kv_heads,
-                fixed_us=FIXED_US[tile.block_m > 16],
-                token_us=max(moved_us, multiplied_us),
-                partial_us=2 * shape.qo_heads * (shape.head_dim + 1) * 4 / BYTES_PER_US,
-            )
-        )
-    return TilePolicy(
-        large_queries=max(1, tiles.large.block_m // shape.group_size),
-        small_queries=tiles.small.block_m // shape.group_size,
-        chunk_tokens=1 << 30,
-        timings=(timings[0], timings[1]),
-    )
-
-
-BYTES_PER_US, FLOPS_PER_US, FIXED_US = 4.6e6, 4.6e8, (2.2, 5.8)

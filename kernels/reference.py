@@ -33,7 +33,8 @@ class ItemClass:
         out_to: [m] int64 their row of the output.
         part_from, part_to: the same for those that go to partial rows.
         windowed: whether some query may see none of its item's tokens.
-        slots: [n, L] int64 row of the KV pool, and ``hidden_now`` as ``hidden``: set by ``PackedReference.bind``.
+        slots: [n, L] int64 row of the KV pool, ``first_slot`` if a single item's slots follow each other, and
+            ``hidden_now`` as ``hidden``: set by ``PackedReference.bind``.
     """
 
     queries: torch.Tensor
@@ -47,6 +48,7 @@ class ItemClass:
     part_to: torch.Tensor
     windowed: bool
     slots: torch.Tensor | None = None
+    first_slot: int | None = None
     hidden_now: torch.Tensor | None = None
 
 
@@ -155,6 +157,8 @@ class PackedReference:
         """
         for c in self.classes:
             c.slots = kv_slots[c.entry]
+            run = len(c.slots) == 1 and bool((c.slots[0, 1:] == c.slots[0, :-1] + 1).all())
+            c.first_slot = int(c.slots[0, 0]) if run else None
             c.hidden_now = c.hidden
             if c.open_row is not None:
                 assert kv_lens is not None, "a plan with open items needs the current lengths"
@@ -202,7 +206,7 @@ class PackedReference:
             if mask is not None:
                 unseen = ~mask.mask[_mask_index(mask, c)]
                 hidden = unseen if hidden is None else hidden | unseen
-            keys, values = _rows(k, c.slots), _rows(v, c.slots)
+            keys, values = _rows(k, c.slots, c.first_slot), _rows(v, c.slots, c.first_slot)
             if logits_soft_cap > 0 or mask is not None or c.windowed:
                 o, lse = _attend(q[c.queries], keys, values, hidden, sm_scale, logits_soft_cap)
             else:
@@ -226,9 +230,11 @@ def _mask_index(mask: MaskRows, c: ItemClass) -> torch.Tensor:
     return index.clamp_(max=len(mask.mask) - 1)
 
 
-def _rows(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """[n, L, kv_heads, head_dim] float32 from a pool of slots or of pages."""
-    if cache.dim() == 3:
+def _rows(cache: torch.Tensor, slots: torch.Tensor, first_slot: int | None) -> torch.Tensor:
+    """[n, L, kv_heads, head_dim] float32 from a pool of slots or of pages; a run of slots is not copied."""
+    if cache.dim() == 3 and first_slot is not None:
+        rows = cache[None, first_slot : first_slot + slots.shape[1]]
+    elif cache.dim() == 3:
         rows = cache.index_select(0, slots.view(-1)).view(*slots.shape, *cache.shape[1:])
     else:
         rows = cache[slots // cache.shape[1], slots % cache.shape[1]]

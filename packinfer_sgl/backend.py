@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # One tile holds all queries of a node; pieces bound the memory of a batched product.
-CPU_TILES = TilePolicy(large_queries=1 << 20, small_queries=1, chunk_tokens=4096)
+CPU_TILES = TilePolicy(tile_queries=(1 << 20, 1), chunk_tokens=4096)
 
 
 class UnsupportedModel(RuntimeError):

@@ -22,7 +22,7 @@ Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "fa2", "fa3")  # FlashInfer's names for kernels that compute the same
 # With more queries to a tile the logits leave the CPU's cache: 64 measured best from 8 to 64 queries a request.
-TILES = TilePolicy(large_queries=64, small_queries=1, chunk_tokens=1024)
+TILES = TilePolicy(tile_queries=(64, 1), chunk_tokens=1024)
 # The reference copies keys and values before it multiplies: what sharing saves is the copy, whatever the products.
 COST = replace(CPU, flops_per_us=math.inf)
 
@@ -181,7 +181,7 @@ class PagedWrapper:
         kept = prune(
             tree,
             replace(shape, qo_heads=shape.qo_heads * queries),
-            replace(COST, large_rows=TILES.large_queries * shape.group_size),
+            replace(COST, large_rows=TILES.tile_queries[0] * shape.group_size),
         )
         return make_plan(kept, kv_lens, TILES, kv_tokens_unique=unique, qo_indptr=self._qo_indptr, visible=visible)
 

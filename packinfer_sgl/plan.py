@@ -28,7 +28,7 @@ class Col(IntEnum):
     B_OFF = 5
     B_LEN = 6
     PIECE = 7  # which of the tile's KV pieces: added to the slot's first partial row
-    SMALL = 8  # 1 for the small tile class
+    TILE_CLASS = 8  # index into TilePolicy.tile_queries
     OPEN_ROW = 9  # run A ends at this row's current length (it grows while the plan lives), or -1
 
 
@@ -57,25 +57,37 @@ class TilePolicy:
     """How queries and KV are cut into items.
 
     Attributes:
-        large_queries, small_queries: queries (tokens) of one tile of each class.
+        tile_queries: most queries (tokens) of one tile of each class, largest class first. A span is cut into tiles of
+            the smallest class that holds all its queries, else of the largest (see ``classes``).
         chunk_tokens: longest KV piece of an item.
-        timings: of the large and of the small class: pieces are then cut so that each class fills its waves, and
-            ``chunk_tokens`` only bounds them. None: as long as ``chunk_tokens`` allows.
+        timings: of each class: pieces are then cut so that each class fills its waves, and ``chunk_tokens`` only
+            bounds them. None: as long as ``chunk_tokens`` allows.
     """
 
-    large_queries: int
-    small_queries: int
+    tile_queries: tuple[int, ...]
     chunk_tokens: int
-    timings: tuple[PieceTiming, PieceTiming] | None = None
+    timings: tuple[PieceTiming, ...] | None = None
 
-    def pieces(self, tokens: Int64, queries: Int64, small: npt.NDArray[np.bool_]) -> Int64:
+    def classes(self, tokens: Int64, queries: Int64) -> Int64:
+        """The tile class of spans of so many KV tokens and queries ([n_spans] each)."""
+        tile_class = np.zeros(len(queries), np.int64)
+        for size in self.tile_queries[1:]:
+            tile_class += queries <= size
+        if len(self.tile_queries) > 2:
+            # two classes of large tiles that take turns cannot fill the device; the second then takes all
+            first, second = tokens[tile_class == 0].sum(), tokens[tile_class == 1].sum()
+            if 4 * second > first:
+                tile_class = np.maximum(tile_class, 1)
+        return tile_class
+
+    def pieces(self, tokens: Int64, queries: Int64, tile_class: Int64) -> Int64:
         """Into how many pieces each tile's KV tokens are cut ([n_tiles] each)."""
         pieces = np.maximum(-(-tokens // self.chunk_tokens), 1)
-        if self.timings is not None:
-            for timing, of_class in zip(self.timings, (~small, small)):
-                if of_class.any():
-                    chunk = min(_best_chunk(tokens[of_class], queries[of_class], timing), self.chunk_tokens)
-                    pieces[of_class] = np.maximum(-(-tokens[of_class] // chunk), 1)
+        for i, timing in enumerate(self.timings or ()):
+            (tiles,) = (tile_class == i).nonzero()
+            if len(tiles):
+                chunk = min(_best_chunk(tokens[tiles], queries[tiles], timing), self.chunk_tokens)
+                pieces[tiles] = np.maximum(-(-tokens[tiles] // chunk), 1)
         return pieces
 
 
@@ -103,7 +115,7 @@ class Plan:
     A query slot is one query token in one tile. Items that are KV pieces of the same tile share its slots.
 
     Attributes:
-        items: [n_items, 10], columns ``Col``; large tiles first, longest first within a class.
+        items: [n_items, 10], columns ``Col``; largest tile class first, longest first within a class.
         query_rows: [n_slots] row of q and out.
         partial_rows: [n_slots] first partial row of the slot (plus the item's ``PIECE``), or -1: the item writes the
             output row itself.
@@ -192,8 +204,8 @@ def make_plan(
     n_queries = len(tokens)
 
     # tiles: each segment's queries in equal parts of the class's size
-    small = q_count <= policy.small_queries
-    tiles_of = -(-q_count // np.where(small, max(policy.small_queries, 1), policy.large_queries))
+    tile_class = policy.classes(length, q_count)
+    tiles_of = -(-q_count // np.array(policy.tile_queries)[tile_class])
     seg, nth = _expand(tiles_of)
     step = -(-q_count // np.maximum(tiles_of, 1))
     tile_q = nth * step[seg]
@@ -217,7 +229,7 @@ def make_plan(
 
     # pieces: run A in near-equal parts; run B rides with the last
     a_len = a_to - a_from
-    pieces = policy.pieces(a_len, tile_count, small[seg])
+    pieces = policy.pieces(a_len, tile_count, tile_class[seg])
     tile, piece = _expand(pieces)
     piece_len = (-(-a_len // pieces))[tile]
     done = piece * piece_len
@@ -230,14 +242,14 @@ def make_plan(
     position = columns[Col.A_POS] = a_from[tile] + done
     columns[Col.A_OFF] = position + to_slots[tile_seg]
     columns[Col.PIECE] = piece
-    is_small = columns[Col.SMALL] = small[tile_seg]
+    item_class = columns[Col.TILE_CLASS] = tile_class[tile_seg]
     columns[Col.OPEN_ROW] = np.where(last & (tile_seg >= n_nodes), order[lo[tile_seg]], -1) if room_tokens else -1
     total_len = a_len
     if visible is not None:
         columns[Col.B_OFF] = to_slots[tile_seg] + a_to[tile]
         columns[Col.B_LEN] = np.where(last, b_len[tile], 0)
         total_len = a_len + columns[Col.B_LEN]
-    longest_first = np.argsort((is_small.astype(np.int64) << 32) - total_len, kind="stable")
+    longest_first = np.argsort((item_class << 32) - total_len, kind="stable")
 
     partial_rows, merge_indptr = _partials(slot_query, pieces[slot_tile], n_queries)
     return Plan(

@@ -23,7 +23,7 @@ import torch
 
 from packinfer_sgl.groups import H200, AttentionShape, prune
 from packinfer_sgl.kernels.packed import Capacity, PackedCuda, tile_policy
-from packinfer_sgl.plan import make_plan
+from packinfer_sgl.plan import Col, make_plan
 from packinfer_sgl.prefix_tree import PrefixTree
 
 HEAD_DIM = 128
@@ -181,11 +181,11 @@ def ours(x: Inputs) -> tuple[Method, dict]:
     def call(i: int) -> None:
         packed.run(x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, out=x.out[i], lse2=lse2)
 
-    small = plan.items[:, 8].astype(bool)
+    classes = [plan.items[plan.items[:, Col.TILE_CLASS] == i] for i in range(len(policy.tile_queries))]
     info = {
         "groups": kept.n_nodes,
-        "items": (int((~small).sum()), int(small.sum())),
-        "longest": tuple(int(plan.items[c, 3].max()) if c.any() else 0 for c in (~small, small)),
+        "items": [len(items) for items in classes],
+        "longest": [int(items[:, Col.A_LEN].max()) if len(items) else 0 for items in classes],
         "partials": plan.n_partials,
         "tokens_read": plan.kv_tokens_read,
         "plan_us": round(plan_us),
@@ -330,6 +330,7 @@ class Timed:
     """A CUDA graph of one call for each copy of the inputs."""
 
     def __init__(self, call: Callable[[int], object], copies: int) -> None:
+        self.call = call  # the graph uses memory that it holds
         for i in range(2):
             call(i)
         torch.cuda.synchronize()

@@ -29,7 +29,7 @@ from packinfer_sgl.plan import TilePolicy, make_plan
 from packinfer_sgl.radix import BatchRows
 
 SHAPE = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
-TILES = TilePolicy(large_queries=16, small_queries=4, chunk_tokens=1024)
+TILES = TilePolicy(tile_queries=(16, 4), chunk_tokens=1024)
 # (requests, branches at each level, tokens of each level)
 BATCHES = [
     (64, (1,), (16384,)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from packinfer_sgl.kernels.packed import Capacity, PackedCuda
+from packinfer_sgl.kernels.packed import Capacity, PackedCuda, tiles_for
 from packinfer_sgl.plan import Plan, TilePolicy, make_plan
 from packinfer_sgl.prefix_tree import PrefixTree
 
@@ -45,8 +45,6 @@ def random_case(
     chunk_tokens: int = 48,
     room_tokens: int = 8,
     soft_cap: float = 0.0,
-    large_queries: int | None = None,
-    small_rows: int = 16,
 ) -> Case:
     """Rows of which neighbours ``i`` and ``i + 1`` share ``shared[i]`` tokens, each with a tail of its own.
 
@@ -81,7 +79,7 @@ def random_case(
     held = torch.from_numpy(free[:used]).long()
     kv[:, held] = torch.randn(2, used, kv_heads, head_dim, generator=generator)
     q = torch.randn(n, kv_heads * group, head_dim, generator=generator)
-    policy = TilePolicy(large_queries or max(1, 64 // group), small_rows // group, chunk_tokens)
+    policy = TilePolicy(tuple(max(1, tile.rows // group) for tile in tiles_for(head_dim)), chunk_tokens)
     plan = make_plan(tree, lens, policy, kv_tokens_unique=total, room_tokens=room_tokens)
     k, v = kv.to(device, dtype)
     if page_size > 1:

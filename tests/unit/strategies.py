@@ -128,8 +128,8 @@ class Case:
 
 @st.composite
 def policies(draw: st.DrawFn) -> TilePolicy:
-    small = draw(st.integers(0, 4))
-    return TilePolicy(draw(st.integers(max(small, 1), 9)), small, draw(st.sampled_from([1, 2, 3, 5, 8, 1000])))
+    small = draw(st.integers(1, 4))
+    return TilePolicy((draw(st.integers(small, 9)), small), draw(st.sampled_from([1, 2, 3, 5, 8, 1000])))
 
 
 DECODE = ("decode",)

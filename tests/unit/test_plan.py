@@ -41,14 +41,14 @@ def kv_list(case: Case, plan: Plan) -> list[tuple[int, int] | str | None]:
 def check_items(case: Case, plan: Plan) -> None:
     """Capacity, classes and order of the items."""
     assert plan.items.dtype == np.int32 and plan.items.shape == (len(plan.items), len(Col))
-    sizes = [(bool(i[Col.SMALL]), -int(i[Col.A_LEN] + i[Col.B_LEN])) for i in plan.items]
+    sizes = [(bool(i[Col.TILE_CLASS]), -int(i[Col.A_LEN] + i[Col.B_LEN])) for i in plan.items]
     assert sizes == sorted(sizes), "large tiles first, longest first within a class"
     open_rows = Counter(int(i[Col.OPEN_ROW]) for i in plan.items if i[Col.OPEN_ROW] >= 0)
     growing = [row for row, start in tail_starts(case).items() if case.room and len(case.rows[row]) > start]
     assert open_rows == Counter(growing)
     for item in plan.items:
         policy = case.policy
-        assert 1 <= item[Col.Q_CNT] <= (policy.small_queries if item[Col.SMALL] else policy.large_queries)
+        assert 1 <= item[Col.Q_CNT] <= (policy.tile_queries[-1] if item[Col.TILE_CLASS] else policy.tile_queries[0])
         assert 0 <= item[Col.Q_OFF] and item[Col.Q_OFF] + item[Col.Q_CNT] <= len(plan.query_rows)
         assert 0 <= item[Col.A_LEN] <= policy.chunk_tokens and 0 <= item[Col.B_LEN]
         for off, length in ((Col.A_OFF, Col.A_LEN), (Col.B_OFF, Col.B_LEN)):
@@ -122,12 +122,12 @@ def test_tokens_counted(case: Case) -> None:
     for segment, (_, _, tokens, offset) in enumerate(plan.spans.tolist()):
         tail = segment >= case.kept.n_nodes
         queries = 1 if tail else int(case.kept.row_hi[segment] - case.kept.row_lo[segment])
-        fits = queries <= case.policy.small_queries
-        read += tokens * (1 if fits else -(-queries // case.policy.large_queries))
+        fits = queries <= case.policy.tile_queries[-1]
+        read += tokens * (1 if fits else -(-queries // case.policy.tile_queries[0]))
         small |= dict.fromkeys(range(offset, offset + tokens), fits)
     assert plan.kv_tokens_read == read
     for item in plan.items:
-        assert bool(item[Col.SMALL]) == small[int(item[Col.A_OFF])]
+        assert bool(item[Col.TILE_CLASS]) == small[int(item[Col.A_OFF])]
 
 
 @given(cases())
@@ -143,7 +143,7 @@ def test_a_token_is_read_by_no_more_tiles_than_its_queries_need(case: Case) -> N
         if segment < case.kept.n_nodes:
             holders = set(case.kept.row_order[case.kept.row_lo[segment] : case.kept.row_hi[segment]].tolist())
         queries = sum(row in holders for row in case.query_row)
-        tiles = 1 if queries <= case.policy.small_queries else -(-queries // case.policy.large_queries)
+        tiles = 1 if queries <= case.policy.tile_queries[-1] else -(-queries // case.policy.tile_queries[0])
         assert all(reads[offset + i] <= tiles for i in range(tokens))
 
 
@@ -182,5 +182,5 @@ def test_queries_that_see_nothing(case: Case) -> None:
 @pytest.mark.parametrize("qo_indptr", [None, np.array([0, 1, 2], np.int32)])
 def test_a_plan_without_grouping_has_one_item_per_row(qo_indptr: np.ndarray | None) -> None:
     tree = keep_nodes(tree_of([[1, 2, 3], [1, 2, 4]]), set())
-    plan = make_plan(tree, np.array([3, 3], np.int32), TilePolicy(4, 1, 8), kv_tokens_unique=4, qo_indptr=qo_indptr)
+    plan = make_plan(tree, np.array([3, 3], np.int32), TilePolicy((4, 1), 8), kv_tokens_unique=4, qo_indptr=qo_indptr)
     assert (len(plan.items), plan.n_partials, plan.kv_tokens_read) == (2, 0, 6)

@@ -52,7 +52,7 @@ class Engine:
         self.planner = CpuDecode(
             AttentionShape(KV_HEADS * GROUP, KV_HEADS, HEAD_DIM, 4),
             cost,
-            TilePolicy(large_queries=8, small_queries=1, chunk_tokens=8),
+            TilePolicy(tile_queries=(8, 1), chunk_tokens=8),
             grouping=grouping,
             verify=verify,
             req_to_token=self.table,

@@ -100,12 +100,12 @@ def test_queries_that_see_nothing(case: Case, heads: tuple[int, int], seed: int)
 )
 def test_rows_without_kv_and_empty_windows(rows: list[list[int]], windows: list[tuple[int, int]] | None) -> None:
     tree = tree_of(rows)
-    check(Case(rows, tree, tree, TilePolicy(1, 1, 8), None, list(range(len(rows))), windows, 0), (1, 2), 64, 0)
+    check(Case(rows, tree, tree, TilePolicy((1, 1), 8), None, list(range(len(rows))), windows, 0), (1, 2), 64, 0)
 
 
 def test_rows_without_queries() -> None:
     tree = tree_of([[1], [1, 2]])
-    no_queries = Case([[1], [1, 2]], tree, tree, TilePolicy(8, 1, 8), torch.zeros(3).int().numpy(), [], None, 0)
+    no_queries = Case([[1], [1, 2]], tree, tree, TilePolicy((8, 1), 8), torch.zeros(3).int().numpy(), [], None, 0)
     check(no_queries, (1, 2), 64, 0)
 
 
@@ -205,7 +205,7 @@ def test_extreme_logits_stay_finite() -> None:
     """A softmax without its maximum taken out would overflow."""
     q, k = torch.full((1, 1, 64), 40.0), torch.full((2, 1, 64), 40.0)
     v = torch.stack([torch.zeros(1, 64), torch.ones(1, 64)])
-    case = Case([[0, 1]], *[tree_of([[0, 1]])] * 2, TilePolicy(8, 1, 8), None, [0], None, 0)
+    case = Case([[0, 1]], *[tree_of([[0, 1]])] * 2, TilePolicy((8, 1), 8), None, [0], None, 0)
     out, lse2 = packed(case, case.plan()).run(q, k, v, sm_scale=1.0)
     assert_close((out, lse2), attention64(q, k, v, [[0, 1]], 1.0), 1e-5)
 

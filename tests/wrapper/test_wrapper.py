@@ -57,7 +57,7 @@ def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The real cost model declines most spans of small batches; without it every shared span is grouped."""
     if request.param != "by cost":
         monkeypatch.setattr(paged, "prune", keep_all)
-        monkeypatch.setattr(paged, "TILES", TilePolicy(large_queries=5, small_queries=2, chunk_tokens=7))
+        monkeypatch.setattr(paged, "TILES", TilePolicy(tile_queries=(5, 2), chunk_tokens=7))
 
 
 def check(batch: Batch, layer: Layer, seed: int, planned: cases.Wrapper | None = None, packed: bool = False) -> None:
