@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from packinfer_sgl.config import Config
 from packinfer_sgl.cpu_decode import CpuDecode
+from packinfer_sgl.cuda_decode import CudaDecode
 from packinfer_sgl.groups import CPU, AttentionShape
+from packinfer_sgl.kernels.packed import TILES
 from packinfer_sgl.metrics import STATS
 from packinfer_sgl.plan import TilePolicy
 from packinfer_sgl.radix import running_rows
@@ -21,12 +24,15 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from packinfer_sgl.kernels.reference import PackedReference
 
 logger = logging.getLogger(__name__)
 
 # One tile holds all queries of a node; pieces bound the memory of a batched product.
 CPU_TILES = TilePolicy(tile_queries=(1 << 20, 1), chunk_tokens=4096)
+
+
+# Rows of an eager decode batch, or of a captured graph if that is more, for which buffers are held on a GPU.
+EAGER_ROWS = 256
 
 
 class UnsupportedModel(RuntimeError):
@@ -40,25 +46,68 @@ class PackInferMixin:
     backend, so that its flags, buffers and metadata keep working (see ``wrap``).
     """
 
-    _packinfer_planner: CpuDecode
+    _packinfer_decode: CpuDecode | CudaDecode | None = None  # on CUDA built when the size of its buffers is known
+    _packinfer_make: Callable[[int], CpuDecode | CudaDecode]
     _packinfer_layers: dict[int, LayerReason | None]
-    _packinfer_step: PackedReference | None = None
+    _packinfer_on: bool = False  # this step's decode is packed
+    _packinfer_verify: bool
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        super().init_cuda_graph_state(max_bs, max_num_tokens)  # type: ignore[misc]
+        self._packinfer_decode = self._packinfer_make(max(max_bs, EAGER_ROWS))
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Before an eager forward pass."""
+        self._packinfer_on = False
         super().init_forward_metadata(forward_batch)  # type: ignore[misc]
-        self._packinfer_step = self._packinfer_plan(forward_batch)
+        self._packinfer_on = self._packinfer_plan(forward_batch)
 
-    def _packinfer_plan(self, batch: ForwardBatch) -> PackedReference | None:
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Before a graph is captured or replayed; some stock backends come here before an eager pass, too."""
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)  # type: ignore[misc]
+        decode = self._packinfer_decode
+        self._packinfer_on = False
+        if not isinstance(decode, CudaDecode) or not forward_batch.forward_mode.is_decode():
+            return
+        if in_capture:
+            self._packinfer_on = True
+            decode.step_for_capture(forward_batch.req_pool_indices)
+        elif hasattr(forward_batch, "num_padding"):
+            # The captured graph runs the packed kernels whatever the batch is: without rows nothing is shared.
+            n = forward_batch.batch_size - forward_batch.num_padding
+            rows = running_rows()
+            if rows is None or len(rows.reqs) != n:
+                rows = None
+            decode.step(rows, forward_batch.req_pool_indices[:n], forward_batch.seq_lens_cpu[:n].numpy())
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Captured with the graph, and run at each replay."""
+        super().init_forward_metadata_in_graph(forward_batch)  # type: ignore[misc]
+        if self._packinfer_on and isinstance(self._packinfer_decode, CudaDecode):
+            self._packinfer_decode.append(forward_batch.seq_lens, forward_batch.out_cache_loc)
+
+    def _packinfer_plan(self, batch: ForwardBatch) -> bool:
+        """Plan an eager decode batch; False if the stock backend runs it."""
         if batch.forward_mode.is_idle():
-            return None
+            return False
         rows = running_rows()
+        if self._packinfer_decode is None:
+            self._packinfer_decode = self._packinfer_make(EAGER_ROWS)
+        decode = self._packinfer_decode
         reason = _batch_reason(batch, rows is not None)
+        if reason is None and isinstance(decode, CudaDecode) and batch.batch_size > decode.max_rows:
+            reason = BatchReason.TOO_MANY_ROWS
         if reason is not None:
             STATS.count_fallback(reason)
-            return None
+            return False
         if batch.batch_size != len(rows.reqs):  # beams: rows beyond the requests alias their leader's slots
             rows = None
-        return self._packinfer_planner.step(rows, batch.req_pool_indices, batch.seq_lens, batch.out_cache_loc)
+        if isinstance(decode, CudaDecode):
+            decode.step(rows, batch.req_pool_indices, batch.seq_lens_cpu.numpy())
+            decode.append(batch.seq_lens, batch.out_cache_loc)
+        else:
+            decode.step(rows, batch.req_pool_indices, batch.seq_lens, batch.out_cache_loc)
+        return True
 
     def forward_decode(
         self,
@@ -70,21 +119,28 @@ class PackInferMixin:
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        step = self._packinfer_step
-        if step is None or kwargs or k is None or not save_kv_cache or self._packinfer_layer_reason(layer) is not None:
-            if step is not None and (kwargs or k is None or not save_kv_cache):
+        more = bool(kwargs) or k is None
+        if not self._packinfer_on or more or self._packinfer_layer_reason(layer) is not None:
+            if self._packinfer_on and more:
                 STATS.set_layer(layer.layer_id, LayerReason.EXTRA_ARGUMENTS)
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)  # type: ignore[misc]
-        _write_kv(self.token_to_kv_pool, layer, forward_batch.out_cache_loc, k, v)  # type: ignore[attr-defined]
+        assert self._packinfer_decode is not None
+        if save_kv_cache:  # else the model has written it, together with the rotary embedding
+            _write_kv(self.token_to_kv_pool, layer, forward_batch.out_cache_loc, k, v)  # type: ignore[attr-defined]
         q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
-        out, _ = step.run(
+        out = self._packinfer_decode.run(
             q,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),  # type: ignore[attr-defined]
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),  # type: ignore[attr-defined]
+            forward_batch.seq_lens,
             sm_scale=layer.scaling,
             logits_soft_cap=layer.logit_cap,
         )
-        return out.view(len(q), -1)
+        out = out.view(len(q), -1)
+        if self._packinfer_verify and not (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+            stock = super().forward_decode(q, k, v, layer, forward_batch, False)  # type: ignore[misc]
+            _check_output(out, stock.view_as(out), layer.layer_id)
+        return out
 
     def _packinfer_layer_reason(self, layer: RadixAttention) -> LayerReason | None:
         if layer.layer_id not in self._packinfer_layers:
@@ -126,9 +182,29 @@ def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
         return LayerReason.TEMPERATURE_BY_LENGTH
     if type(pool) is not MHATokenToKVPool or getattr(pool, "use_hnd", False):
         return LayerReason.KV_POOL
+    if torch.device(pool.device).type == "cuda":
+        if layer.head_dim not in TILES:
+            return LayerReason.HEAD_DIM
+        if layer.tp_q_head_num > TILES[layer.head_dim][-1].rows * layer.tp_k_head_num:
+            return LayerReason.GROUP_SIZE
+        if pool.dtype not in (torch.bfloat16, torch.float16):
+            return LayerReason.KV_DTYPE
     if not pool.dtype.is_floating_point or pool.dtype.itemsize < 2:
         return LayerReason.KV_DTYPE
     return None
+
+
+def _check_output(out: torch.Tensor, stock: torch.Tensor, layer_id: int) -> None:
+    """Raise RuntimeError if a row of ``out`` ([n, heads * head_dim]) is not the stock backend's within rounding."""
+    error = (out.float() - stock.float()).norm(dim=1) / stock.float().norm(dim=1)
+    worst = float(error.max())
+    STATS.verify_error = max(STATS.verify_error, worst)
+    # float32: sums of some thousand terms in another order; half precision: probabilities and output rounded once more
+    if not worst <= {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[out.dtype]:
+        raise RuntimeError(
+            f"packinfer: layer {layer_id}, row {int(error.argmax())} of {len(out)}: packed attention is off the stock "
+            f"backend's by {worst:.2g}; please report this with the SGLang version"
+        )
 
 
 def _write_kv(pool: Any, layer: RadixAttention, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -151,24 +227,27 @@ def wrap(stock: AttentionBackend, runner: Any, config: Config) -> AttentionBacke
     Raises:
         UnsupportedModel: no layer of the model can be packed, or the device has no packed kernels.
     """
-    if torch.device(runner.device).type != "cpu":
+    device = torch.device(runner.device).type
+    if device not in ("cpu", "cuda"):
         raise UnsupportedModel(
-            f"packinfer: this version has packed kernels for the CPU only, not for {runner.device}; "
-            "choose a stock --attention-backend"
+            f"packinfer: there are packed kernels for CPU and CUDA, not for {device}; choose a stock "
+            "--attention-backend"
         )
     shape = _shape(runner)
     backend = object.__new__(packed_class(type(stock)))
     backend.__dict__ = stock.__dict__
     backend._packinfer_layers = {}
-    backend._packinfer_planner = CpuDecode(
-        shape,
-        CPU,
-        CPU_TILES,
-        grouping=config.grouping,
-        verify=config.verify,
-        req_to_token=runner.req_to_token_pool.req_to_token,
-        stats=STATS,
-    )
+    backend._packinfer_verify = config.verify
+    settings = {"grouping": config.grouping, "verify": config.verify, "stats": STATS}
+    settings["req_to_token"] = runner.req_to_token_pool.req_to_token
+    if device == "cpu":
+        backend._packinfer_decode = CpuDecode(shape, CPU, CPU_TILES, **settings)
+    else:
+        backend.needs_cpu_seq_lens = True  # plans are made on the host
+        pool_tokens = runner.token_to_kv_pool.size
+        backend._packinfer_make = lambda max_rows: CudaDecode(
+            shape, max_rows=max_rows, pool_tokens=pool_tokens, **settings
+        )
     return backend
 
 

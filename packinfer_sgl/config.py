@@ -38,7 +38,8 @@ class Config:
     )
     verify: bool = _setting(
         False,
-        "debugging: before every new plan, check that grouped requests really hold the same KV slots",
+        "debugging: check that grouped requests hold the same KV slots and, outside of CUDA graphs, compare every layer "
+        "with the stock backend",
         unit="true or false",
         choices=("true", "false"),
     )

@@ -67,6 +67,19 @@ class CpuDecode:
         self._packed.bind(self._kv_slots, kv_lens)
         return self._packed
 
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_lens: torch.Tensor,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float,
+    ) -> torch.Tensor:
+        """Attention of one layer, [n, qo_heads, head_dim]. See ``PackedReference.run``."""
+        return self._packed.run(q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)[0]
+
     def _snapshot(self, plan: Plan, pool_rows: torch.Tensor) -> torch.Tensor:
         """[plan.kv_capacity] int64: the spans' slots; room is filled with the span's first slot, whose KV is finite."""
         row, start, length, offset = torch.from_numpy(plan.spans).long().unbind(1)

@@ -26,7 +26,8 @@ _TOTALS = {
 class Stats:
     """Counters since the process started, and the groups of the last packed step.
 
-    ``kv_tokens_*`` count the KV tokens of one layer, summed over packed steps.
+    ``kv_tokens_*`` count the KV tokens of one layer, summed over packed steps. ``verify_error`` is the largest relative
+    difference of a row from the stock backend that the setting ``verify`` saw.
     """
 
     active: bool = False
@@ -43,6 +44,7 @@ class Stats:
     plan_us: deque[float] = field(default_factory=lambda: deque(maxlen=256))
     last_tree: PrefixTree | None = None
     last_private_tokens: int = 0
+    verify_error: float = 0.0
     _exported_at: float = 0.0
 
     def count_plan(self, plan: Plan, tree: PrefixTree, took_us: float) -> None:
@@ -87,6 +89,7 @@ class Stats:
             "kv_tokens_read": self.kv_tokens_read,
             "plans": self.plans,
             "plan_us_p50": round(statistics.median(self.plan_us), 1) if self.plan_us else None,
+            "verify_error": self.verify_error,
             "arena": None,
             "private_tokens": self.last_private_tokens,
             "tree": [{"parent": int(p), "rows": int(r), "start": int(s), "end": int(e)} for p, r, s, e in nodes],

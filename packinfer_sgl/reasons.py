@@ -12,6 +12,7 @@ class BatchReason(str, Enum):
     SPECULATIVE = "speculative"
     ENCODER_DECODER = "encoder_decoder"
     NO_BATCH = "no_batch"  # a forward that SGLang did not build from its scheduler's batch (warm-up, capture)
+    TOO_MANY_ROWS = "too_many_rows"  # more rows than the buffers hold
     PADDED = "padded"  # rows that belong to no request and have no KV of their own
 
 
@@ -24,5 +25,7 @@ class LayerReason(str, Enum):
     UNEQUAL_HEAD_DIMS = "unequal_head_dims"
     EXTRA_ARGUMENTS = "extra_arguments"  # sinks, rope halves, score modifiers: anything passed beyond q, k, v
     TEMPERATURE_BY_LENGTH = "temperature_by_length"
+    HEAD_DIM = "head_dim"  # a head dimension that the GPU kernels have no tiles for
+    GROUP_SIZE = "group_size"  # more query heads per KV head than a small tile has rows
     KV_DTYPE = "kv_dtype"
     KV_POOL = "kv_pool"  # KV that does not lie in one [slots, heads, head_dim] buffer per layer

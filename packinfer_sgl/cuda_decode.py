@@ -1,0 +1,123 @@
+"""Packed decode on CUDA: plans in buffers at fixed addresses, so that a captured graph replays any of them."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+
+from packinfer_sgl.cpu_decode import check_shared_slots
+from packinfer_sgl.groups import H200, AttentionShape
+from packinfer_sgl.kernels.packed import Capacity, PackedCuda, tile_policy
+from packinfer_sgl.metrics import Stats
+from packinfer_sgl.plan import Plan, make_plan
+from packinfer_sgl.planner import DecodePlanner, Rows
+from packinfer_sgl.prefix_tree import PrefixTree
+
+logger = logging.getLogger(__name__)
+
+# A plan lives at most this many steps. The kernels read what a tail holds, not its room.
+ROOM_TOKENS = 256
+
+
+class CudaDecode:
+    """Turns each decode batch into work for the Triton kernels.
+
+    A step uploads a new plan and snapshots its slots, or keeps both; ``append``, which a graph may capture, then enters
+    the new slots. Kernels never read ``req_to_token``: SGLang rewrites it while they run.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        grouping: str,
+        verify: bool,
+        req_to_token: torch.Tensor,
+        pool_tokens: int,
+        max_rows: int,
+        stats: Stats,
+    ) -> None:
+        """
+        Args:
+            req_to_token: [pool rows, max context] int32 on the GPU, SGLang's table of slots.
+            pool_tokens: KV tokens in the pool.
+            max_rows: most rows of a batch.
+            grouping, verify: see ``config.Config``.
+        """
+        self.verify, self.req_to_token, self.max_rows = verify, req_to_token, max_rows
+        device = req_to_token.device
+        # Uncut and with one group for each row, any batch fits but for its slots: spans that are not worth a group
+        # stand in the list once for each row. Four times the pool is room for that.
+        kv_slots = min(max_rows * req_to_token.shape[1], 4 * pool_tokens) + max_rows * ROOM_TOKENS
+        capacity = Capacity(
+            queries=max_rows,
+            slots=8 * max_rows,
+            items=8 * max_rows + 4096,
+            spans=2 * max_rows,
+            partials=8 * max_rows + 65536 // shape.qo_heads,
+            kv_slots=kv_slots,
+        )
+        self._packed = PackedCuda(
+            capacity, qo_heads=shape.qo_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, device=device
+        )
+        self._planner = DecodePlanner(
+            shape,
+            H200,
+            tile_policy(shape, device),
+            grouping=grouping,
+            room_tokens=ROOM_TOKENS,
+            stats=stats,
+            fits=capacity.holds,
+        )
+        logger.info("packinfer: decode buffers for %d rows: %.0f MB", max_rows, self._packed.nbytes / 1e6)
+
+    def step(self, rows: Rows | None, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
+        """Make the plan of this decode step the loaded one.
+
+        Args:
+            rows: the scheduler's batch, or None if it is not known: then nothing counts as shared.
+            pool_rows: [n] row of ``req_to_token`` of each request, on the GPU.
+            lens: [n] int64 KV tokens of each row, the new one included.
+        """
+        if self._planner.step(rows, lens, lambda: _nothing_shared(len(lens))):
+            if self.verify:
+                tree = self._planner.tree
+                order = torch.from_numpy(tree.row_order).long().to(pool_rows.device)
+                check_shared_slots(tree, self.req_to_token[pool_rows.long()[order]])
+            self._load(self._planner.plan, pool_rows)
+
+    def step_for_capture(self, pool_rows: torch.Tensor) -> None:
+        """Load a plan for rows of one token each, as graphs are captured with."""
+        n = len(pool_rows)
+        ones = np.ones(n, np.int32)
+        tree = _nothing_shared(n)
+        plan = make_plan(tree, ones, self._planner.policy, kv_tokens_unique=n, room_tokens=ROOM_TOKENS)
+        self._planner.forget()
+        self._load(plan, pool_rows)
+
+    def _load(self, plan: Plan, pool_rows: torch.Tensor) -> None:
+        self._packed.load(plan)
+        self._packed.snapshot(self.req_to_token, pool_rows)
+
+    def append(self, kv_lens: torch.Tensor, out_slots: torch.Tensor) -> None:
+        """Enter each row's newest slot in the slot list. Both [n], on the GPU; may be captured."""
+        self._packed.append(kv_lens, out_slots)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_lens: torch.Tensor,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float,
+    ) -> torch.Tensor:
+        """Attention of one layer, [n, qo_heads, head_dim]; may be captured. See ``PackedCuda.run``."""
+        return self._packed.run(q, k, v, kv_lens, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)[0]
+
+
+def _nothing_shared(n: int) -> PrefixTree:
+    return PrefixTree.from_neighbours(range(n), [0] * (n - 1))
