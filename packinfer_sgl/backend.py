@@ -51,6 +51,7 @@ class PackInferMixin:
     _packinfer_layers: dict[int, LayerReason | None]
     _packinfer_on: bool = False  # this step's decode is packed
     _packinfer_verify: bool
+    _packinfer_check: bool = False  # this step is eager, and compared with the stock backend
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)  # type: ignore[misc]
@@ -61,12 +62,13 @@ class PackInferMixin:
         self._packinfer_on = False
         super().init_forward_metadata(forward_batch)  # type: ignore[misc]
         self._packinfer_on = self._packinfer_plan(forward_batch)
+        self._packinfer_check = self._packinfer_verify
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Before a graph is captured or replayed; some stock backends come here before an eager pass, too."""
         super().init_forward_metadata_out_graph(forward_batch, in_capture)  # type: ignore[misc]
         decode = self._packinfer_decode
-        self._packinfer_on = False
+        self._packinfer_on = self._packinfer_check = False
         if not isinstance(decode, CudaDecode) or not forward_batch.forward_mode.is_decode():
             return
         if in_capture:
@@ -137,7 +139,7 @@ class PackInferMixin:
             logits_soft_cap=layer.logit_cap,
         )
         out = out.view(len(q), -1)
-        if self._packinfer_verify and not (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self._packinfer_check:
             stock = super().forward_decode(q, k, v, layer, forward_batch, False)  # type: ignore[misc]
             _check_output(out, stock.view_as(out), layer.layer_id)
         return out

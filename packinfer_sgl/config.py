@@ -38,8 +38,8 @@ class Config:
     )
     verify: bool = _setting(
         False,
-        "debugging: check that grouped requests hold the same KV slots and, outside of CUDA graphs, compare every layer "
-        "with the stock backend",
+        "debugging: check that grouped requests hold the same KV slots and, outside of CUDA graphs, each layer against "
+        "the stock backend",
         unit="true or false",
         choices=("true", "false"),
     )

@@ -40,7 +40,8 @@ def worker(backend: str, args: argparse.Namespace) -> None:
         model_path=args.model,
         load_format=args.load_format,
         attention_backend=backend,
-        mem_fraction_static=args.memory,
+        mem_fraction_static=0.93,
+        max_total_tokens=args.pool_tokens,
         cuda_graph_max_bs_decode=REQUESTS,
         max_running_requests=REQUESTS,
         cuda_graph_backend_prefill="disabled",
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--backends", default="packinfer,fa3,flashinfer")
     parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", type=float, default=0.28, help="mem_fraction_static of each engine")
+    parser.add_argument("--pool-tokens", type=int, default=155000, help="KV pool of each engine, tokens")
     parser.add_argument("--engine", default="{}", help="more arguments of sglang.Engine, as JSON")
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
