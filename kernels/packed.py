@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from packinfer_sgl.groups import AttentionShape
+from packinfer_sgl.groups import H200, AttentionShape
 from packinfer_sgl.plan import Col, PieceTiming, Plan, TilePolicy
 
 LOG2_E = math.log2(math.e)
@@ -343,10 +343,8 @@ def tile_policy(shape: AttentionShape, device: torch.device) -> TilePolicy:
         programs = sms * tile.resident
         moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
         multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
-        # written and read back, and twice that was measured
-        partial_us = 4 * shape.qo_heads * (shape.head_dim + 1) * 4 / BYTES_PER_US
         token_us = max(moved_us, multiplied_us)
-        timings.append(PieceTiming(programs / shape.kv_heads, tile.fixed_us, token_us, partial_us))
+        timings.append(PieceTiming(programs / shape.kv_heads, tile.fixed_us, token_us, H200.partials_us(shape)))
     tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles_for(shape.head_dim))
     return TilePolicy(tile_queries, chunk_tokens=1 << 30, timings=tuple(timings))
 

@@ -38,7 +38,9 @@ class CostModel:
         bytes_per_us: read bandwidth of device memory.
         reread_bytes_per_us: bandwidth of reading the same KV again shortly after (from a cache).
         flops_per_us: rate of the attention tile's products, padding counted as work.
-        item_us: fixed time of a work item (all KV heads together).
+        item_us: fixed time of a work item of one KV head.
+        partial_us: fixed time of one partial result of one query, written and merged.
+        partial_bytes_per_us: rate of writing and reading back partial results.
         large_rows, small_rows: query rows (tokens x group size) of the two tile classes.
     """
 
@@ -46,6 +48,8 @@ class CostModel:
     reread_bytes_per_us: float
     flops_per_us: float
     item_us: float
+    partial_us: float
+    partial_bytes_per_us: float
     large_rows: int
     small_rows: int
 
@@ -57,24 +61,38 @@ class CostModel:
         kv_bytes = 2 * shape.kv_heads * shape.head_dim * shape.kv_bytes
         moved = kv_bytes / self.bytes_per_us + (tiles - 1) * (kv_bytes / self.reread_bytes_per_us)
         multiplied = tiles * tile * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
-        return max(moved, multiplied), tiles * self.item_us
+        return max(moved, multiplied), tiles * shape.kv_heads * self.item_us
 
     def tail_us_per_token(self, shape: AttentionShape) -> float:
         """Time of one more KV token of a row that reads alone, in us."""
         return self.read_us(shape, 1)[0]
 
-    def partial_us(self, shape: AttentionShape) -> float:
-        """Time of writing and reading back one partial result of one query (float32 output and ``lse2``), in us."""
-        return 2 * shape.qo_heads * (shape.head_dim + 1) * 4 / self.bytes_per_us
+    def partials_us(self, shape: AttentionShape) -> float:
+        """Time of one partial result of one query (float32 output and ``lse2`` of all heads), in us."""
+        return self.partial_us + 2 * shape.qo_heads * (shape.head_dim + 1) * 4 / self.partial_bytes_per_us
 
 
-# H200: fitted to Triton prototypes on that device (bf16, random slots). CPU: kernels/reference.py on two cores, where
-# gathering KV is what costs, whatever the number of queries.
+# H200: fitted to kernels/packed.py (bf16, random slots; scripts/tune_kernels.py). CPU: kernels/reference.py on two
+# cores, where gathering KV is what costs, whatever the number of queries.
 H200 = CostModel(
-    bytes_per_us=4.3e6, reread_bytes_per_us=5.5e6, flops_per_us=4.6e8, item_us=0.024, large_rows=64, small_rows=16
+    bytes_per_us=4.3e6,
+    reread_bytes_per_us=5.5e6,
+    flops_per_us=4.6e8,
+    item_us=0.02,
+    partial_us=0.004,
+    partial_bytes_per_us=1.65e6,
+    large_rows=64,
+    small_rows=16,
 )
 CPU = CostModel(
-    bytes_per_us=6e3, reread_bytes_per_us=6e3, flops_per_us=math.inf, item_us=20.0, large_rows=1 << 20, small_rows=1
+    bytes_per_us=6e3,
+    reread_bytes_per_us=6e3,
+    flops_per_us=math.inf,
+    item_us=5.0,
+    partial_us=0.0,
+    partial_bytes_per_us=6e3,
+    large_rows=1 << 20,
+    small_rows=1,
 )
 
 
@@ -95,7 +113,7 @@ def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = 
     parent, start, end = tree.parent.tolist(), tree.start.tolist(), tree.end.tolist()
     rows = (tree.row_hi - tree.row_lo).tolist()
     prices = {r: cost.read_us(shape, r) for r in set(rows)}
-    tail_us, partial_us = cost.tail_us_per_token(shape), cost.partial_us(shape)
+    tail_us, partial_us = cost.tail_us_per_token(shape), cost.partials_us(shape)
     alone = rows.copy()  # rows in no child
     for r, above in zip(rows, parent):
         if above >= 0:

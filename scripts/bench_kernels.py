@@ -86,6 +86,7 @@ def workloads() -> list[Workload]:
         tree_workload("D9 MHA 2k, 64 x 256", (16, 16), [1, 64], [2048, 256], 64),
         tree_workload("D10 8k prefix, 8 x 256", (32, 8), [1, 8], [8192, 256], 64),
         tree_workload("D11 PAT 1,4,16,512", (32, 8), [1, 4, 16, 512], [1024, 256, 128, 32]),
+        tree_workload("E2 2k prefix, 64 x 192", (32, 8), [1, 64], [2048, 192]),  # scripts/bench_engine.py, half-way
     ]
 
 
@@ -288,7 +289,7 @@ def flashinfer_cascade(x: Inputs, page_size: int, backend: str) -> Method:
 
 
 def sglang_triton(x: Inputs, page_size: int) -> Method:
-    from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
+    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
 
     work, n, splits = x.work, len(x.rows), 8
     indptr, indices, _ = x.paged(1)

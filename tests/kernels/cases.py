@@ -58,7 +58,8 @@ def random_case(
     lens[tree.row_order] = tree.tail_start + np.array(tails, np.int32)[tree.row_order]
     lens = np.maximum(lens, 1)
     total = int(tree.unique_tokens(lens))
-    pages = -(-total // page_size) + 2
+    # spans of every row begin a page in SGLang; here slots are single, whatever the page size
+    pages = -(-total // page_size) + 8
     free = (rng.permutation(pages)[:, None] * page_size + np.arange(page_size)).reshape(-1)
     table = np.full((n + 3, int(lens.max()) + room_tokens + 1), -(10**6), np.int32)
     pool_row = rng.permutation(n + 3)[:n]
@@ -114,18 +115,23 @@ def brute_force(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(outs), torch.stack(lses)
 
 
-def run_packed(case: Case, capacity: Capacity | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse2 by the kernels, with every buffer poisoned first."""
-    qo_heads, head_dim = case.q.shape[1:]
+def make_packed(case: Case, capacity: Capacity) -> PackedCuda:
+    """Buffers for ``case``, poisoned."""
     packed = PackedCuda(
-        capacity or Capacity.of(case.plan),
-        qo_heads=qo_heads,
+        capacity,
+        qo_heads=case.q.shape[1],
         kv_heads=case.k.shape[-2],
-        head_dim=head_dim,
+        head_dim=case.q.shape[2],
         device=case.q.device,
     )
     for buffer in (packed.kv_slots, packed._part_out, packed._part_lse2):
         buffer.fill_(POISON if buffer.dtype == torch.int32 else float("nan"))
+    return packed
+
+
+def run_packed(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse2 by the kernels."""
+    packed = make_packed(case, Capacity.of(case.plan))
     packed.load(case.plan)
     packed.snapshot(case.req_to_token, case.pool_rows)
     out = torch.full_like(case.q, float("nan"))

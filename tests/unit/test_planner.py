@@ -22,7 +22,14 @@ KV_HEADS, GROUP, HEAD_DIM = 1, 2, 16
 SLOTS, CONTEXT, POOL_ROWS = 1000, 128, 16
 # every span pays, however short: a tile's products cost all, for one query or for many
 EAGER = CostModel(
-    bytes_per_us=1e12, reread_bytes_per_us=1e12, flops_per_us=1e-3, item_us=0.0, large_rows=64, small_rows=64
+    bytes_per_us=1e12,
+    reread_bytes_per_us=1e12,
+    flops_per_us=1e-3,
+    item_us=0.0,
+    partial_us=0.0,
+    partial_bytes_per_us=1e12,
+    large_rows=64,
+    small_rows=64,
 )
 
 

@@ -1,0 +1,148 @@
+"""The Triton kernels on a GPU: bf16, extreme shapes, repeated runs, and captured graphs that replay other plans."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from cases import brute_force, make_packed, random_case, run_packed
+
+from packinfer_sgl.kernels.packed import Capacity
+
+pytestmark = pytest.mark.gpu
+# P and the output are rounded to 8 bits: relative to the size of a row
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def check(case, out: torch.Tensor, lse2: torch.Tensor) -> None:
+    expected, expected_lse2 = brute_force(case)
+    error = (out.double().cpu() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert float(torch.nan_to_num(error, nan=9.0).max()) < TOLERANCE[case.q.dtype]
+    torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=2e-3, atol=2e-3)
+
+
+SHAPES = [(group, 128, torch.bfloat16) for group in (1, 2, 4, 5, 6, 7, 8, 16)]
+SHAPES += [(4, 128, torch.float16), (4, 64, torch.bfloat16), (4, 64, torch.float16)]
+SHAPES += [(4, 256, torch.bfloat16), (4, 256, torch.float16)]
+
+
+@pytest.mark.parametrize(("group", "head_dim", "dtype"), SHAPES)
+@pytest.mark.parametrize(("page_size", "soft_cap"), [(1, 0.0), (16, 20.0)])
+def test_random_trees(group: int, head_dim: int, dtype: torch.dtype, page_size: int, soft_cap: float) -> None:
+    for seed in range(8):
+        rng = np.random.default_rng(seed * 100 + group)
+        n = int(rng.integers(1, 70))
+        case = random_case(
+            seed,
+            shared=[int(x) for x in rng.choice([0, 16, 64, 160, 320], n - 1)],
+            tails=[int(x) for x in rng.integers(1, 300, n)],
+            group=group,
+            head_dim=head_dim,
+            dtype=dtype,
+            device="cuda",
+            page_size=page_size,
+            chunk_tokens=int(rng.choice([64, 100, 1 << 30])),
+            soft_cap=soft_cap,
+        )
+        check(case, *run_packed(case))
+
+
+@pytest.mark.parametrize(
+    ("shared", "tails"),
+    [
+        ([], [1]),
+        ([], [131072]),
+        ([0] * 1023, [3] * 1024),
+        ([512] * 1023, [1] * 1024),
+        ([130000, 130000], [1072, 1, 500]),
+    ],
+    ids=["one token", "131,072 tokens", "1,024 rows", "1,024 sharers", "long prefix"],
+)
+def test_extreme_shapes(shared: list[int], tails: list[int]) -> None:
+    case = random_case(
+        1, shared=shared, tails=tails, head_dim=128, dtype=torch.bfloat16, device="cuda", chunk_tokens=2048
+    )
+    check(case, *run_packed(case))
+
+
+def test_runs_are_repeatable() -> None:
+    case = random_case(
+        2, shared=[300] * 40, tails=[50] * 41, head_dim=128, dtype=torch.bfloat16, device="cuda", chunk_tokens=64
+    )
+    first = run_packed(case)
+    for _ in range(20):
+        again = run_packed(case)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_one_graph_replays_many_plans() -> None:
+    """A graph captured with one plan runs others, smaller batches included; rows beyond a plan come out as 0."""
+    rows = 24
+    cases = [
+        random_case(seed, shared=shared, tails=tails, head_dim=128, dtype=torch.bfloat16, device="cuda")
+        for seed, (shared, tails) in enumerate(
+            [([200] * 23, [30] * 24), ([0] * 23, [90] * 24), ([64, 0, 300], [5, 80, 1, 7]), ([], [1])]
+        )
+    ]
+    capacity = Capacity(rows, 400, 400, 100, 800, max(c.plan.kv_capacity for c in cases) + 8)
+    packed = make_packed(cases[0], capacity)
+    slots = max(len(c.k) for c in cases)
+    q = torch.zeros(rows, *cases[0].q.shape[1:], dtype=torch.bfloat16, device="cuda")
+    k, v = torch.zeros(2, slots, *cases[0].k.shape[1:], dtype=torch.bfloat16, device="cuda")
+    lens = torch.ones(rows, dtype=torch.long, device="cuda")
+    out, lse2 = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
+
+    def load(case) -> None:
+        n = len(case.q)
+        q[:n], lens[:n] = case.q, case.kv_lens
+        k[: len(case.k)], v[: len(case.v)] = case.k, case.v
+        packed.load(case.plan)
+        packed.snapshot(case.req_to_token, case.pool_rows)
+        out.fill_(float("nan"))
+
+    def run() -> None:
+        packed.run(q, k, v, lens, sm_scale=cases[0].sm_scale, out=out, lse2=lse2)
+
+    load(cases[0])
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for case in cases + cases[::-1]:
+        load(case)
+        graph.replay()
+        n = len(case.q)
+        check(case, out[:n], lse2[:n])
+        assert not out[n:].any()
+
+
+def test_grown_tails_are_read() -> None:
+    """The plan of one step serves the next ones: slots are appended, items read up to the row's length of now."""
+    case = random_case(3, shared=[100, 100], tails=[20, 30, 40], head_dim=128, dtype=torch.bfloat16, device="cuda")
+    packed = make_packed(case, Capacity.of(case.plan))
+    packed.load(case.plan)
+    packed.snapshot(case.req_to_token, case.pool_rows)
+    free = torch.isnan(case.k[:, 0, 0]).nonzero()[:, 0].tolist()
+    for _ in range(2):
+        new = torch.tensor([free.pop() for _ in range(3)], device="cuda") if len(free) > 2 else None
+        if new is None:
+            break
+        case.k[new], case.v[new] = torch.randn(2, 3, *case.k.shape[1:], dtype=torch.bfloat16, device="cuda")
+        lens = case.kv_lens + 1
+        packed.append(lens, new)
+        case = dataclasses.replace(
+            case, kv_lens=lens, slots=[torch.cat([s, x[None].cpu()]) for s, x in zip(case.slots, new)]
+        )
+        out, lse2 = torch.full_like(case.q, float("nan")), torch.empty(case.q.shape[:2], device="cuda")
+        packed.run(case.q, case.k, case.v, lens, sm_scale=case.sm_scale, out=out, lse2=lse2)
+        check(case, out, lse2)
+
+
+def test_plan_beyond_capacity_is_refused() -> None:
+    case = random_case(4, shared=[100], tails=[20, 30], head_dim=128, dtype=torch.bfloat16, device="cuda")
+    packed = make_packed(case, dataclasses.replace(Capacity.of(case.plan), items=1))
+    with pytest.raises(ValueError, match="the plan needs"):
+        packed.load(case.plan)
