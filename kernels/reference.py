@@ -142,7 +142,12 @@ class PackedReference:
         empty = _query_slots(items[length == 0])
         first_partial = plan.partial_rows[empty]
         self._empty_out = torch.from_numpy(plan.query_rows[empty[first_partial < 0]]).long()
-        self._empty_part = torch.from_numpy(first_partial[first_partial >= 0]).long()
+        # where the results of all classes, one after the other behind an empty state, hold each partial row
+        self._part_at = torch.zeros(plan.n_partials, dtype=torch.int64)
+        offset = 1
+        for c in self.classes:
+            self._part_at[c.part_to] = c.part_from + offset
+            offset += c.queries.numel()
         indptr = torch.from_numpy(plan.merge_indptr).long()
         (self._merged,) = (indptr[1:] > indptr[:-1]).nonzero(as_tuple=True)
         self._merge_first, self._merge_last = indptr[self._merged], indptr[self._merged + 1]
@@ -191,15 +196,12 @@ class PackedReference:
             out, and lse2 [n_queries, qo_heads] float32 (-inf with an all-zero output for a query that sees nothing).
         """
         n_queries, qo_heads, head_dim = q.shape
-        n_partials = self.plan.n_partials
         out = torch.empty_like(q) if out is None else out
         lse2 = torch.empty(n_queries, qo_heads, dtype=torch.float32)
-        part_o = torch.empty(n_partials, qo_heads, head_dim, dtype=torch.float32)
-        part_lse2 = torch.empty(n_partials, qo_heads, dtype=torch.float32)
         out[self._empty_out] = 0
         lse2[self._empty_out] = -math.inf
-        part_o[self._empty_part] = 0
-        part_lse2[self._empty_part] = -math.inf
+        # results of all classes, after one empty state
+        results = [(torch.zeros(1, qo_heads, head_dim), torch.full((1, qo_heads), -math.inf))]
         for c in self.classes:
             assert c.slots is not None, "bind the plan to KV slots first"
             hidden = c.hidden_now
@@ -214,10 +216,9 @@ class PackedReference:
             if len(c.out_from):
                 out[c.out_to] = o[c.out_from].to(out.dtype)
                 lse2[c.out_to] = lse[c.out_from]
-            if len(c.part_from):
-                part_o[c.part_to] = o[c.part_from]
-                part_lse2[c.part_to] = lse[c.part_from]
-        if n_partials:
+            results.append((o, lse))
+        if len(self._part_at):
+            part_o, part_lse2 = (torch.cat(x).index_select(0, self._part_at) for x in zip(*results))
             o, lse = merge_states(part_o, part_lse2, self._merge_first, self._merge_last)
             out[self._merged] = o.to(out.dtype)
             lse2[self._merged] = lse

@@ -13,7 +13,7 @@ from packinfer_sgl.config import Config
 from packinfer_sgl.cpu_decode import CpuDecode
 from packinfer_sgl.cuda_decode import CudaDecode
 from packinfer_sgl.groups import CPU, AttentionShape
-from packinfer_sgl.kernels.packed import TILES
+from packinfer_sgl.kernels.tiles import TILES
 from packinfer_sgl.metrics import STATS
 from packinfer_sgl.plan import TilePolicy
 from packinfer_sgl.radix import running_rows

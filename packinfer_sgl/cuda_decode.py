@@ -9,7 +9,8 @@ import torch
 
 from packinfer_sgl.cpu_decode import check_shared_slots
 from packinfer_sgl.groups import H200, AttentionShape
-from packinfer_sgl.kernels.packed import Capacity, PackedCuda, tile_policy
+from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.kernels.tiles import tile_policy
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan, make_plan
 from packinfer_sgl.planner import DecodePlanner, Rows

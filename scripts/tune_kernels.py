@@ -3,7 +3,7 @@
     python scripts/tune_kernels.py --out DIR [--only D1,D5] [--seconds 200]
 
 For each workload, variants of the tile table at the planner's pieces, then piece lengths of all classes for the best.
-The table in ``kernels/packed.py`` comes from its output.
+The table in ``kernels/tiles.py`` comes from its output.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from unittest import mock
 
 import numpy as np
 import torch
-from bench_kernels import HEAD_DIM, Inputs, Timed, error, ours, workloads
+from bench_kernels import Timed, error, ours
+from kernel_workloads import HEAD_DIM, Inputs, workloads
 
-from packinfer_sgl.kernels import packed
-from packinfer_sgl.kernels.packed import Tile
+from packinfer_sgl.kernels import tiles
+from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.plan import TilePolicy
 
 Table = tuple[Tile, ...]
-LARGEST, LARGE, SMALL = packed.TILES[HEAD_DIM]
+LARGEST, LARGE, SMALL = tiles.TILES[HEAD_DIM]
 VARIANTS: dict[str, Table] = {
     "as is": (LARGEST, LARGE, SMALL),
     "no 128 rows": (LARGE, SMALL),
@@ -56,13 +57,13 @@ class Fixed(TilePolicy):
 
 
 def measure(x: Inputs, reference: torch.Tensor, table: Table, chunks: tuple[int, int] | None) -> tuple[float, dict]:
-    real_policy = packed.tile_policy
+    real_policy = tiles.tile_policy
 
     def policy(shape: object, device: object) -> TilePolicy:
         auto = real_policy(shape, device)
         return Fixed(auto.tile_queries, 0, None, chunks) if chunks else auto
 
-    with mock.patch.dict(packed.TILES, {HEAD_DIM: table}), mock.patch("bench_kernels.tile_policy", policy):
+    with mock.patch.dict(tiles.TILES, {HEAD_DIM: table}), mock.patch("bench_kernels.tile_policy", policy):
         (call, outs), info = ours(x)
         outs[0].fill_(float("nan"))
         call(0)

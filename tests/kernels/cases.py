@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from packinfer_sgl.kernels.packed import Capacity, PackedCuda, tiles_for
+from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.kernels.tiles import tiles_for
 from packinfer_sgl.plan import Plan, TilePolicy, make_plan
 from packinfer_sgl.prefix_tree import PrefixTree
 

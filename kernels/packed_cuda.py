@@ -1,0 +1,219 @@
+"""A plan in device memory at fixed addresses, and the launches of the packed attention kernels over it."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import triton
+
+from packinfer_sgl.kernels.packed import (
+    N_QUERIES,
+    append_kernel,
+    merge_kernel,
+    packed_attention_kernel,
+    snapshot_kernel,
+)
+from packinfer_sgl.kernels.tiles import Tile, tiles_for
+from packinfer_sgl.plan import Col, Plan
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Sizes of the buffers of a plan, fixed as long as captured graphs use them.
+
+    Attributes:
+        queries: rows of q and out.
+        slots: query slots (a query counts once for each tile that it is in).
+        items, spans: work items, and spans of the slot list.
+        partials: partial results.
+        kv_slots: entries of the KV slot list.
+    """
+
+    queries: int
+    slots: int
+    items: int
+    spans: int
+    partials: int
+    kv_slots: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Capacity:
+        """Just what ``plan`` needs."""
+        return cls(
+            queries=len(plan.merge_indptr) - 1,
+            slots=len(plan.query_rows),
+            items=len(plan.items),
+            spans=len(plan.spans),
+            partials=plan.n_partials,
+            kv_slots=plan.kv_capacity,
+        )
+
+    def holds(self, plan: Plan) -> bool:
+        need = Capacity.of(plan)
+        return all(getattr(self, f.name) >= getattr(need, f.name) for f in fields(self))
+
+
+class PackedCuda:
+    """A plan on the GPU, at fixed addresses: ``load`` it, then ``run`` it for each layer, captured in a graph or not.
+
+    Loading copies one block of int32 from pinned memory on the current stream and never waits for the GPU, except
+    when two loads are still on their way.
+    """
+
+    def __init__(
+        self, capacity: Capacity, *, qo_heads: int, kv_heads: int, head_dim: int, device: torch.device
+    ) -> None:
+        self.capacity, self.device = capacity, device
+        self.qo_heads, self.kv_heads, self.head_dim = qo_heads, kv_heads, head_dim
+        self.tiles = tiles_for(head_dim)
+        c = capacity
+        sizes = {
+            "counts": 8,
+            "items": c.items * 10,
+            "query_rows": c.slots,
+            "partial_rows": c.slots,
+            "win_lo": c.slots,
+            "win_hi": c.slots,
+            "merge_indptr": c.queries + 1,
+            "spans": c.spans * 4,
+            "append_base": c.queries,
+        }
+        self._at: dict[str, slice] = {}
+        total = 0
+        for name, size in sizes.items():
+            self._at[name] = slice(total, total + size)
+            total += -(-size // 4) * 4
+        self._block = torch.zeros(total, dtype=torch.int32, device=device)
+        self._view = {name: self._block[at] for name, at in self._at.items()}
+        pinned = device.type == "cuda"
+        self._staging = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._staged = [torch.cuda.Event() if pinned else None for _ in range(2)]
+        self._turn = 0
+        self.kv_slots = torch.zeros(max(c.kv_slots, 1), dtype=torch.int32, device=device)
+        self._part_out = torch.empty(max(c.partials, 1), qo_heads, head_dim, dtype=torch.float32, device=device)
+        self._part_lse2 = torch.empty(max(c.partials, 1), qo_heads, dtype=torch.float32, device=device)
+        self._sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        self._branches = [torch.cuda.Stream(device) for _ in self.tiles[1:]] if device.type == "cuda" else []
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held, in bytes."""
+        return sum(t.nbytes for t in (self._block, self.kv_slots, self._part_out, self._part_lse2))
+
+    def load(self, plan: Plan) -> None:
+        """Copy ``plan`` to the GPU on the current stream; raises ValueError if it is larger than the capacity."""
+        if not self.capacity.holds(plan):
+            raise ValueError(f"the plan needs {Capacity.of(plan)}, the buffers hold {self.capacity}")
+        self._turn ^= 1
+        staged, staging = self._staged[self._turn], self._staging[self._turn]
+        if staged is not None:
+            staged.synchronize()  # the copy of two loads ago
+        block = staging.numpy()
+        classes = np.arange(len(self.tiles) + 1)
+        counts = block[self._at["counts"]]
+        counts[: len(classes)] = plan.items[:, Col.TILE_CLASS].searchsorted(classes)
+        counts[int(N_QUERIES)] = len(plan.merge_indptr) - 1
+        for name in ("items", "query_rows", "partial_rows", "win_lo", "win_hi", "merge_indptr", "spans", "append_base"):
+            values = getattr(plan, name).reshape(-1)
+            start = self._at[name].start
+            block[start : start + len(values)] = values
+        self._block.copy_(staging, non_blocking=True)
+        if staged is not None:
+            staged.record()
+        self.n_spans, self.windowed = len(plan.spans), bool(plan.items[:, Col.B_LEN].any())
+
+    def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor) -> None:
+        """Fill the slot list of the loaded plan from SGLang's table.
+
+        Args:
+            req_to_token: [pool rows, max context] int32 on the device.
+            pool_rows: [n] row of the table of each row of the batch, on the device.
+        """
+        grid = (max(1, min(self.n_spans, 1024)), 8)
+        spans = self._view["spans"]
+        self._n_spans_gpu = torch.full((1,), self.n_spans, dtype=torch.int32, device=self.device)
+        snapshot_kernel[grid](
+            req_to_token, pool_rows, spans, self._n_spans_gpu, self.kv_slots, req_to_token.stride(0), BLOCK=1024
+        )
+
+    def append(self, kv_lens: torch.Tensor, out_slots: torch.Tensor) -> None:
+        """Enter each row's newest slot.
+
+        Args:
+            kv_lens: [n] KV tokens of each row, the new one included, on the device.
+            out_slots: [n] slot of the new token, on the device.
+        """
+        grid = (triton.cdiv(self.capacity.queries, 128),)
+        append_kernel[grid](
+            self.kv_slots, self._view["append_base"], kv_lens, out_slots, self._view["counts"], BLOCK=128
+        )
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_lens: torch.Tensor,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float = 0.0,
+        page_size: int = 1,
+        windowed: bool = False,
+        out: torch.Tensor | None = None,
+        lse2: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of every query over its row's KV, each span read once for its group.
+
+        Args:
+            q: [n_queries, qo_heads, head_dim] bf16 or fp16, last dimension contiguous; queries past the plan's pad a
+                captured graph and come out as 0.
+            k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim]; equal strides, last
+                dimension contiguous.
+            kv_lens: [n_rows] current length of each row, for items that grow.
+            sm_scale: factor of the logits before the softmax.
+            logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
+            windowed: whether the plan has run B.
+
+        Returns:
+            out as q, and lse2 [n_queries, qo_heads] float32.
+        """
+        n, n_heads, head_dim = q.shape
+        out = torch.empty_like(q) if out is None else out
+        lse2 = torch.empty(n, n_heads, dtype=torch.float32, device=q.device) if lse2 is None else lse2
+        stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
+        view = self._view
+
+        def launch(i: int, tile: Tile) -> None:
+            # full blocks apart from the rest pay where blocks are many; tails are short
+            peel = i < len(self.tiles) - 1
+            packed_attention_kernel[(self._sms * tile.programs,)](
+                q, k, v, out, lse2, self._part_out, self._part_lse2, self.kv_slots,
+                view["items"], view["counts"], view["query_rows"], view["partial_rows"], view["win_lo"], view["win_hi"],
+                kv_lens, q.stride(0), q.stride(1), out.stride(0), out.stride(1), stride_page, stride_slot, stride_head,
+                sm_scale * LOG2_E, logits_soft_cap * LOG2_E, i, i + 1, self.kv_heads, n_heads,
+                GROUP=n_heads // self.kv_heads, HEAD_DIM=head_dim, BLOCK_M=tile.rows, BLOCK_N=tile.tokens,
+                PAGE=page_size, WINDOW=windowed, SOFT_CAP=logits_soft_cap > 0, PEEL=peel, STAGES=tile.stages,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+        # a branch for each class, so that the tensor work of large tiles and the reading of tails overlap
+        current = torch.cuda.current_stream(self.device) if self._branches else None
+        for branch in self._branches:
+            branch.wait_stream(current)
+        launch(0, self.tiles[0])
+        for i, tile in enumerate(self.tiles[1:]):
+            with torch.cuda.stream(self._branches[i]) if self._branches else nullcontext():
+                launch(i + 1, tile)
+        for branch in self._branches:
+            current.wait_stream(branch)
+        merge_kernel[(n, n_heads)](
+            self._part_out, self._part_lse2, view["merge_indptr"], view["counts"], out, lse2,
+            out.stride(0), out.stride(1), n_heads, HEAD_DIM=head_dim, BLOCK_P=16, num_warps=1,
+        )  # fmt: skip
+        return out, lse2

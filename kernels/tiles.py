@@ -1,0 +1,65 @@
+"""Tile classes of the packed attention kernels, and how plans for them are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from packinfer_sgl.groups import H200, AttentionShape
+from packinfer_sgl.plan import PieceTiming, TilePolicy
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile class.
+
+    Attributes:
+        rows: query rows, that is tokens times query heads of a KV head.
+        tokens: KV tokens of a block.
+        warps, stages: of the program, and blocks in flight.
+        resident: programs of a multiprocessor at once, by which pieces are cut.
+        programs: programs launched for each multiprocessor.
+        fixed_us: time of an item besides its tokens.
+    """
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+    resident: int
+    programs: int
+    fixed_us: float
+
+
+# Largest class first; measured with scripts/tune_kernels.py on an H200.
+TILES = {
+    64: (Tile(128, 64, 8, 3, 1, 1, 5.8), Tile(64, 64, 4, 3, 1, 1, 5.8), Tile(16, 64, 2, 4, 4, 8, 2.2)),
+    128: (Tile(128, 64, 8, 3, 1, 1, 5.8), Tile(64, 64, 4, 3, 1, 1, 5.8), Tile(16, 32, 4, 4, 4, 8, 2.2)),
+    256: (Tile(64, 32, 4, 2, 1, 1, 5.8), Tile(16, 32, 4, 2, 2, 4, 2.2)),
+}
+BYTES_PER_US, FLOPS_PER_US = 4.6e6, 4.6e8
+
+
+def tiles_for(head_dim: int) -> tuple[Tile, ...]:
+    """The tile classes for a head dimension; raises ValueError for one that the kernels do not know."""
+    if head_dim not in TILES:
+        raise ValueError(f"packed attention knows head dimensions {sorted(TILES)}, not {head_dim}")
+    return TILES[head_dim]
+
+
+def tile_policy(shape: AttentionShape, device: torch.device) -> TilePolicy:
+    """How a plan for these kernels is cut on ``device``.
+
+    The constants are of an H200; on other GPUs only the number of multiprocessors is taken from the device.
+    """
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    timings = []
+    for tile in tiles_for(shape.head_dim):
+        programs = sms * tile.resident
+        moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
+        multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
+        token_us = max(moved_us, multiplied_us)
+        timings.append(PieceTiming(programs / shape.kv_heads, tile.fixed_us, token_us, H200.partials_us(shape)))
+    tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles_for(shape.head_dim))
+    return TilePolicy(tile_queries, chunk_tokens=1 << 30, timings=tuple(timings))
