@@ -70,12 +70,12 @@ class PackedCuda:
         self, capacity: Capacity, *, qo_heads: int, kv_heads: int, head_dim: int, device: torch.device
     ) -> None:
         self.capacity, self.device = capacity, device
-        self.qo_heads, self.kv_heads, self.head_dim = qo_heads, kv_heads, head_dim
+        self.kv_heads = kv_heads
         self.tiles = tiles_for(head_dim)
         c = capacity
         sizes = {
             "counts": 8,
-            "items": c.items * 10,
+            "items": c.items * len(Col),
             "query_rows": c.slots,
             "partial_rows": c.slots,
             "win_lo": c.slots,
@@ -126,7 +126,7 @@ class PackedCuda:
         self._block.copy_(staging, non_blocking=True)
         if staged is not None:
             staged.record()
-        self.n_spans, self.windowed = len(plan.spans), bool(plan.items[:, Col.B_LEN].any())
+        self.n_spans = len(plan.spans)
 
     def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor) -> None:
         """Fill the slot list of the loaded plan from SGLang's table.

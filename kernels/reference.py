@@ -15,7 +15,7 @@ import torch
 
 from packinfer_sgl.plan import Col, Plan
 
-SLAB_BYTES = 6 << 20  # gathered keys of one batched product; best of 1 to 32 MiB on two cores
+SLAB_BYTES = 6 << 20  # gathered keys of one batched product; best of 1 to 16 MiB on two cores
 LOG2_E = math.log2(math.e)
 
 

@@ -24,12 +24,10 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-
 logger = logging.getLogger(__name__)
 
 # One tile holds all queries of a node; pieces bound the memory of a batched product.
 CPU_TILES = TilePolicy(tile_queries=(1 << 20, 1), chunk_tokens=4096)
-
 
 # Rows of an eager decode batch, or of a captured graph if that is more, for which buffers are held on a GPU.
 EAGER_ROWS = 256
@@ -93,10 +91,10 @@ class PackInferMixin:
         if batch.forward_mode.is_idle():
             return False
         rows = running_rows()
-        if self._packinfer_decode is None:
+        reason = _batch_reason(batch, rows is not None)
+        if reason is None and self._packinfer_decode is None:  # not for a prefill: graphs may need larger buffers
             self._packinfer_decode = self._packinfer_make(EAGER_ROWS)
         decode = self._packinfer_decode
-        reason = _batch_reason(batch, rows is not None)
         if reason is None and isinstance(decode, CudaDecode) and batch.batch_size > decode.max_rows:
             reason = BatchReason.TOO_MANY_ROWS
         if reason is not None:

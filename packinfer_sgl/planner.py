@@ -53,7 +53,9 @@ class DecodePlanner:
             fits: whether a plan can be run; if not, it is made smaller.
         """
         self.shape, self.cost, self.policy = shape, cost, policy
-        self.grouping, self.room_tokens, self.stats, self.fits = grouping, room_tokens, stats, fits
+        self.room_tokens, self.stats, self.fits = room_tokens, stats, fits
+        uncut = dataclasses.replace(policy, chunk_tokens=1 << 30, timings=None)
+        self._attempts = ((grouping, policy), (grouping, uncut), ("single", uncut))  # each smaller than the one before
         self._rows: Rows | None = None
         self._lens = np.zeros(0, np.int64)
         self._steps_left = 0
@@ -87,8 +89,7 @@ class DecodePlanner:
         if tree is None:
             tree = tree_without_rows()
         unique = tree.unique_tokens(lens)
-        uncut = dataclasses.replace(self.policy, chunk_tokens=1 << 30, timings=None)
-        for grouping, policy in ((self.grouping, self.policy), (self.grouping, uncut), ("single", uncut)):
+        for grouping, policy in self._attempts:
             kept = prune(tree, self.shape, self.cost, grouping)
             plan = make_plan(kept, lens, policy, kv_tokens_unique=unique, room_tokens=self.room_tokens)
             if self.fits(plan):
