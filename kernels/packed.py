@@ -5,6 +5,10 @@ the KV head) pairs, token after token, so any GQA ratio fills a tile without pad
 a launch of its own, because tiles of few and of many rows want different numbers of warps; they run at the same time.
 Queries with several partial results are merged by ``merge_kernel``.
 
+With PDL (programmatic dependent launch, Hopper and later) each launch begins when the one before it has begun, not when
+it is done: classes do not need each other's results. A launch is done only when the one before it is, because its
+first program waits for that; so the merge, which waits for the last class, waits for all.
+
 ``lse2`` is the log-sum-exp in base 2. The empty state is an output of 0 with an lse2 of -inf.
 """
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from packinfer_sgl.plan import Col
 
@@ -27,6 +32,7 @@ OPEN_ROW = tl.constexpr(int(Col.OPEN_ROW))
 N_COLS = tl.constexpr(len(Col))
 # entries of ``counts``: first the item at which each tile class begins, and the end of the last
 N_QUERIES = tl.constexpr(6)
+N_SPANS = tl.constexpr(7)
 
 
 @triton.jit
@@ -137,11 +143,14 @@ def packed_attention_kernel(
     SOFT_CAP: tl.constexpr,
     PEEL: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Items ``counts[first_count]`` to ``counts[last_count] - 1``, all KV heads of an item next to each other.
 
     PEEL runs full blocks without masks and the rest apart. WINDOW adds run B.
     """
+    if PDL:
+        gdc_launch_dependents()
     first = tl.load(counts_ptr + first_count)
     work = (tl.load(counts_ptr + last_count) - first) * kv_heads
     for w in tl.range(tl.program_id(0), work, tl.num_programs(0), num_stages=1):
@@ -209,6 +218,10 @@ def packed_attention_kernel(
         part_row = (part + tl.load(item_ptr + PIECE)).to(tl.int64) * n_heads + head
         tl.store(part_out_ptr + part_row[:, None] * HEAD_DIM + d[None, :], result, mask=partial[:, None])
         tl.store(part_lse2_ptr + part_row, lse2, mask=partial)
+    if PDL:
+        # not all programs: those that wait would keep others of this launch from starting
+        if tl.program_id(0) == 0:
+            gdc_wait()
 
 
 @triton.jit(do_not_specialize=["n_heads"])
@@ -224,6 +237,7 @@ def merge_kernel(
     n_heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (query, head): the softmax over the union of what its partial results saw.
 
@@ -238,6 +252,8 @@ def merge_kernel(
     else:
         begin = tl.load(merge_indptr_ptr + query)
         end = tl.load(merge_indptr_ptr + query + 1)
+        if PDL:
+            gdc_wait()
         if end > begin:
             acc = tl.zeros([HEAD_DIM], tl.float32)
             top = -float("inf")
@@ -260,10 +276,10 @@ def merge_kernel(
 
 @triton.jit
 def snapshot_kernel(
-    req_to_token_ptr, pool_rows_ptr, spans_ptr, n_spans_ptr, kv_slots_ptr, stride_row, BLOCK: tl.constexpr
+    req_to_token_ptr, pool_rows_ptr, spans_ptr, counts_ptr, kv_slots_ptr, stride_row, BLOCK: tl.constexpr
 ):
     """Copy the slots of each span (row, first position, tokens, offset) from SGLang's table to the plan's slot list."""
-    for span in tl.range(tl.program_id(0), tl.load(n_spans_ptr), tl.num_programs(0)):
+    for span in tl.range(tl.program_id(0), tl.load(counts_ptr + N_SPANS), tl.num_programs(0)):
         row = tl.load(spans_ptr + span * 4)
         start = tl.load(spans_ptr + span * 4 + 1)
         length = tl.load(spans_ptr + span * 4 + 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -12,12 +11,13 @@ import triton
 
 from packinfer_sgl.kernels.packed import (
     N_QUERIES,
+    N_SPANS,
     append_kernel,
     merge_kernel,
     packed_attention_kernel,
     snapshot_kernel,
 )
-from packinfer_sgl.kernels.tiles import Tile, tiles_for
+from packinfer_sgl.kernels.tiles import tiles_for
 from packinfer_sgl.plan import Col, Plan
 
 LOG2_E = math.log2(math.e)
@@ -99,7 +99,7 @@ class PackedCuda:
         self._part_out = torch.empty(max(c.partials, 1), qo_heads, head_dim, dtype=torch.float32, device=device)
         self._part_lse2 = torch.empty(max(c.partials, 1), qo_heads, dtype=torch.float32, device=device)
         self._sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        self._branches = [torch.cuda.Stream(device) for _ in self.tiles[1:]] if device.type == "cuda" else []
+        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +118,7 @@ class PackedCuda:
         classes = np.arange(len(self.tiles) + 1)
         counts = block[self._at["counts"]]
         counts[: len(classes)] = plan.items[:, Col.TILE_CLASS].searchsorted(classes)
-        counts[int(N_QUERIES)] = len(plan.merge_indptr) - 1
+        counts[int(N_QUERIES)], counts[int(N_SPANS)] = len(plan.merge_indptr) - 1, len(plan.spans)
         for name in ("items", "query_rows", "partial_rows", "win_lo", "win_hi", "merge_indptr", "spans", "append_base"):
             values = getattr(plan, name).reshape(-1)
             start = self._at[name].start
@@ -136,11 +136,8 @@ class PackedCuda:
             pool_rows: [n] row of the table of each row of the batch, on the device.
         """
         grid = (max(1, min(self.n_spans, 1024)), 8)
-        spans = self._view["spans"]
-        self._n_spans_gpu = torch.full((1,), self.n_spans, dtype=torch.int32, device=self.device)
-        snapshot_kernel[grid](
-            req_to_token, pool_rows, spans, self._n_spans_gpu, self.kv_slots, req_to_token.stride(0), BLOCK=1024
-        )
+        spans, counts = self._view["spans"], self._view["counts"]
+        snapshot_kernel[grid](req_to_token, pool_rows, spans, counts, self.kv_slots, req_to_token.stride(0), BLOCK=1024)
 
     def append(self, kv_lens: torch.Tensor, out_slots: torch.Tensor) -> None:
         """Enter each row's newest slot.
@@ -189,31 +186,23 @@ class PackedCuda:
         stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
         view = self._view
 
-        def launch(i: int, tile: Tile) -> None:
-            # full blocks apart from the rest pay where blocks are many; tails are short
-            peel = i < len(self.tiles) - 1
+        for i, tile in enumerate(self.tiles):
             packed_attention_kernel[(self._sms * tile.programs,)](
                 q, k, v, out, lse2, self._part_out, self._part_lse2, self.kv_slots,
                 view["items"], view["counts"], view["query_rows"], view["partial_rows"], view["win_lo"], view["win_hi"],
                 kv_lens, q.stride(0), q.stride(1), out.stride(0), out.stride(1), stride_page, stride_slot, stride_head,
                 sm_scale * LOG2_E, logits_soft_cap * LOG2_E, i, i + 1, self.kv_heads, n_heads,
                 GROUP=n_heads // self.kv_heads, HEAD_DIM=head_dim, BLOCK_M=tile.rows, BLOCK_N=tile.tokens,
-                PAGE=page_size, WINDOW=windowed, SOFT_CAP=logits_soft_cap > 0, PEEL=peel, STAGES=tile.stages,
-                num_warps=tile.warps, num_stages=tile.stages,
+                PAGE=page_size, WINDOW=windowed, SOFT_CAP=logits_soft_cap > 0,
+                # full blocks apart from the rest pay where blocks are many; tails are short
+                PEEL=i < len(self.tiles) - 1,
+                STAGES=tile.stages, PDL=self._pdl, num_warps=tile.warps, num_stages=tile.stages,
+                # the first launch needs all that came before it on the stream
+                launch_pdl=self._pdl and i > 0,
             )  # fmt: skip
-
-        # a branch for each class, so that the tensor work of large tiles and the reading of tails overlap
-        current = torch.cuda.current_stream(self.device) if self._branches else None
-        for branch in self._branches:
-            branch.wait_stream(current)
-        launch(0, self.tiles[0])
-        for i, tile in enumerate(self.tiles[1:]):
-            with torch.cuda.stream(self._branches[i]) if self._branches else nullcontext():
-                launch(i + 1, tile)
-        for branch in self._branches:
-            current.wait_stream(branch)
         merge_kernel[(n, n_heads)](
             self._part_out, self._part_lse2, view["merge_indptr"], view["counts"], out, lse2,
-            out.stride(0), out.stride(1), n_heads, HEAD_DIM=head_dim, BLOCK_P=16, num_warps=1,
+            out.stride(0), out.stride(1), n_heads, HEAD_DIM=head_dim, BLOCK_P=16, PDL=self._pdl, num_warps=1,
+            launch_pdl=self._pdl,
         )  # fmt: skip
         return out, lse2

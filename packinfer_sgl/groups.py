@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from operator import add
+
+import numpy as np
+from numba import njit
 
 from packinfer_sgl.prefix_tree import PrefixTree
 
@@ -106,95 +108,97 @@ def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = 
         tree: who shares what.
         mode: ``multi`` keeps any set of nodes, ``single`` at most one on each row's path, ``off`` none.
     """
-    # Plain Python: a tree has tens of nodes, and NumPy calls for each of its levels cost more than a loop.
-    n, multi = tree.n_nodes, mode == "multi"
-    if mode == "off" or n == 0:
-        return _keep(tree, [False] * n, [0] * n)
-    parent, start, end = tree.parent.tolist(), tree.start.tolist(), tree.end.tolist()
+    if mode == "off" or tree.n_nodes == 0:
+        none = np.zeros(0, np.int32)
+        return PrefixTree(tree.row_order, none, none, none, none, none, none, np.zeros(tree.n_rows, np.int32))
     rows = (tree.row_hi - tree.row_lo).tolist()
     prices = {r: cost.read_us(shape, r) for r in set(rows)}
-    tail_us, partial_us = cost.tail_us_per_token(shape), cost.partials_us(shape)
+    kept, begin = _choose(
+        tree.parent,
+        tree.depth,
+        tree.start,
+        tree.end,
+        np.array(rows, np.int32),
+        np.array([prices[r] for r in rows]),
+        cost.tail_us_per_token(shape),
+        cost.partials_us(shape),
+        mode == "multi",
+    )
+    nodes = _keep(tree.parent, tree.row_lo, tree.row_hi, tree.end, tree.n_rows, kept, begin)
+    return PrefixTree(tree.row_order, *nodes)
+
+
+@njit(cache=True)
+def _choose(parent, depth, start, end, rows, read_us, tail_us, partial_us, multi):  # type: ignore[no-untyped-def]
+    """Which nodes to keep ([n_nodes] bool), and where their spans then begin ([n_nodes] int32).
+
+    ``read_us``: [n_nodes, 2], ``CostModel.read_us`` of each node's rows. Place ``at[i] + k`` of a table stands for node
+    ``i`` with the ``k`` nodes above it declined, so that its span would begin where that of its ``k``-th ancestor does.
+    """
+    n = len(parent)
+    at = (depth + 1).cumsum() - (depth + 1)
+    places = 0 if n == 0 else at[-1] + depth[-1] + 1
     alone = rows.copy()  # rows in no child
-    for r, above in zip(rows, parent):
-        if above >= 0:
-            alone[above] -= r
-    alone_us = [r * tail_us for r in alone]
-    least_us = alone_us.copy()  # the least that a token of the span costs if the node is not kept
-    # A node that pays against that pays whatever is chosen above and below it: costs are linear in the span.
-    sure = [False] * n
-    for i in range(n - 1, -1, -1):
-        token_us, item_us = prices[rows[i]]
-        declined_us = least_us[i]
-        sure[i] = multi and (declined_us - token_us) * (end[i] - start[i]) >= item_us + 2 * rows[i] * partial_us
+    for i in range(n):
         if parent[i] >= 0:
-            least_us[parent[i]] += token_us if token_us < declined_us else declined_us
-    if all(sure):
-        return tree
+            alone[parent[i]] -= rows[i]
+    below_us = np.zeros(n)  # the least that all below costs if the node is kept
+    declined_us = np.zeros(places)  # and if it is not
+    keep = np.zeros(places, np.bool_)
+    for i in range(n - 1, -1, -1):
+        above, ancestor = parent[i], i
+        kept_above_us = 0.0
+        for k in range(depth[i] + 1):
+            begin = start[ancestor]
+            ancestor = parent[ancestor]
+            # the first kept node on a path makes the row's tail a partial, too
+            partials_us = rows[i] * partial_us * (2 if begin == 0 else 1)
+            keep_us = below_us[i] + (end[i] - begin) * read_us[i, 0] + read_us[i, 1] + partials_us
+            decline_us = declined_us[at[i] + k] + (end[i] - begin) * alone[i] * tail_us
+            # mode single: a node is kept under declined ones only
+            keep[at[i] + k] = keep_us <= decline_us and (multi or begin == 0)
+            best_us = keep_us if keep[at[i] + k] else decline_us
+            if k > 0:
+                declined_us[at[above] + k - 1] += best_us
+            else:
+                kept_above_us = best_us
+        if above >= 0:
+            if not multi:  # below the kept node every row reads alone
+                kept_above_us = below_us[i] + (end[i] - start[i]) * rows[i] * tail_us
+            below_us[above] += kept_above_us
 
-    # The others, and below them: `begins` are the positions where the node's span may begin (first if its parent is
-    # kept, then as the parent's), with the cost of the subtree down to sure nodes, for each. Below a sure node there
-    # is one such place and nothing to choose, and its subtree adds the same to every choice above.
-    begins: list[list[int]] = [[s] for s in start] if multi else [[0]] * n
-    keep_us: list[list[float]] = [[]] * n
-    decline_us: list[list[float]] = [[]] * n
-    rest_us = [0.0] * n  # single: every row reads the rest of its chain alone
-    unsure = [i for i in range(n) if not sure[i] or (parent[i] >= 0 and not sure[parent[i]])]
-    for i in unsure:
-        above = parent[i]
-        if multi and above >= 0 and not sure[above]:
-            begins[i] = [start[i], *begins[above]]
-        token_us, item_us = prices[rows[i]]
-        partials_us = rows[i] * partial_us
-        # the first kept node on a path makes the row's tail a partial, too
-        keep_us[i] = [(end[i] - b) * token_us + item_us + (partials_us if b else 2 * partials_us) for b in begins[i]]
-        decline_us[i] = [(end[i] - b) * alone_us[i] for b in begins[i]]
-    for i in reversed(unsure):
-        above = parent[i]
-        if not multi:
-            keep_us[i][0] += rest_us[i]
-        if above < 0 or sure[above]:
-            continue
-        best = keep_us[i] if sure[i] else list(map(min, keep_us[i], decline_us[i]))
-        if multi:
-            first = best[0]
-            keep_us[above] = [us + first for us in keep_us[above]]
-            best = best[1:]
-        else:
-            rest_us[above] += rest_us[i] + rows[i] * (end[i] - start[i]) * tail_us
-        decline_us[above] = list(map(add, decline_us[above], best))
-
-    kept = sure.copy()
-    place = [0] * n  # index into begins; -1 below the one node that mode single keeps
-    for i in unsure:
+    kept = np.zeros(n, np.bool_)
+    begins = start.copy()
+    declined_above = np.zeros(n, np.int32)
+    has_kept_above = np.zeros(n, np.bool_)
+    for i in range(n):
         above = parent[i]
         if above >= 0:
-            if multi:
-                place[i] = 0 if kept[above] else place[above] + 1
-            elif kept[above] or place[above] < 0:
-                place[i] = -1
-        kept[i] = sure[i] or (place[i] >= 0 and keep_us[i][place[i]] <= decline_us[i][place[i]])
-    if multi and all(kept):
-        return tree
-    return _keep(tree, kept, [begins[i][place[i]] for i in range(n)])
+            has_kept_above[i] = kept[above] or has_kept_above[above]
+            if not kept[above]:
+                declined_above[i], begins[i] = declined_above[above] + 1, begins[above]
+        kept[i] = keep[at[i] + declined_above[i]] and (multi or not has_kept_above[i])
+    return kept, begins
 
 
-def _keep(tree: PrefixTree, kept: list[bool], start: list[int]) -> PrefixTree:
-    """The tree of the ``kept`` nodes, whose spans now begin at ``start``."""
-    n = tree.n_nodes
-    parent, row_lo, row_hi, end = tree.parent.tolist(), tree.row_lo.tolist(), tree.row_hi.tolist(), tree.end.tolist()
-    lowest = [-1] * (n + 1)  # lowest kept node at or above; the last entry stands for "no parent"
-    depth = [-1] * (n + 1)
-    tail_start = [0] * tree.n_rows
-    for i, above in enumerate(parent):
-        at = lowest[above]
+@njit(cache=True)
+def _keep(parent, row_lo, row_hi, end, n_rows, kept, begins):  # type: ignore[no-untyped-def]
+    """The ``kept`` nodes, with spans from ``begins``, as the fields of a PrefixTree from ``parent`` on."""
+    n = len(parent)
+    lowest, depth = np.full(n, -1, np.int32), np.full(n, -1, np.int32)  # of the kept node at or above
+    for i in range(n):
+        if parent[i] >= 0:
+            lowest[i], depth[i] = lowest[parent[i]], depth[parent[i]]
         if kept[i]:
-            lowest[i], depth[i] = i, depth[at] + 1
-            tail_start[row_lo[i] : row_hi[i]] = [end[i]] * (row_hi[i] - row_lo[i])
-        else:
-            lowest[i] = at
-    order = sorted((i for i in range(n) if kept[i]), key=lambda i: (depth[i], row_lo[i]))
-    new_index = [-1] * (n + 1)
-    for new, i in enumerate(order):
+            lowest[i], depth[i] = i, depth[i] + 1
+    nodes = kept.nonzero()[0]
+    nodes = nodes[(depth[nodes].astype(np.int64) * n_rows + row_lo[nodes]).argsort()]
+    new_index = np.full(n, -1, np.int32)
+    new_parent = np.full(len(nodes), -1, np.int32)
+    tail_start = np.zeros(n_rows, np.int32)
+    for new, i in enumerate(nodes):
         new_index[i] = new
-    nodes = [(new_index[lowest[parent[i]]], depth[i], row_lo[i], row_hi[i], start[i], end[i]) for i in order]
-    return PrefixTree.of_nodes(tree.row_order, nodes, tail_start)
+        if parent[i] >= 0 and lowest[parent[i]] >= 0:
+            new_parent[new] = new_index[lowest[parent[i]]]
+        tail_start[row_lo[i] : row_hi[i]] = end[i]  # deeper nodes come later and overwrite
+    return new_parent, depth[nodes], row_lo[nodes], row_hi[nodes], begins[nodes], end[nodes], tail_start

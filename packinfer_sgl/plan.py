@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
+from numba import njit
 
 from packinfer_sgl.prefix_tree import Int32, PrefixTree
-
-Int64 = npt.NDArray[np.int64]
 
 
 class Col(IntEnum):
@@ -49,16 +49,13 @@ class PieceTiming:
     partial_us: float
 
 
-CHUNKS = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
-
-
 @dataclass(frozen=True)
 class TilePolicy:
     """How queries and KV are cut into items.
 
     Attributes:
         tile_queries: most queries (tokens) of one tile of each class, largest class first. A span is cut into tiles of
-            the smallest class that holds all its queries, else of the largest (see ``classes``).
+            the smallest class that holds all its queries, else of the largest (but see ``_tile_classes``).
         chunk_tokens: longest KV piece of an item.
         timings: of each class: pieces are then cut so that each class fills its waves, and ``chunk_tokens`` only
             bounds them. None: as long as ``chunk_tokens`` allows.
@@ -68,44 +65,12 @@ class TilePolicy:
     chunk_tokens: int
     timings: tuple[PieceTiming, ...] | None = None
 
-    def classes(self, tokens: Int64, queries: Int64) -> Int64:
-        """The tile class of spans of so many KV tokens and queries ([n_spans] each)."""
-        tile_class = np.zeros(len(queries), np.int64)
-        for size in self.tile_queries[1:]:
-            tile_class += queries <= size
-        if len(self.tile_queries) > 2:
-            # two classes of large tiles that take turns cannot fill the device; the second then takes all
-            first, second = tokens[tile_class == 0].sum(), tokens[tile_class == 1].sum()
-            if 4 * second > first:
-                tile_class = np.maximum(tile_class, 1)
-        return tile_class
-
-    def pieces(self, tokens: Int64, queries: Int64, tile_class: Int64) -> Int64:
-        """Into how many pieces each tile's KV tokens are cut ([n_tiles] each)."""
-        pieces = np.maximum(-(-tokens // self.chunk_tokens), 1)
-        for i, timing in enumerate(self.timings or ()):
-            (tiles,) = (tile_class == i).nonzero()
-            if len(tiles):
-                chunk = min(_best_chunk(tokens[tiles], queries[tiles], timing), self.chunk_tokens)
-                pieces[tiles] = np.maximum(-(-tokens[tiles] // chunk), 1)
-        return pieces
-
-
-def _best_chunk(tokens: Int64, queries: Int64, timing: PieceTiming) -> int:
-    """The longest piece for which a class of tiles is done first.
-
-    Work is spread over waves of ``parallel`` pieces. A last wave that is not full costs as much as a full one, so
-    good lengths are sharp minima, not a slope.
-    """
-    longest = int(tokens.max())
-    chunks = CHUNKS[: int(CHUNKS.searchsorted(longest)) + 1]
-    pieces = np.maximum(-(-tokens // chunks[:, None]), 1)
-    piece_us = timing.fixed_us + timing.token_us * (tokens / pieces)
-    waves = pieces.sum(1) / timing.parallel
-    busy_us = (pieces * piece_us).sum(1) / timing.parallel
-    partials = ((pieces * (pieces > 1)) @ queries) * timing.partial_us
-    us = np.maximum(busy_us * np.ceil(waves) / waves, piece_us.max(1)) + partials
-    return int(chunks[us.argmin()])
+    @cached_property
+    def table(self) -> np.ndarray:
+        """[n_classes] of ``CLASS``: the same as the compiled functions take it."""
+        timings = self.timings or [PieceTiming(*[math.nan] * 4)] * len(self.tile_queries)
+        classes = zip(self.tile_queries, timings, strict=True)
+        return np.array([(queries, self.chunk_tokens, *astuple(timing)) for queries, timing in classes], CLASS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +90,9 @@ class Plan:
         append_base: [n_rows] the slot of row ``r``'s token at position ``p`` belongs at ``append_base[r] + p``
             (for positions in its tail).
         kv_capacity: entries of the KV slot list, room for growing tails included.
+        kv_tokens_read: KV tokens that the items read.
         kv_tokens_logical: KV tokens that a prefix-unaware kernel reads.
         kv_tokens_unique: KV tokens that any kernel must read.
-        kv_tokens_read: KV tokens that the items read.
     """
 
     items: Int32
@@ -139,9 +104,9 @@ class Plan:
     spans: Int32
     append_base: Int32
     kv_capacity: int
+    kv_tokens_read: int
     kv_tokens_logical: int
     kv_tokens_unique: int
-    kv_tokens_read: int
 
     @property
     def n_partials(self) -> int:
@@ -170,148 +135,231 @@ def make_plan(
             sliding window); default: all of its row.
         room_tokens: how many tokens each tail may grow while the plan lives (decode only).
     """
-    # segments: the nodes, then one tail for each place
-    n_nodes, order = tree.n_nodes, tree.row_order
-    kv_by_place = kv_lens[order]
-    if visible is None:
-        tail_place = ((kv_by_place > tree.tail_start) | (tree.tail_start == 0)).nonzero()[0]
-    else:
-        # an empty tail stays where a query may see none of the row's nodes: every query is in some item
-        tail_place = np.arange(tree.n_rows)
-    segments = np.empty((4, n_nodes + len(tail_place)), np.int64)
-    lo, hi, start, end = segments
-    lo[:n_nodes], hi[:n_nodes], start[:n_nodes], end[:n_nodes] = tree.row_lo, tree.row_hi, tree.start, tree.end
-    lo[n_nodes:], hi[n_nodes:] = tail_place, tail_place + 1
-    start[n_nodes:], end[n_nodes:] = tree.tail_start[tail_place], kv_by_place[tail_place]
-    length = end - start
-    capacity = length.copy()
-    capacity[n_nodes:] += room_tokens
-    kv_off = _exclusive_sum(capacity)
-    to_slots = kv_off - start  # from a KV position of the segment to its entry of the slot list
-    spans = np.stack([order[lo], start, length, kv_off], 1).astype(np.int32)
-    append_base = np.zeros(tree.n_rows, np.int32)
-    append_base[order[tail_place]] = to_slots[n_nodes:]
-
-    # queries of the segments: tokens of the rows in place order
+    windows = visible is not None
+    see_from, see_to = visible or (np.zeros(0, np.int32), np.zeros(0, np.int32))
     if qo_indptr is None:
-        tokens = order.astype(np.int64)
-        q_first, q_count = lo, hi - lo
-    else:
-        q_lens = np.diff(qo_indptr).astype(np.int64)[order]
-        token_indptr = np.concatenate([[0], np.cumsum(q_lens)])
-        tokens = _ranges(qo_indptr[order].astype(np.int64), q_lens)
-        q_first, q_count = token_indptr[lo], token_indptr[hi] - token_indptr[lo]
-    n_queries = len(tokens)
-
-    # tiles: each segment's queries in equal parts of the class's size
-    tile_class = policy.classes(length, q_count)
-    tiles_of = -(-q_count // np.array(policy.tile_queries)[tile_class])
-    seg, nth = _expand(tiles_of)
-    step = -(-q_count // np.maximum(tiles_of, 1))
-    tile_q = nth * step[seg]
-    tile_count = np.minimum(step[seg], q_count[seg] - tile_q)
-    tile_q += q_first[seg]
-    if visible is None:
-        a_from, a_to, b_len = start[seg], end[seg], np.zeros(0, np.int64)
-    else:
-        a_from, a_to, b_to, seen = _runs(tokens, tile_q, tile_count, start[seg], end[seg], visible)
-        (live,) = ((tile_count > 0) & (seen | (seg >= n_nodes))).nonzero()
-        seg, tile_q, tile_count = seg[live], tile_q[live], tile_count[live]
-        a_from, a_to, b_len = a_from[live], a_to[live], (b_to - a_to)[live]
-    slot_tile, nth = _expand(tile_count)
-    slot_query = tokens[tile_q[slot_tile] + nth]
-    if visible is None:
-        win_lo = win_hi = np.zeros(len(slot_query), np.int32)
-    else:
-        win_lo, win_hi = (
-            np.clip(v[slot_query] - a_to[slot_tile], 0, b_len[slot_tile]).astype(np.int32) for v in visible
-        )
-
-    # pieces: run A in near-equal parts; run B rides with the last
-    a_len = a_to - a_from
-    pieces = policy.pieces(a_len, tile_count, tile_class[seg])
-    tile, piece = _expand(pieces)
-    piece_len = (-(-a_len // pieces))[tile]
-    done = piece * piece_len
-    last = piece == pieces[tile] - 1
-    tile_seg = seg[tile]
-    columns = np.zeros((len(Col), len(tile)), np.int64)
-    columns[Col.Q_OFF] = _exclusive_sum(tile_count)[tile]
-    columns[Col.Q_CNT] = tile_count[tile]
-    a_len = columns[Col.A_LEN] = np.minimum(piece_len, a_len[tile] - done)
-    position = columns[Col.A_POS] = a_from[tile] + done
-    columns[Col.A_OFF] = position + to_slots[tile_seg]
-    columns[Col.PIECE] = piece
-    item_class = columns[Col.TILE_CLASS] = tile_class[tile_seg]
-    columns[Col.OPEN_ROW] = np.where(last & (tile_seg >= n_nodes), order[lo[tile_seg]], -1) if room_tokens else -1
-    total_len = a_len
-    if visible is not None:
-        columns[Col.B_OFF] = to_slots[tile_seg] + a_to[tile]
-        columns[Col.B_LEN] = np.where(last, b_len[tile], 0)
-        total_len = a_len + columns[Col.B_LEN]
-    longest_first = np.argsort((item_class << 32) - total_len, kind="stable")
-
-    partial_rows, merge_indptr = _partials(slot_query, pieces[slot_tile], n_queries)
-    return Plan(
-        items=columns.T[longest_first].astype(np.int32),
-        query_rows=slot_query.astype(np.int32),
-        partial_rows=partial_rows,
-        win_lo=win_lo,
-        win_hi=win_hi,
-        merge_indptr=merge_indptr,
-        spans=spans,
-        append_base=append_base,
-        kv_capacity=int(capacity.sum()),
-        kv_tokens_logical=int(kv_lens.sum()),
-        kv_tokens_unique=kv_tokens_unique,
-        kv_tokens_read=int(total_len.sum()),
-    )
+        qo_indptr = np.arange(tree.n_rows + 1, dtype=np.int32)
+    nodes = (tree.row_lo, tree.row_hi, tree.start, tree.end)
+    items, *others = _cut(
+        tree.row_order, nodes, tree.tail_start, kv_lens, qo_indptr, see_from, see_to, windows, policy.table, room_tokens
+    )  # fmt: skip
+    arrays_and_tokens = (items.view(np.int32).reshape(-1, len(Col)), *others, int(kv_lens.sum()), kv_tokens_unique)
+    return Plan(*arrays_and_tokens)
 
 
-def _exclusive_sum(counts: Int64) -> Int64:
-    return counts.cumsum() - counts
+# Below, compiled by numba: loops over segments, tiles and items, which as array operations took five times as long.
+
+CLASS = np.dtype(
+    [("tile_queries", np.int64), ("chunk_tokens", np.int64), *((f.name, np.float64) for f in fields(PieceTiming))]
+)
+# KV positions [start, end) for the rows at places [lo, hi): the nodes, then tails. A position ``p`` of it is entry
+# ``to_slots + p`` of the slot list.
+SEGMENT = np.dtype([(name, np.int64) for name in ("lo", "hi", "start", "end", "to_slots")])
+# ``queries`` queries, from the ``first`` in place order, over KV positions: run A [a_from, a_to), run B [a_to, b_to).
+TILE = np.dtype(
+    [(name, np.int64) for name in ("segment", "tile_class", "first", "queries", "a_from", "a_to", "b_to", "pieces")]
+)
+ITEM = np.dtype([(column.name.lower(), np.int32) for column in Col])
 
 
-def _expand(counts: Int64) -> tuple[Int64, Int64]:
-    """For ``counts[i]`` copies of each ``i``: the ``i`` of each copy, and its number among them."""
-    index = np.arange(len(counts)).repeat(counts)
-    return index, np.arange(len(index)) - _exclusive_sum(counts)[index]
+@njit(cache=True)
+def _cut(  # type: ignore[no-untyped-def]
+    row_order, nodes, tail_start, kv_lens, qo_indptr, see_from, see_to, windows, policy, room_tokens
+):
+    """The arrays of a plan, then ``kv_capacity`` and ``kv_tokens_read``."""
+    segments, spans, append_base, kv_capacity = _segments(row_order, nodes, tail_start, kv_lens, windows, room_tokens)
+    n_nodes, n_rows = len(nodes[0]), len(row_order)
+    query_at = np.zeros(n_rows + 1, np.int64)  # of the first query of each place
+    queries = np.empty(qo_indptr[n_rows], np.int32)  # in place order
+    for place in range(n_rows):
+        begin, end = qo_indptr[row_order[place]], qo_indptr[row_order[place] + 1]
+        query_at[place + 1] = query_at[place] + end - begin
+        queries[query_at[place] : query_at[place + 1]] = np.arange(begin, end)
+    tiles = _tiles(segments, n_nodes, query_at, policy)
+    if windows:
+        tiles = _set_runs(tiles, segments, n_nodes, queries, see_from, see_to)
+    _set_pieces(tiles, policy)
+
+    slots = tiles.queries.sum()
+    query_rows, partial_rows = np.empty(slots, np.int32), np.empty(slots, np.int32)
+    win_lo, win_hi = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+    merge_indptr = _merge_indptr(tiles, queries)
+    items = np.empty(tiles.pieces.sum(), ITEM)
+    order = np.empty(len(items), np.int64)
+    used = np.zeros(len(queries), np.int32)  # partial rows of each query that earlier tiles have taken
+    slot, n, kv_tokens_read = 0, 0, 0
+    for tile in tiles:
+        segment = segments[tile.segment]
+        a_len, b_len = tile.a_to - tile.a_from, tile.b_to - tile.a_to
+        piece_len = -(-a_len // tile.pieces)
+        is_tail = tile.segment >= n_nodes
+        for piece in range(tile.pieces):
+            done, last = piece * piece_len, piece == tile.pieces - 1
+            length = min(piece_len, a_len - done)
+            item = items[n]
+            item.q_off, item.q_cnt, item.tile_class = slot, tile.queries, tile.tile_class
+            item.a_off, item.a_len, item.a_pos = segment.to_slots + tile.a_from + done, length, tile.a_from + done
+            # run B rides with the last piece
+            item.b_off, item.b_len, item.piece = segment.to_slots + tile.a_to, b_len if last else 0, piece
+            item.open_row = row_order[segment.lo] if room_tokens > 0 and last and is_tail else -1
+            read = length + item.b_len
+            kv_tokens_read += read
+            order[n] = (tile.tile_class << 40) - read
+            n += 1
+        for query in queries[tile.first : tile.first + tile.queries]:
+            query_rows[slot] = query
+            if merge_indptr[query + 1] > merge_indptr[query]:
+                partial_rows[slot] = merge_indptr[query] + used[query]
+                used[query] += tile.pieces
+            else:
+                partial_rows[slot] = -1
+            if windows:
+                win_lo[slot] = min(max(see_from[query] - tile.a_to, 0), b_len)
+                win_hi[slot] = min(max(see_to[query] - tile.a_to, 0), b_len)
+            slot += 1
+    items = items[order.argsort(kind="mergesort")]
+    return (
+        items, query_rows, partial_rows, win_lo, win_hi, merge_indptr, spans, append_base, kv_capacity, kv_tokens_read,
+    )  # fmt: skip
 
 
-def _ranges(first: Int64, count: Int64) -> Int64:
-    """``first[0], first[0] + 1, ... (count[0] of them), first[1], ...``"""
-    return np.repeat(first - _exclusive_sum(count), count) + np.arange(count.sum())
+@njit
+def _segments(row_order, nodes, tail_start, kv_lens, windows, room_tokens):  # type: ignore[no-untyped-def]
+    row_lo, row_hi, start, end = nodes
+    n_nodes, n_rows = len(start), len(row_order)
+    segments = np.empty(n_nodes + n_rows, SEGMENT)
+    for i in range(n_nodes):
+        s = segments[i]
+        s.lo, s.hi, s.start, s.end = row_lo[i], row_hi[i], start[i], end[i]
+    n = n_nodes
+    for place in range(n_rows):
+        s = segments[n]
+        s.lo, s.hi, s.start, s.end = place, place + 1, tail_start[place], kv_lens[row_order[place]]
+        # every query is in some item: an empty tail stays where a query may see none of the row's nodes
+        if windows or s.end > s.start or s.start == 0:
+            n += 1
+    segments = segments[:n]
+    spans = np.empty((n, 4), np.int32)
+    append_base = np.zeros(n_rows, np.int32)
+    capacity = 0
+    for i in range(n):
+        s = segments[i]
+        row = row_order[s.lo]
+        s.to_slots = capacity - s.start
+        spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3] = row, s.start, s.end - s.start, capacity
+        capacity += s.end - s.start
+        if i >= n_nodes:
+            append_base[row] = s.to_slots
+            capacity += room_tokens
+    return segments, spans, append_base, capacity
 
 
-def _runs(
-    tokens: Int64, first: Int64, count: Int64, start: Int64, end: Int64, visible: tuple[Int32, Int32]
-) -> tuple[Int64, Int64, Int64, npt.NDArray[np.bool_]]:
-    """Run A ``[a_from, a_to)`` and run B ``[a_to, b_to)`` of each tile, and whether any query sees any of the span.
+@njit
+def _tile_classes(segments, query_at, policy):  # type: ignore[no-untyped-def]
+    """The tile class of each segment ([n_segments])."""
+    tile_class = np.zeros(len(segments), np.int64)
+    tokens = np.zeros(len(policy), np.int64)  # of each class
+    for i, s in enumerate(segments):
+        for smaller in policy[1:]:
+            tile_class[i] += query_at[s.hi] - query_at[s.lo] <= smaller.tile_queries
+        tokens[tile_class[i]] += s.end - s.start
+    if len(policy) > 2 and 4 * tokens[1] > tokens[0]:
+        # two classes of large tiles that take turns cannot fill the device; the second then takes all
+        tile_class = np.maximum(tile_class, 1)
+    return tile_class
+
+
+@njit
+def _tiles(segments, n_nodes, query_at, policy):  # type: ignore[no-untyped-def]
+    """Each segment's queries in equal parts of the class's size; run A is the whole segment."""
+    tile_class = _tile_classes(segments, query_at, policy)
+    count = np.zeros(len(segments), np.int64)
+    for i, s in enumerate(segments):
+        count[i] = -(-(query_at[s.hi] - query_at[s.lo]) // policy[tile_class[i]].tile_queries)
+    tiles = np.empty(count.sum(), TILE)
+    n = 0
+    for i, s in enumerate(segments):
+        queries = query_at[s.hi] - query_at[s.lo]
+        for nth in range(count[i]):
+            step = -(-queries // count[i])
+            tile = tiles[n]
+            tile.segment, tile.tile_class = i, tile_class[i]
+            tile.first, tile.queries = query_at[s.lo] + nth * step, min(step, queries - nth * step)
+            tile.a_from, tile.a_to, tile.b_to = s.start, s.end, s.end
+            n += 1
+    return tiles
+
+
+@njit
+def _set_runs(tiles, segments, n_nodes, queries, see_from, see_to):  # type: ignore[no-untyped-def]
+    """Run A and run B by what the queries see; returns the tiles that are left.
 
     What nobody sees is cut off at both ends. Run A is what all see from the front; if some query's window begins
-    inside, all of it is run B.
+    inside, all of it is run B. A tile of a node that nobody sees is dropped.
     """
-    lo, hi = (v[tokens] for v in visible)
-    bounds = np.stack([first, first + count], 1).ravel()
-    # reduceat needs indices below the length; the entry appended after the last query never wins
-    least_lo = np.minimum.reduceat(np.append(lo, 2**31 - 1), bounds)[::2]
-    most_lo = np.maximum.reduceat(np.append(lo, -1), bounds)[::2]
-    least_hi = np.minimum.reduceat(np.append(hi, 2**31 - 1), bounds)[::2]
-    most_hi = np.maximum.reduceat(np.append(hi, -1), bounds)[::2]
-    b_to = np.clip(most_hi, start, end)
-    a_from = np.clip(least_lo, start, b_to)
-    a_to = np.where(most_lo > a_from, a_from, np.clip(least_hi, a_from, b_to))
-    return a_from, a_to, b_to, b_to > a_from
+    n = 0
+    for tile in tiles:
+        s = segments[tile.segment]
+        mine = queries[tile.first : tile.first + tile.queries]
+        b_to = min(max(see_to[mine].max(), s.start), s.end)
+        a_from = min(max(see_from[mine].min(), s.start), b_to)
+        a_to = a_from
+        if see_from[mine].max() <= a_from:
+            a_to = min(max(see_to[mine].min(), a_from), b_to)
+        if b_to > a_from or tile.segment >= n_nodes:
+            tiles[n] = tile
+            tiles[n].a_from, tiles[n].a_to, tiles[n].b_to = a_from, a_to, b_to
+            n += 1
+    return tiles[:n]
 
 
-def _partials(slot_query: Int64, pieces: Int64, n_queries: int) -> tuple[Int32, Int32]:
+# candidate lengths of a piece
+CHUNKS = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
+
+
+@njit
+def _set_pieces(tiles, policy):  # type: ignore[no-untyped-def]
+    """Into how many pieces the KV tokens of each tile are cut.
+
+    For each class the longest piece is sought with which it is done first. Work is spread over waves of ``parallel``
+    pieces. A last wave that is not full costs as much as a full one, so good lengths are sharp minima, not a slope.
+    """
+    for tile_class in range(len(policy)):
+        timing = policy[tile_class]
+        mine = tiles[tiles.tile_class == tile_class]
+        tokens = mine.a_to - mine.a_from
+        best_chunk, best_us = timing.chunk_tokens, np.inf
+        for chunk in CHUNKS:
+            if len(mine) == 0 or np.isnan(timing.parallel):
+                break
+            pieces, partials, busy_us, longest_us = 0, 0, 0.0, 0.0
+            for i in range(len(mine)):
+                n = max(-(-tokens[i] // chunk), 1)
+                piece_us = timing.fixed_us + timing.token_us * tokens[i] / n
+                pieces += n
+                busy_us += n * piece_us / timing.parallel
+                longest_us = max(longest_us, piece_us)
+                if n > 1:
+                    partials += n * mine[i].queries
+            waves = pieces / timing.parallel
+            us = max(busy_us * np.ceil(waves) / waves, longest_us) + partials * timing.partial_us
+            if us < best_us:
+                best_chunk, best_us = min(chunk, timing.chunk_tokens), us
+            if chunk >= tokens.max():
+                break
+        for tile in tiles:
+            if tile.tile_class == tile_class:
+                tile.pieces = max(-(-(tile.a_to - tile.a_from) // best_chunk), 1)
+
+
+@njit
+def _merge_indptr(tiles, queries):  # type: ignore[no-untyped-def]
     """Partial rows: those of one query are consecutive; a query with a single partial result needs none."""
-    total = np.bincount(slot_query, weights=pieces, minlength=n_queries).astype(np.int64)
-    merge_indptr = np.zeros(n_queries + 1, np.int32)
-    np.where(total > 1, total, 0).cumsum(out=merge_indptr[1:])
-    by_query = slot_query.argsort(kind="stable")
-    query, count = slot_query[by_query], pieces[by_query]
-    before = _exclusive_sum(count) - _exclusive_sum(total)[query]
-    partial_rows = np.empty(len(slot_query), np.int32)
-    partial_rows[by_query] = np.where(total[query] > 1, merge_indptr[query] + before, -1)
-    return partial_rows, merge_indptr
+    results = np.zeros(len(queries), np.int64)
+    for tile in tiles:
+        for query in queries[tile.first : tile.first + tile.queries]:
+            results[query] += tile.pieces
+    merge_indptr = np.zeros(len(queries) + 1, np.int32)
+    for query in range(len(queries)):
+        merge_indptr[query + 1] = merge_indptr[query] + (results[query] if results[query] > 1 else 0)
+    return merge_indptr

@@ -59,6 +59,10 @@ class DecodePlanner:
         self._rows: Rows | None = None
         self._lens = np.zeros(0, np.int64)
         self._steps_left = 0
+        # compiles the planning code where no compiled form of it lies on disk, which takes seconds: not in a request
+        two_rows = PrefixTree.from_neighbours((0, 1), (1,))
+        kept = prune(two_rows, shape, cost)
+        make_plan(kept, np.full(2, 2, np.int32), policy, kv_tokens_unique=3, room_tokens=room_tokens)
 
     def step(self, rows: Rows | None, lens: np.ndarray, tree_without_rows: Callable[[], PrefixTree]) -> bool:
         """Whether this decode step needs a new plan, which then is ``self.plan``.

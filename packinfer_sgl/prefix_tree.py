@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 Int32 = npt.NDArray[np.int32]
 
@@ -51,64 +52,10 @@ class PrefixTree:
         """The tree of rows sorted so that sharers are neighbours.
 
         ``shared_tokens[i]`` is the number of leading tokens that places ``i`` and ``i + 1`` hold in the same slots;
-        any two rows share the minimum between them. The nodes are the intervals of that array (as the interval tree
-        of a suffix array's LCP table; Abouelhoda, Kurtz, Ohlebusch 2004): one sweep with a stack.
+        any two rows share the minimum between them.
         """
-        parent: list[int] = []
-        lo: list[int] = []
-        hi: list[int] = []
-        end: list[int] = []
-        # open intervals: [shared tokens, first place, closed children]
-        stack: list[tuple[int, int, list[int]]] = [(0, 0, [])]
-        for place, shared in enumerate([*shared_tokens, 0]):
-            first, orphan = place, -1
-            while stack[-1][0] > shared:
-                tokens, first, children = stack.pop()
-                node = len(end)
-                parent.append(-1)
-                lo.append(first)
-                hi.append(place + 1)
-                end.append(tokens)
-                for child in children:
-                    parent[child] = node
-                if stack[-1][0] >= shared:
-                    stack[-1][2].append(node)
-                else:
-                    orphan = node  # its parent is the interval pushed next
-            if stack[-1][0] < shared:
-                stack.append((shared, first, [] if orphan < 0 else [orphan]))
-        return cls._from_postorder(row_order, parent, lo, hi, end)
-
-    @classmethod
-    def _from_postorder(
-        cls, row_order: Sequence[int], parent: list[int], lo: list[int], hi: list[int], end: list[int]
-    ) -> PrefixTree:
-        n = len(end)
-        depth, start = [0] * n, [0] * n
-        for node in range(n - 1, -1, -1):
-            above = parent[node]
-            if above >= 0:
-                depth[node] = depth[above] + 1
-                start[node] = end[above]
-        order = sorted(range(n), key=lambda i: (depth[i], lo[i]))
-        new_index = [0] * n
-        for new, old in enumerate(order):
-            new_index[old] = new
-        tail_start = [0] * len(row_order)
-        for i in order:  # deeper nodes come later and overwrite
-            tail_start[lo[i] : hi[i]] = [end[i]] * (hi[i] - lo[i])
-        nodes = [
-            (new_index[parent[i]] if parent[i] >= 0 else -1, depth[i], lo[i], hi[i], start[i], end[i]) for i in order
-        ]
-        return cls.of_nodes(np.asarray(row_order, np.int32), nodes, tail_start)
-
-    @classmethod
-    def of_nodes(
-        cls, row_order: Int32, nodes: list[tuple[int, int, int, int, int, int]], tail_start: list[int]
-    ) -> PrefixTree:
-        """From (parent, depth, row_lo, row_hi, start, end) of each node, level by level."""
-        parent, depth, lo, hi, start, end = np.array(nodes, np.int32).reshape(len(nodes), 6).T.copy()
-        return cls(row_order, parent, depth, lo, hi, start, end, np.array(tail_start, np.int32))
+        order = np.array(row_order, np.int32)
+        return cls(order, *_intervals(len(order), np.array(shared_tokens, np.int32)))
 
     @classmethod
     def from_paths(cls, paths: Sequence[tuple[int, ...]], ends: Sequence[tuple[int, ...]]) -> PrefixTree:
@@ -180,3 +127,57 @@ class PrefixTree:
             assert (covered[lo:hi] == self.start[i]).all()
             covered[lo:hi] = self.end[i]
         assert (covered == self.tail_start).all()
+
+
+@njit(cache=True)
+def _intervals(n_rows, shared_tokens):  # type: ignore[no-untyped-def]
+    """The nodes of ``PrefixTree.from_neighbours``, as its fields from ``parent`` on.
+
+    They are the intervals of ``shared_tokens`` (as the interval tree of a suffix array's LCP table; Abouelhoda, Kurtz,
+    Ohlebusch 2004): one sweep over the places, with a stack of the intervals that are still open.
+    """
+    parent = np.full(n_rows, -1, np.int32)
+    lo, hi, end = np.empty(n_rows, np.int32), np.empty(n_rows, np.int32), np.empty(n_rows, np.int32)
+    n = 0
+    open_nodes = np.empty(n_rows + 1, np.int32)
+    open_tokens = np.zeros(n_rows + 1, np.int32)
+    top = 0  # the entry at the bottom stands for "nothing shared"
+    for place in range(n_rows):
+        shared = shared_tokens[place] if place < n_rows - 1 else 0
+        first, orphan = place, -1
+        while open_tokens[top] > shared:
+            node = open_nodes[top]
+            top -= 1
+            first, hi[node] = lo[node], place + 1
+            if open_tokens[top] < shared:
+                orphan = node  # its parent is the interval opened next
+            elif top > 0:
+                parent[node] = open_nodes[top]
+        if open_tokens[top] < shared:
+            top += 1
+            open_nodes[top], open_tokens[top] = n, shared
+            lo[n], end[n] = first, shared
+            if orphan >= 0:
+                parent[orphan] = n
+            n += 1
+
+    depth = np.zeros(n, np.int32)
+    for i in range(n):
+        above = parent[i]
+        while above >= 0:
+            depth[i] += 1
+            above = parent[above]
+    # level by level; within a level intervals were opened from left to right
+    order = depth.argsort(kind="mergesort")
+    new_index = np.empty(n, np.int32)
+    for new in range(n):
+        new_index[order[new]] = new
+    start = np.zeros(n, np.int32)
+    tail_start = np.zeros(n_rows, np.int32)
+    new_parent = np.full(n, -1, np.int32)
+    for new in range(n):
+        i = order[new]
+        if parent[i] >= 0:
+            new_parent[new], start[new] = new_index[parent[i]], end[parent[i]]
+        tail_start[lo[i] : hi[i]] = end[i]  # deeper nodes come later and overwrite
+    return new_parent, depth[order], lo[order], hi[order], start, end[order], tail_start

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import time
+from functools import cached_property
 from pathlib import Path
 from unittest import mock
 
@@ -51,9 +52,11 @@ class Fixed(TilePolicy):
 
     chunks: tuple[int, int] = (0, 0)
 
-    def pieces(self, tokens: np.ndarray, queries: np.ndarray, tile_class: np.ndarray) -> np.ndarray:
-        small = tile_class == len(self.tile_queries) - 1
-        return np.maximum(-(-tokens // np.where(small, self.chunks[1], self.chunks[0])), 1)
+    @cached_property
+    def table(self) -> np.ndarray:
+        table = TilePolicy(self.tile_queries, self.chunks[0]).table
+        table["chunk_tokens"][-1] = self.chunks[1]
+        return table
 
 
 def measure(x: Inputs, reference: torch.Tensor, table: Table, chunks: tuple[int, int] | None) -> tuple[float, dict]:

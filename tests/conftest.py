@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import numba
 import pytest
 import torch
 from hypothesis import settings
+
+# Compiled planning that reads or writes past an array must fail, not go on. Such code is cached apart.
+numba.config.BOUNDSCHECK = 1
+numba.config.CACHE_DIR = str(Path(__file__).parents[1] / ".pytest_cache" / "numba")
 
 if not torch.cuda.is_available():
     # Without a GPU our Triton kernels run in Triton's interpreter, which is chosen when a kernel is defined. Only

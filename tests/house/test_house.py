@@ -29,8 +29,8 @@ CUDA_KERNELS = {"packed", "packed_cuda", "tiles"}
 OPEN_FLOORS = {4, 5}
 THIRD_PARTY = {
     0: set(),
-    1: {"numpy", "torch"},
-    2: {"numpy", "torch", "triton"},
+    1: {"numpy", "numba"},
+    2: {"numpy", "numba", "torch", "triton"},
     3: {"numpy", "torch", "triton", "prometheus_client"},
 }
 MAX_LINES = 400

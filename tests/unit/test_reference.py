@@ -227,7 +227,7 @@ def states(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
 
 def merge(o: torch.Tensor, lse2: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     indptr = torch.tensor([0, *sizes]).cumsum(0)
-    return merge_states(o, lse2, indptr[:-1], indptr[1:])
+    return merge_states(o, lse2, torch.arange(len(o)), indptr)
 
 
 def merge64(o: torch.Tensor, lse2: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,5 +289,6 @@ def test_merge_reads_no_other_row(states: tuple[torch.Tensor, torch.Tensor, list
     padded_o = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, gap), value=math.nan) for x in o.split(sizes)]
     padded_lse2 = [torch.nn.functional.pad(x, (0, 0, 0, gap), value=math.nan) for x in lse2.split(sizes)]
     first = torch.tensor([0, *[size + gap for size in sizes[:-1]]]).cumsum(0)
-    got = merge_states(torch.cat(padded_o), torch.cat(padded_lse2), first, first + torch.tensor(sizes))
+    at = torch.cat([torch.arange(size) + begin for size, begin in zip(sizes, first.tolist())])
+    got = merge_states(torch.cat(padded_o), torch.cat(padded_lse2), at, torch.tensor([0, *sizes]).cumsum(0))
     assert_close(got, merge64(o, lse2, sizes), 2e-5)
