@@ -44,6 +44,7 @@ def _attend(
     k_ptr,
     v_ptr,
     slots_ptr,
+    next_slot,
     begin,
     end,
     length,
@@ -62,17 +63,18 @@ def _attend(
 ):
     """Online softmax over tokens ``begin`` to ``end`` of a run of ``length`` tokens, whose slots lie at ``slots_ptr``.
 
+    ``next_slot`` are the slots of the first block, and are returned as those of the block after the last.
+
     MASK 0: every block is full; 1: tokens from ``length`` on are hidden; 2: query rows see [win_lo, win_hi) only.
     """
     at = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HEAD_DIM)
     # Slots travel one block ahead in registers. Loaded in the block that uses them they are an indirect load, on
-    # which Triton's pipeliner spends half of its stages.
-    next_slot = tl.load(slots_ptr + begin + at, mask=begin + at < length, other=0)
+    # which Triton's pipeliner spends half of its stages. Those beyond the run are not used; the list ends in room.
     for j in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         slot = next_slot
         pos = j + at
-        next_slot = tl.load(slots_ptr + pos + BLOCK_N, mask=pos + BLOCK_N < length, other=0)
+        next_slot = tl.load(slots_ptr + pos + BLOCK_N)
         if PAGE == 1:
             kv_row = slot.to(tl.int64) * stride_slot
         else:
@@ -101,7 +103,7 @@ def _attend(
         total = total * keep + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
         top = new_top
-    return acc, top, total
+    return acc, top, total, next_slot
 
 
 @triton.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
@@ -160,14 +162,18 @@ def packed_attention_kernel(
         q_cnt = tl.load(item_ptr + Q_CNT)
         a_len = tl.load(item_ptr + A_LEN)
         open_row = tl.load(item_ptr + OPEN_ROW)
-        if open_row >= 0:
-            a_len = tl.load(kv_lens_ptr + open_row).to(tl.int32) - tl.load(item_ptr + A_POS)
+        a_pos = tl.load(item_ptr + A_POS)
+        a_slots = slots_ptr + tl.load(item_ptr + A_OFF)
+        # what the item points at is loaded together, before anything waits for it: short items are all latency
         row = tl.arange(0, BLOCK_M)
         d = tl.arange(0, HEAD_DIM)
         nth = row // GROUP
         head = kv_head * GROUP + row % GROUP
         live = nth < q_cnt
         query = tl.load(query_rows_ptr + q_off + nth, mask=live, other=0).to(tl.int64)
+        slot = tl.load(a_slots + tl.arange(0, BLOCK_N))
+        kv_len = tl.load(kv_lens_ptr + tl.maximum(open_row, 0)).to(tl.int32)
+        a_len = tl.where(open_row >= 0, kv_len - a_pos, a_len)
         q = tl.load(
             q_ptr + query[:, None] * stride_q_token + head[:, None] * stride_q_head + d[None, :],
             mask=live[:, None],
@@ -178,28 +184,29 @@ def packed_attention_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         k_head = k_ptr + kv_head * stride_kv_head
         v_head = v_ptr + kv_head * stride_kv_head
-        a_slots = slots_ptr + tl.load(item_ptr + A_OFF)
         if PEEL:
             full = a_len // BLOCK_N * BLOCK_N
-            acc, top, total = _attend(
-                q, acc, top, total, k_head, v_head, a_slots, 0, full, a_len, nth, nth, scale2, cap2,
+            acc, top, total, slot = _attend(
+                q, acc, top, total, k_head, v_head, a_slots, slot, 0, full, a_len, nth, nth, scale2, cap2,
                 stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 0, SOFT_CAP, STAGES,
             )  # fmt: skip
-            acc, top, total = _attend(
-                q, acc, top, total, k_head, v_head, a_slots, full, a_len, a_len, nth, nth, scale2, cap2,
+            acc, top, total, slot = _attend(
+                q, acc, top, total, k_head, v_head, a_slots, slot, full, a_len, a_len, nth, nth, scale2, cap2,
                 stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, SOFT_CAP, 1,
             )  # fmt: skip
         else:
-            acc, top, total = _attend(
-                q, acc, top, total, k_head, v_head, a_slots, 0, a_len, a_len, nth, nth, scale2, cap2,
+            acc, top, total, slot = _attend(
+                q, acc, top, total, k_head, v_head, a_slots, slot, 0, a_len, a_len, nth, nth, scale2, cap2,
                 stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, SOFT_CAP, STAGES,
             )  # fmt: skip
         if WINDOW:
             b_len = tl.load(item_ptr + B_LEN)
             lo = tl.load(win_lo_ptr + q_off + nth, mask=live, other=0)
             hi = tl.load(win_hi_ptr + q_off + nth, mask=live, other=0)
-            acc, top, total = _attend(
-                q, acc, top, total, k_head, v_head, slots_ptr + tl.load(item_ptr + B_OFF), 0, b_len, b_len, lo, hi,
+            b_slots = slots_ptr + tl.load(item_ptr + B_OFF)
+            slot = tl.load(b_slots + tl.arange(0, BLOCK_N))
+            acc, top, total, slot = _attend(
+                q, acc, top, total, k_head, v_head, b_slots, slot, 0, b_len, b_len, lo, hi,
                 scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 2, SOFT_CAP, STAGES,
             )  # fmt: skip
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -224,6 +231,28 @@ def packed_attention_kernel(
             gdc_wait()
 
 
+@triton.jit
+def _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The softmax over the union of what partial results ``begin`` to ``end`` of a head saw."""
+    d = tl.arange(0, HEAD_DIM)
+    acc = tl.zeros([HEAD_DIM], tl.float32)
+    top = -float("inf")
+    total = 0.0
+    for i in range(begin, end, BLOCK_P):
+        row = i + tl.arange(0, BLOCK_P)
+        part = row.to(tl.int64) * n_heads + head
+        lse2 = tl.load(part_lse2_ptr + part, mask=row < end, other=-float("inf"))
+        o = tl.load(part_out_ptr + part[:, None] * HEAD_DIM + d[None, :], mask=(row < end)[:, None], other=0.0)
+        new_top = tl.maximum(top, tl.max(lse2, 0))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weight = tl.exp2(lse2 - shift)
+        keep = tl.exp2(top - shift)
+        acc = acc * keep + tl.sum(weight[:, None] * o, 0)
+        total = total * keep + tl.sum(weight, 0)
+        top = new_top
+    return acc / tl.where(total == 0.0, 1.0, total), top + tl.log2(total)
+
+
 @triton.jit(do_not_specialize=["n_heads"])
 def merge_kernel(
     part_out_ptr,
@@ -236,42 +265,33 @@ def merge_kernel(
     stride_out_head,
     n_heads,
     HEAD_DIM: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (query, head): the softmax over the union of what its partial results saw.
+    """Program (query, head) merges the partial results of a query.
 
-    Queries past those of the plan pad a captured graph: they come out as 0.
+    Queries past those of the plan pad a captured graph: they come out as 0, with an lse2 of -inf.
     """
     query = tl.program_id(0)
     head = tl.program_id(1)
+    begin = tl.load(merge_indptr_ptr + query)
+    end = tl.load(merge_indptr_ptr + query + 1)
+    is_padding = query >= tl.load(counts_ptr + N_QUERIES)
     d = tl.arange(0, HEAD_DIM)
     out = out_ptr + query.to(tl.int64) * stride_out_token + head * stride_out_head + d
-    if query >= tl.load(counts_ptr + N_QUERIES):
-        tl.store(out, tl.zeros([HEAD_DIM], out_ptr.dtype.element_ty))
-    else:
-        begin = tl.load(merge_indptr_ptr + query)
-        end = tl.load(merge_indptr_ptr + query + 1)
-        if PDL:
+    if PDL:
+        # those with nothing to do leave at once, but for one: this launch must not be done before the others are
+        if is_padding | (end > begin) | (query + head == 0):
             gdc_wait()
-        if end > begin:
-            acc = tl.zeros([HEAD_DIM], tl.float32)
-            top = -float("inf")
-            total = 0.0
-            for i in range(begin, end, BLOCK_P):
-                row = i + tl.arange(0, BLOCK_P)
-                part = row.to(tl.int64) * n_heads + head
-                lse2 = tl.load(part_lse2_ptr + part, mask=row < end, other=-float("inf"))
-                o = tl.load(part_out_ptr + part[:, None] * HEAD_DIM + d[None, :], mask=(row < end)[:, None], other=0.0)
-                new_top = tl.maximum(top, tl.max(lse2, 0))
-                shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-                weight = tl.exp2(lse2 - shift)
-                keep = tl.exp2(top - shift)
-                acc = acc * keep + tl.sum(weight[:, None] * o, 0)
-                total = total * keep + tl.sum(weight, 0)
-                top = new_top
-            tl.store(out, (acc / tl.where(total == 0.0, 1.0, total)).to(out_ptr.dtype.element_ty))
-            tl.store(lse2_ptr + query * n_heads + head, top + tl.log2(total))
+    if is_padding:
+        tl.store(out, tl.zeros([HEAD_DIM], out_ptr.dtype.element_ty))
+        tl.store(lse2_ptr + query * n_heads + head, -float("inf"))
+    elif end > begin:
+        if end - begin <= 4:
+            result, lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM, 4)
+        else:
+            result, lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM, 16)
+        tl.store(out, result.to(out_ptr.dtype.element_ty))
+        tl.store(lse2_ptr + query * n_heads + head, lse2)
 
 
 @triton.jit

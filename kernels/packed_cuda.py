@@ -17,9 +17,11 @@ from packinfer_sgl.kernels.packed import (
     packed_attention_kernel,
     snapshot_kernel,
 )
+from packinfer_sgl.kernels.packed_hopper import packed_attention_hopper_kernel
 from packinfer_sgl.kernels.tiles import tiles_for
 from packinfer_sgl.plan import Col, Plan
 
+SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
 LOG2_E = math.log2(math.e)
 
 
@@ -95,11 +97,12 @@ class PackedCuda:
         self._staging = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._staged = [torch.cuda.Event() if pinned else None for _ in range(2)]
         self._turn = 0
-        self.kv_slots = torch.zeros(max(c.kv_slots, 1), dtype=torch.int32, device=device)
+        self.kv_slots = torch.zeros(c.kv_slots + SLOTS_AHEAD, dtype=torch.int32, device=device)
         self._part_out = torch.empty(max(c.partials, 1), qo_heads, head_dim, dtype=torch.float32, device=device)
         self._part_lse2 = torch.empty(max(c.partials, 1), qo_heads, dtype=torch.float32, device=device)
         self._sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        self._pdl, self._is_hopper = capability >= (9, 0), capability[0] == 9
 
     @property
     def nbytes(self) -> int:
@@ -186,23 +189,36 @@ class PackedCuda:
         stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
         view = self._view
 
+        tensors = (
+            q, k, v, out, lse2, self._part_out, self._part_lse2, self.kv_slots, view["items"], view["counts"],
+            view["query_rows"], view["partial_rows"],
+        )  # fmt: skip
+        numbers = (
+            q.stride(0), q.stride(1), out.stride(0), out.stride(1), stride_page, stride_slot, stride_head,
+            sm_scale * LOG2_E, logits_soft_cap * LOG2_E,
+        )  # fmt: skip
         for i, tile in enumerate(self.tiles):
-            packed_attention_kernel[(self._sms * tile.programs,)](
-                q, k, v, out, lse2, self._part_out, self._part_lse2, self.kv_slots,
-                view["items"], view["counts"], view["query_rows"], view["partial_rows"], view["win_lo"], view["win_hi"],
-                kv_lens, q.stride(0), q.stride(1), out.stride(0), out.stride(1), stride_page, stride_slot, stride_head,
-                sm_scale * LOG2_E, logits_soft_cap * LOG2_E, i, i + 1, self.kv_heads, n_heads,
-                GROUP=n_heads // self.kv_heads, HEAD_DIM=head_dim, BLOCK_M=tile.rows, BLOCK_N=tile.tokens,
-                PAGE=page_size, WINDOW=windowed, SOFT_CAP=logits_soft_cap > 0,
-                # full blocks apart from the rest pay where blocks are many; tails are short
-                PEEL=i < len(self.tiles) - 1,
-                STAGES=tile.stages, PDL=self._pdl, num_warps=tile.warps, num_stages=tile.stages,
+            grid, heads = (self._sms * tile.programs,), (i, i + 1, self.kv_heads, n_heads)
+            kind = {
+                "GROUP": n_heads // self.kv_heads, "HEAD_DIM": head_dim, "BLOCK_N": tile.tokens, "PAGE": page_size,
+                "SOFT_CAP": logits_soft_cap > 0, "STAGES": tile.stages,
                 # the first launch needs all that came before it on the stream
-                launch_pdl=self._pdl and i > 0,
-            )  # fmt: skip
+                "launch_pdl": self._pdl and i > 0,
+            }  # fmt: skip
+            if self._is_hopper and tile.gather_registers and not windowed:
+                packed_attention_hopper_kernel[grid](
+                    *tensors, *numbers, *heads, **kind, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
+                    maxnreg=tile.registers,
+                )  # fmt: skip
+            else:
+                packed_attention_kernel[grid](
+                    *tensors, view["win_lo"], view["win_hi"], kv_lens, *numbers, *heads, **kind, BLOCK_M=tile.rows,
+                    WINDOW=windowed, PDL=self._pdl, num_warps=tile.warps, num_stages=tile.stages,
+                    # full blocks apart from the rest pay where blocks are many; tails are short
+                    PEEL=i == 0, maxnreg=255 if tile.gather_registers else tile.registers,
+                )  # fmt: skip
         merge_kernel[(n, n_heads)](
             self._part_out, self._part_lse2, view["merge_indptr"], view["counts"], out, lse2,
-            out.stride(0), out.stride(1), n_heads, HEAD_DIM=head_dim, BLOCK_P=16, PDL=self._pdl, num_warps=1,
-            launch_pdl=self._pdl,
+            out.stride(0), out.stride(1), n_heads, HEAD_DIM=head_dim, PDL=self._pdl, num_warps=1, launch_pdl=self._pdl,
         )  # fmt: skip
         return out, lse2

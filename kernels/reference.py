@@ -316,8 +316,8 @@ def merge_states(
     return torch.from_numpy(merged[0]), torch.from_numpy(merged[1])
 
 
-# compiled: as ten small tensor operations it took a tenth of a decode step
-@njit(cache=True, error_model="numpy")
+# Compiled, and that when it is defined: as ten small tensor operations it took a tenth of a decode step.
+@njit("(f4[:, :, ::1], f4[:, ::1], i8[::1], i8[::1])", cache=True)
 def _merge(o, lse2, at, indptr):  # type: ignore[no-untyped-def]
     n, (_, heads, head_dim) = len(indptr) - 1, o.shape
     merged = np.zeros((n, heads, head_dim), np.float32)

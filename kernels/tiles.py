@@ -17,7 +17,11 @@ class Tile:
     Attributes:
         rows: query rows, that is tokens times query heads of a KV head.
         tokens: KV tokens of a block.
-        warps, stages: of the program, and blocks in flight.
+        warps: of a program of the plain kernel.
+        stages: blocks in flight.
+        registers: most of a thread; so few that programs of both classes fit a multiprocessor together.
+        gather_registers: of a gathering thread of the warp-specialised kernel, which then runs on Hopper in place of
+            the plain one; 0 for the plain one everywhere.
         resident: programs of a multiprocessor at once, by which pieces are cut.
         programs: programs launched for each multiprocessor.
         fixed_us: time of an item besides its tokens.
@@ -27,6 +31,8 @@ class Tile:
     tokens: int
     warps: int
     stages: int
+    registers: int
+    gather_registers: int
     resident: int
     programs: int
     fixed_us: float
@@ -35,9 +41,9 @@ class Tile:
 # Largest class first. Those of head_dim 128 were measured with scripts/tune_kernels.py on an H200; 64 and 256 are
 # right by test, but their speed is unmeasured.
 TILES = {
-    64: (Tile(128, 64, 8, 3, 1, 1, 5.8), Tile(64, 64, 4, 3, 1, 1, 5.8), Tile(16, 64, 2, 4, 4, 8, 2.2)),
-    128: (Tile(128, 64, 8, 3, 1, 1, 5.8), Tile(64, 64, 4, 3, 1, 1, 5.8), Tile(16, 32, 4, 4, 4, 8, 2.2)),
-    256: (Tile(64, 32, 4, 2, 1, 1, 5.8), Tile(16, 32, 4, 2, 2, 4, 2.2)),
+    64: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 5.8), Tile(16, 64, 4, 3, 96, 0, 4, 8, 2.2)),
+    128: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 5.8), Tile(16, 32, 4, 3, 96, 0, 4, 8, 2.2)),
+    256: (Tile(64, 32, 4, 2, 255, 0, 1, 1, 5.8), Tile(16, 32, 4, 2, 255, 0, 2, 4, 2.2)),
 }
 BYTES_PER_US, FLOPS_PER_US = 4.6e6, 4.6e8
 

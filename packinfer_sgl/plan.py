@@ -55,7 +55,7 @@ class TilePolicy:
 
     Attributes:
         tile_queries: most queries (tokens) of one tile of each class, largest class first. A span is cut into tiles of
-            the smallest class that holds all its queries, else of the largest (but see ``_tile_classes``).
+            the smallest class that holds all its queries, else of the largest.
         chunk_tokens: longest KV piece of an item.
         timings: of each class: pieces are then cut so that each class fills its waves, and ``chunk_tokens`` only
             bounds them. None: as long as ``chunk_tokens`` allows.
@@ -255,27 +255,14 @@ def _segments(row_order, nodes, tail_start, kv_lens, windows, room_tokens):  # t
 
 
 @njit
-def _tile_classes(segments, query_at, policy):  # type: ignore[no-untyped-def]
-    """The tile class of each segment ([n_segments])."""
-    tile_class = np.zeros(len(segments), np.int64)
-    tokens = np.zeros(len(policy), np.int64)  # of each class
-    for i, s in enumerate(segments):
-        for smaller in policy[1:]:
-            tile_class[i] += query_at[s.hi] - query_at[s.lo] <= smaller.tile_queries
-        tokens[tile_class[i]] += s.end - s.start
-    if len(policy) > 2 and 4 * tokens[1] > tokens[0]:
-        # two classes of large tiles that take turns cannot fill the device; the second then takes all
-        tile_class = np.maximum(tile_class, 1)
-    return tile_class
-
-
-@njit
 def _tiles(segments, n_nodes, query_at, policy):  # type: ignore[no-untyped-def]
     """Each segment's queries in equal parts of the class's size; run A is the whole segment."""
-    tile_class = _tile_classes(segments, query_at, policy)
-    count = np.zeros(len(segments), np.int64)
+    tile_class, count = np.zeros(len(segments), np.int64), np.zeros(len(segments), np.int64)
     for i, s in enumerate(segments):
-        count[i] = -(-(query_at[s.hi] - query_at[s.lo]) // policy[tile_class[i]].tile_queries)
+        queries = query_at[s.hi] - query_at[s.lo]
+        for smaller in policy[1:]:
+            tile_class[i] += queries <= smaller.tile_queries
+        count[i] = -(-queries // policy[tile_class[i]].tile_queries)
     tiles = np.empty(count.sum(), TILE)
     n = 0
     for i, s in enumerate(segments):

@@ -27,20 +27,18 @@ from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.plan import TilePolicy
 
 Table = tuple[Tile, ...]
-LARGEST, LARGE, SMALL = tiles.TILES[HEAD_DIM]
+LARGE, SMALL = tiles.TILES[HEAD_DIM]
 VARIANTS: dict[str, Table] = {
-    "as is": (LARGEST, LARGE, SMALL),
-    "no 128 rows": (LARGE, SMALL),
-    "128x128 w8 s2": (dataclasses.replace(LARGEST, tokens=128, stages=2), LARGE, SMALL),
-    "64 rows, 2 programs": (LARGEST, dataclasses.replace(LARGE, resident=2, programs=2), SMALL),
-    "64x128 s2": (LARGEST, dataclasses.replace(LARGE, tokens=128, stages=2), SMALL),
-    "64x32 s5": (LARGEST, dataclasses.replace(LARGE, tokens=32, stages=5), SMALL),
-    "16 rows, 4 programs": (LARGEST, LARGE, dataclasses.replace(SMALL, programs=4)),
-    "16 rows, 16 programs": (LARGEST, LARGE, dataclasses.replace(SMALL, programs=16)),
-    "16x64 w2 s3": (LARGEST, LARGE, dataclasses.replace(SMALL, tokens=64, stages=3)),
-    "16x64 w4 s3": (LARGEST, LARGE, dataclasses.replace(SMALL, tokens=64, stages=3, warps=4)),
-    "16x32 w2 s3": (LARGEST, LARGE, dataclasses.replace(SMALL, stages=3)),
-    "16x32 w4 s4": (LARGEST, LARGE, dataclasses.replace(SMALL, warps=4)),
+    "as is": (LARGE, SMALL),
+    "large in Triton": (dataclasses.replace(LARGE, gather_registers=0, registers=255), SMALL),
+    "large x128 s2": (dataclasses.replace(LARGE, tokens=128, stages=2, registers=128), SMALL),
+    "large s4": (dataclasses.replace(LARGE, stages=4), SMALL),
+    "large, 2 programs": (dataclasses.replace(LARGE, resident=2, programs=2), SMALL),
+    "small, 4 programs": (LARGE, dataclasses.replace(SMALL, programs=4)),
+    "small, 16 programs": (LARGE, dataclasses.replace(SMALL, programs=16)),
+    "small x64": (LARGE, dataclasses.replace(SMALL, tokens=64)),
+    "small w2": (LARGE, dataclasses.replace(SMALL, warps=2)),
+    "small s4": (LARGE, dataclasses.replace(SMALL, stages=4)),
 }
 LARGE_CHUNKS = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
 SMALL_CHUNKS = (256, 512, 1024, 1 << 30)
