@@ -296,18 +296,29 @@ def merge_kernel(
 
 @triton.jit
 def snapshot_kernel(
-    req_to_token_ptr, pool_rows_ptr, spans_ptr, counts_ptr, kv_slots_ptr, stride_row, BLOCK: tl.constexpr
+    req_to_token_ptr,
+    pool_rows_ptr,
+    spans_ptr,
+    counts_ptr,
+    kv_slots_ptr,
+    stride_row,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Copy the slots of each span (row, first position, tokens, offset) from SGLang's table to the plan's slot list."""
+    """Copy the slots of each span (row, first position, tokens, offset) from SGLang's table to the plan's slot list.
+
+    With a PAGE above 1 the table holds a page's number for each PAGE positions.
+    """
     for span in tl.range(tl.program_id(0), tl.load(counts_ptr + N_SPANS), tl.num_programs(0)):
         row = tl.load(spans_ptr + span * 4)
         start = tl.load(spans_ptr + span * 4 + 1)
         length = tl.load(spans_ptr + span * 4 + 2)
         offset = tl.load(spans_ptr + span * 4 + 3)
-        table = req_to_token_ptr + tl.load(pool_rows_ptr + row).to(tl.int64) * stride_row + start
+        table = req_to_token_ptr + tl.load(pool_rows_ptr + row).to(tl.int64) * stride_row
         for i in tl.range(tl.program_id(1) * BLOCK, length, tl.num_programs(1) * BLOCK):
             at = i + tl.arange(0, BLOCK)
-            slots = tl.load(table + at, mask=at < length)
+            position = start + at
+            slots = tl.load(table + position // PAGE, mask=at < length) * PAGE + position % PAGE
             tl.store(kv_slots_ptr + offset + at, slots.to(tl.int32), mask=at < length)
 
 

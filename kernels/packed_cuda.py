@@ -131,16 +131,19 @@ class PackedCuda:
             staged.record()
         self.n_spans = len(plan.spans)
 
-    def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor) -> None:
-        """Fill the slot list of the loaded plan from SGLang's table.
+    def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor, page_size: int = 1) -> None:
+        """Fill the slot list of the loaded plan from SGLang's table, or from page tables.
 
         Args:
-            req_to_token: [pool rows, max context] int32 on the device.
-            pool_rows: [n] row of the table of each row of the batch, on the device.
+            req_to_token: [pool rows, max context] int32 on the device; or FlashInfer's ``indices``: [pages] int32.
+            pool_rows: [n] row of the table of each row of the batch, on the device; or FlashInfer's ``indptr``.
+            page_size: tokens for each entry of the table.
         """
         grid = (max(1, min(self.n_spans, 1024)), 8)
         spans, counts = self._view["spans"], self._view["counts"]
-        snapshot_kernel[grid](req_to_token, pool_rows, spans, counts, self.kv_slots, req_to_token.stride(0), BLOCK=1024)
+        snapshot_kernel[grid](
+            req_to_token, pool_rows, spans, counts, self.kv_slots, req_to_token.stride(0), PAGE=page_size, BLOCK=1024
+        )
 
     def append(self, kv_lens: torch.Tensor, out_slots: torch.Tensor) -> None:
         """Enter each row's newest slot.
