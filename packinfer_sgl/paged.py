@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from packinfer_sgl.groups import CPU, AttentionShape, prune
-from packinfer_sgl.kernels.reference import MaskRows, PackedReference
-from packinfer_sgl.plan import Plan, TilePolicy, make_plan
+from packinfer_sgl.groups import AttentionShape, prune
+from packinfer_sgl.kernels.reference import MaskRows
+from packinfer_sgl.paged_cpu import OnCpu
+from packinfer_sgl.plan import Plan, make_plan
 from packinfer_sgl.prefix_tree import Int32, PrefixTree
+
+if TYPE_CHECKING:
+    from packinfer_sgl.paged_cuda import OnCuda
 
 KVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Dtype = str | torch.dtype
@@ -21,10 +25,6 @@ Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "fa2", "fa3")  # FlashInfer's names for kernels that compute the same
-# With more queries to a tile the logits leave the CPU's cache: 64 measured best from 8 to 64 queries a request.
-TILES = TilePolicy(tile_queries=(64, 1), chunk_tokens=1024)
-# The reference copies keys and values before it multiplies: what sharing saves is the copy, whatever the products.
-COST = replace(CPU, flops_per_us=math.inf)
 
 
 class KVTokens(NamedTuple):
@@ -49,20 +49,31 @@ class KVTokens(NamedTuple):
 class PagedWrapper:
     """What the decode and the prefill wrapper have in common; decode is prefill with equal query lengths."""
 
-    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str, backend: str) -> None:
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str,
+        backend: str,
+        use_cuda_graph: bool,
+        buffers: dict[str, torch.Tensor | None],
+    ) -> None:
+        """``buffers``: FlashInfer's for CUDA graphs, by argument (see ``paged_cuda.OnCuda``)."""
         if backend not in BACKENDS:
             raise NotImplementedError(f"backend={backend!r} is not supported: use one of {', '.join(BACKENDS)}")
         if kv_layout not in ("NHD", "HND"):
             raise ValueError(f"kv_layout must be NHD or HND, is {kv_layout!r}")
-        check_on_cpu(float_workspace_buffer, "float_workspace_buffer")
+        for name, buffer in () if use_cuda_graph else buffers.items():
+            if buffer is not None:
+                raise NotImplementedError(f"{name} is not supported without use_cuda_graph")
         self.device = float_workspace_buffer.device
+        self._kernels = kernels_on(self.device, buffers if use_cuda_graph else None)
         self._kv_layout = kv_layout
         self._plan: Plan | None = None
         self._causal, self._window_left = False, -1
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
-        return False
+        return self._kernels.graph
 
     @property
     def kv_tokens(self) -> KVTokens:
@@ -71,9 +82,9 @@ class PagedWrapper:
         return KVTokens(plan.kv_tokens_logical, plan.kv_tokens_unique, plan.kv_tokens_read)
 
     def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
-        """Nothing to reset: on the CPU no workspace is used."""
-        check_on_cpu(float_workspace_buffer, "float_workspace_buffer")
-        check_on_cpu(int_workspace_buffer, "int_workspace_buffer")
+        """Nothing to reset: the workspaces are not used."""
+        check_device(float_workspace_buffer, self.device, "float_workspace_buffer")
+        check_device(int_workspace_buffer, self.device, "int_workspace_buffer")
 
     def end_forward(self) -> None:
         """Does nothing, as in FlashInfer."""
@@ -103,40 +114,56 @@ class PagedWrapper:
             as_dtype(dtype or dtypes[0], name)
             for dtype, name in zip(dtypes, ("q_data_type", "kv_data_type", "o_data_type"), strict=True)
         )
+        shape = AttentionShape(qo_heads, kv_heads, head_dim, kv_dtype.itemsize)
+        self._kernels.check_layer(shape, q_dtype, kv_dtype)
         self._plan = None  # if the new one fails, the old one must not run with half of it
-        self._q_dtype, self._kv_dtype, self._o_dtype = q_dtype, kv_dtype, o_dtype
-        self._shape = AttentionShape(qo_heads, kv_heads, head_dim, kv_dtype.itemsize)
-        self._page_size, self._sm_scale, self._soft_cap = page_size, sm_scale, logits_soft_cap
+        self._q_dtype, self._kv_dtype, self._o_dtype, self._shape = q_dtype, kv_dtype, o_dtype, shape
+        self._page_size = page_size
+        self._set_logits(sm_scale, logits_soft_cap)
+
+    def _set_logits(self, sm_scale: float | None, logits_soft_cap: float | None) -> None:
+        self._sm_scale = 1 / math.sqrt(self._shape.head_dim) if sm_scale is None else sm_scale
+        self._soft_cap = logits_soft_cap or 0.0
 
     def _set_batch(
         self, qo_indptr: Int32, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor
     ) -> Int32:
         """Take in the page tables; returns [n_requests] int32 KV tokens of each request."""
-        self._qo_indptr = qo_indptr
-        self._indptr, self._indices = as_int32(indptr, "kv indptr"), as_int32(indices, "kv indices")
+        tables, pages_of = as_int32(indptr, "kv indptr"), as_int32(indices, "kv indices")
         last = as_int32(last_page_len, "kv last_page_len")
-        check_indptr(self._indptr, len(last), "kv indptr")
+        check_indptr(tables, len(last), "kv indptr")
         check_indptr(qo_indptr, len(last), "qo_indptr")
-        if len(self._indices) < self._indptr[-1]:
-            raise ValueError(f"kv indptr ends at {self._indptr[-1]}, but there are {len(self._indices)} kv indices")
-        self._indices = self._indices[: self._indptr[-1]]
-        if (self._indices < 0).any():
+        if len(pages_of) < tables[-1]:
+            raise ValueError(f"kv indptr ends at {tables[-1]}, but there are {len(pages_of)} kv indices")
+        pages_of = pages_of[: tables[-1]]
+        if (pages_of < 0).any():
             raise ValueError("kv indices must not be negative")
         if ((last < 0) | (last > self._page_size)).any():
             raise ValueError(f"kv last_page_len must lie between 0 and page_size ({self._page_size})")
-        pages = np.diff(self._indptr)
+        pages = np.diff(tables)
         kv_lens = np.where(pages > 0, (pages - 1) * self._page_size + last, 0).astype(np.int32)
         self._q_lens = np.diff(qo_indptr)
         self._kv_lens = np.where(self._q_lens > 0, kv_lens, 0).astype(np.int32)  # without queries nobody reads
+        self._indptr, self._indices, self._last_page_len, self._qo_indptr = tables, pages_of, last, qo_indptr
         return kv_lens
 
     def _build(self, causal: bool, window_left: int, mask: torch.Tensor | None = None) -> None:
-        """Group the requests by equal pages, and bind the work items to slots (``page * page_size + offset``).
+        """Group the requests by equal pages, and give the work items to the kernels.
 
         Args:
             mask: [sum of qo_len * kv_len] bool, which tokens each query sees; replaces ``causal``.
         """
         self._causal, self._window_left = causal, max(window_left, -1)
+        windowed = (causal and mask is None) or self._window_left >= 0  # whether a query may see part of its KV
+        shape, tables = self._shape, (self._indptr, self._indices, self._last_page_len, self._qo_indptr)
+        self._pages_needed = pages_needed(self._indptr, self._indices, -(-self._kv_lens // self._page_size))
+        baked = {
+            "num_qo_heads": shape.qo_heads, "num_kv_heads": shape.kv_heads, "head_dim": shape.head_dim,
+            "page_size": self._page_size, "q_data_type": self._q_dtype, "kv_data_type": self._kv_dtype,
+            "o_data_type": self._o_dtype, "sm_scale": self._sm_scale, "logits_soft_cap": self._soft_cap,
+            "causal or window_left": windowed,
+        }  # fmt: skip
+        self._kernels.check_batch(tables, self._pages_needed, baked)
         row = np.repeat(np.arange(len(self._q_lens)), self._q_lens)
         nth = np.arange(len(row)) - self._qo_indptr[row]
         self._mask = None
@@ -144,19 +171,9 @@ class PagedWrapper:
             cells = self._q_lens.astype(np.int64) * self._kv_lens
             row_start = (np.cumsum(cells) - cells)[row] + nth * self._kv_lens[row].astype(np.int64)
             self._mask = MaskRows(mask, torch.from_numpy(row_start))
-        self._plan = plan = self._make_plan(row, nth, causal and mask is None)
-        if not plan.kv_capacity:  # nobody has KV: there is no slot that even padding could read
-            self._packed, self._pages_needed = None, 0
-            return
-        request, start, tokens, offset = plan.spans.T
-        span = np.repeat(np.arange(len(tokens)), tokens)
-        position = np.arange(plan.kv_capacity) - offset[span] + start[span]
-        page = self._indices[self._indptr[request[span]] + position // self._page_size].astype(np.int64)
-        slots = page * self._page_size + position % self._page_size
-        self._pages_needed = int(page.max()) + 1
-        self._packed = PackedReference(plan, token_bytes=self._shape.kv_heads * self._shape.head_dim * 4)
-        # the item of an empty request at the end of the batch points at the entry after the last
-        self._packed.bind(torch.from_numpy(np.append(slots, slots[:1])))
+        plan = self._make_plan(row, nth, causal and mask is None)
+        self._kernels.load(plan, tables, self._page_size, shape, windowed)
+        self._plan = plan
 
     def _make_plan(self, row: np.ndarray, nth: np.ndarray, causal: bool) -> Plan:
         """``row`` and ``nth``: [n_queries] request of each query, and which of its queries."""
@@ -178,12 +195,13 @@ class PagedWrapper:
             unique = PrefixTree.from_slots(self._indptr, self._indices, self._page_size, kv_lens).unique_tokens(kv_lens)
         # to the cost model the queries of a request are more heads over the same KV
         queries = max(1, -(-len(row) // max(int(np.count_nonzero(kv_lens)), 1)))
-        kept = prune(
-            tree,
-            replace(shape, qo_heads=shape.qo_heads * queries),
-            replace(COST, large_rows=TILES.tile_queries[0] * shape.group_size),
-        )
-        return make_plan(kept, kv_lens, TILES, kv_tokens_unique=unique, qo_indptr=self._qo_indptr, visible=visible)
+        wide, cost = replace(shape, qo_heads=shape.qo_heads * queries), self._kernels.cost(shape)
+        for grouping, policy in self._kernels.attempts(shape):
+            kept = prune(tree, wide, cost, grouping)
+            plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, qo_indptr=self._qo_indptr, visible=visible)
+            if self._kernels.fits(plan, shape):
+                break
+        return plan
 
     def _attend(
         self,
@@ -199,22 +217,21 @@ class PagedWrapper:
         self._planned()
         shape = self._shape
         n_queries = int(self._qo_indptr[-1])
+        if self.is_cuda_graph_enabled and q.dim():
+            n_queries = max(n_queries, len(q))  # rows past the plan's are padding
+        check_device(q, self.device, "q")
         check_tensor(q, (n_queries, shape.qo_heads, shape.head_dim), self._q_dtype, "q")
         k, v = self._pages(paged_kv_cache)
-        out = torch.empty(q.shape, dtype=self._o_dtype) if out is None else out
+        out = torch.empty(q.shape, dtype=self._o_dtype, device=self.device) if out is None else out
+        check_device(out, self.device, "out")
         check_tensor(out, tuple(q.shape), self._o_dtype, "out")
         if lse is not None:
             size = (n_queries, shape.qo_heads)
+            check_device(lse, self.device, "lse")
             check_tensor(lse, size if lse_layout == "NH" else size[::-1], torch.float32, "lse")
         q_scale, k_scale, v_scale = (as_number(s, f"{name}_scale") for s, name in zip(scales, "qkv", strict=True))
-        if self._packed is None:
-            out.zero_()
-            lse2 = torch.full((n_queries, shape.qo_heads), -math.inf)
-        else:
-            sm_scale = 1 / math.sqrt(shape.head_dim) if self._sm_scale is None else self._sm_scale
-            sm_scale *= q_scale * k_scale
-            soft_cap = self._soft_cap or 0.0
-            _, lse2 = self._packed.run(q, k, v, sm_scale=sm_scale, logits_soft_cap=soft_cap, mask=self._mask, out=out)
+        sm_scale = self._sm_scale * q_scale * k_scale
+        lse2 = self._kernels.run(q, k, v, sm_scale=sm_scale, logits_soft_cap=self._soft_cap, mask=self._mask, out=out)
         if v_scale != 1:
             out *= v_scale
         result = lse2 * math.log(2) if lse_base == "ln" else lse2
@@ -227,8 +244,10 @@ class PagedWrapper:
     def _replan(self, causal: bool, window_left: int, logits_soft_cap: float | None, sm_scale: float | None) -> None:
         """What FlashInfer's deprecated ``forward`` is told wins over what ``plan`` was told."""
         self._planned()
-        self._sm_scale, self._soft_cap = sm_scale, logits_soft_cap
+        self._set_logits(sm_scale, logits_soft_cap)
         if (causal, max(window_left, -1)) != (self._causal, self._window_left):
+            if self.is_cuda_graph_enabled:
+                raise NotImplementedError(f"causal={causal}, window_left={window_left} is not what was planned")
             self._build(causal, window_left, self._mask.mask if self._mask else None)
 
     def _check_window(self, window_left: int | None) -> None:
@@ -247,6 +266,7 @@ class PagedWrapper:
             k, v = (self._tokens_first(x, 4) for x in paged_kv_cache)
         for x, name in ((k, "k cache"), (v, "v cache")):
             size = (x.shape[0], self._page_size, self._shape.kv_heads, self._shape.head_dim)
+            check_device(x, self.device, name)
             check_tensor(x, size, self._kv_dtype, name)
             if x.shape[0] < self._pages_needed:
                 raise ValueError(f"kv indices name page {self._pages_needed - 1}, but the {name} has {x.shape[0]}")
@@ -260,6 +280,27 @@ class PagedWrapper:
         return x if self._kv_layout == "NHD" else x.transpose(-3, -2)
 
 
+def kernels_on(device: torch.device, graph_buffers: dict[str, torch.Tensor | None] | None) -> OnCpu | OnCuda:
+    """What plans and runs on ``device``; ``graph_buffers``: as for ``OnCuda``."""
+    if device.type == "cuda":
+        from packinfer_sgl.paged_cuda import OnCuda  # Triton takes long to import
+
+        return OnCuda(device, graph_buffers)
+    if device.type != "cpu":
+        raise NotImplementedError(f"float_workspace_buffer on {device} is not supported: use CPU or CUDA")
+    if graph_buffers is not None:
+        raise NotImplementedError("use_cuda_graph is not supported on the CPU")
+    return OnCpu()
+
+
+def pages_needed(indptr: Int32, indices: Int32, pages: Int32) -> int:
+    """The highest of the first ``pages[i]`` pages of the tables, plus 1 ([n_requests])."""
+    first = indptr[:-1][pages > 0]
+    # reduceat needs indices below the length
+    bounds = np.stack([first, first + pages[pages > 0]], 1).ravel()
+    return int(np.maximum.reduceat(np.append(indices, 0), bounds)[::2].max(initial=-1)) + 1
+
+
 def refuse(**arguments: Any) -> None:
     """Raise for the first argument that is not None or False."""
     for name, value in arguments.items():
@@ -267,13 +308,12 @@ def refuse(**arguments: Any) -> None:
             raise NotImplementedError(f"{name} is not supported by packinfer-sgl: leave it at its default")
 
 
-def check_on_cpu(x: torch.Tensor, name: str) -> None:
-    if x.device.type != "cpu":
-        raise NotImplementedError(f"{name} is on {x.device}: only CPU tensors are supported so far, CUDA comes later")
+def check_device(x: torch.Tensor, device: torch.device, name: str) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, the wrapper on {device}")
 
 
 def check_tensor(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
-    check_on_cpu(x, name)
     if tuple(x.shape) != shape or x.dtype != dtype:
         raise ValueError(f"{name} must be {dtype} {shape} as planned, is {x.dtype} {tuple(x.shape)}")
 
@@ -309,6 +349,8 @@ def as_dtype(dtype: Dtype, name: str) -> torch.dtype:
 
 
 def as_number(scale: Scale | None, name: str) -> float:
+    if isinstance(scale, torch.Tensor) and scale.device.type != "cpu":
+        raise NotImplementedError(f"{name} on {scale.device} is not supported: reading it would wait for the GPU")
     if isinstance(scale, torch.Tensor) and scale.numel() != 1:
         raise NotImplementedError(f"{name} with {scale.numel()} elements is not supported: give one number")
     return 1.0 if scale is None else float(scale)
@@ -317,10 +359,12 @@ def as_number(scale: Scale | None, name: str) -> float:
 def as_flags(mask: torch.Tensor | None, packed: torch.Tensor | None, n: int) -> torch.Tensor | None:
     """A copy of FlashInfer's custom mask, [n] bool, from whichever of its two forms is given."""
     if packed is not None:
+        check_device(packed, torch.device("cpu"), "packed_custom_mask")
         check_tensor(packed, (-(-n // 8),), torch.uint8, "packed_custom_mask")
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=n, bitorder="little").astype(bool))
     if mask is None:
         return None
     mask = mask.reshape(-1)
+    check_device(mask, torch.device("cpu"), "custom_mask")
     check_tensor(mask, (n,), torch.bool, "custom_mask")
     return mask.clone()

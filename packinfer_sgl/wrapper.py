@@ -30,17 +30,34 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     all of them. :attr:`kv_tokens` tells how much is saved.
 
     The interface is that of FlashInfer 0.6.15 to 0.7.2. What is not supported raises ``NotImplementedError`` with the
-    argument's name: position encoding, CUDA graphs and their buffers, JIT variants, sinks, FP8 and FP4, block tables,
-    control of the KV split. All tensors are on the CPU, except that page tables may lie on any device; CUDA tensors
-    come later and raise ``NotImplementedError`` until then. Products, softmax and merging are float32.
+    argument's name: position encoding, JIT variants, sinks, FP8 and FP4, block tables, control of the KV split.
+
+    On the CPU products, softmax and merging are float32. On CUDA Triton kernels run, for float16 or bfloat16 queries
+    and KV of one type, ``head_dim`` 64, 128 or 256 and up to 16 query heads per KV head; queries, output, K and V need
+    a contiguous last dimension, and K and V equal strides; custom masks, logits factors (``sm_scale`` with the scales)
+    that are not above 0 and scales in GPU memory are refused. All tensors are on the wrapper's device, except that
+    page tables may lie on any: :meth:`plan` reads them on the host, and uploads on the current stream. :meth:`run`
+    never waits for the GPU.
+
+    With ``use_cuda_graph`` a graph that captured :meth:`run` (after a first run, which compiles the kernels) replays
+    whatever :meth:`plan` took in last. The batch size and the number of pages are bounded by the buffers, the number
+    of queries by the first plan and the captured ``q``: plan the largest batch first. What a graph holds for good
+    (heads, types, page size, factors, whether queries see all of their KV) must stay as in the first plan. Rows of
+    ``q`` past the plan's queries come out as 0; their log-sum-exp is undefined.
 
     Parameters
     ----------
     float_workspace_buffer : torch.Tensor
-        Tells the device, nothing else; any size.
+        Tells the device, CPU or CUDA, nothing else; any size.
     kv_layout : str
         Order of dimensions in a page: ``NHD`` (page_size, num_kv_heads, head_dim) or ``HND`` (num_kv_heads,
         page_size, head_dim).
+    use_cuda_graph : bool
+        Whether plans must fit into buffers that stay where they are, so that a captured graph may read them; CUDA
+        only. The first :meth:`plan` allocates them.
+    paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer : Optional[torch.Tensor]
+        With ``use_cuda_graph`` only, and then required: int32, contiguous, on the device, ``[batch_size + 1]``,
+        ``[max_num_pages]`` and ``[batch_size]``. Each plan writes its page tables there.
     use_tensor_cores : bool
         Without effect: there is one implementation.
     backend : str
@@ -72,12 +89,13 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         paged_kv_indices_buffer: Tensor | None = None, paged_kv_last_page_len_buffer: Tensor | None = None,
         backend: str = "auto", jit_args: list[Any] | None = None,
     ) -> None:  # fmt: skip
-        refuse(
-            use_cuda_graph=use_cuda_graph, paged_kv_indptr_buffer=paged_kv_indptr_buffer,
-            paged_kv_indices_buffer=paged_kv_indices_buffer,
-            paged_kv_last_page_len_buffer=paged_kv_last_page_len_buffer, jit_args=jit_args,
-        )  # fmt: skip
-        super().__init__(float_workspace_buffer, kv_layout, backend)
+        refuse(jit_args=jit_args)
+        buffers = {
+            "paged_kv_indptr_buffer": paged_kv_indptr_buffer,
+            "paged_kv_indices_buffer": paged_kv_indices_buffer,
+            "paged_kv_last_page_len_buffer": paged_kv_last_page_len_buffer,
+        }
+        super().__init__(float_workspace_buffer, kv_layout, backend, use_cuda_graph, buffers)
         self._use_tensor_cores = use_tensor_cores
 
     @property
@@ -115,8 +133,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         logits_soft_cap : Optional[float]
             Cap ``c`` in ``c * tanh(logits / c)``; None or 0 for none.
         q_data_type, kv_data_type, o_data_type, data_type : Optional[Union[str, torch.dtype]]
-            float32, float16 or bfloat16; those of KV and of the output default to the query's. The deprecated
-            ``data_type`` stands for those of query and KV that are None.
+            float32 (on CUDA for the output only), float16 or bfloat16; those of KV and of the output default to the
+            query's. The deprecated ``data_type`` stands for those of query and KV that are None.
         sm_scale : Optional[float]
             Factor of the logits, ``1 / sqrt(head_dim)`` if None.
         non_blocking : bool
@@ -133,7 +151,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         NotImplementedError
             For an argument that is not supported, by name.
         ValueError
-            For tables, sizes or lengths that contradict each other.
+            For tables, sizes or lengths that contradict each other, and with ``use_cuda_graph`` for what does not fit
+            the buffers or the first plan.
         """
         refuse(
             pos_encoding_mode=None if pos_encoding_mode == "NONE" else pos_encoding_mode, rope_scale=rope_scale,
@@ -169,7 +188,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             ``[max_num_pages, num_kv_heads, page_size, head_dim]`` (``HND``), or both in one tensor with an additional
             dimension 1 of size 2. Any strides; only the tokens that the page tables name are read.
         q_scale, k_scale, v_scale : Optional[Union[float, torch.Tensor]]
-            One number each: the first two multiply the logits, the last the output.
+            One number each, not in GPU memory: the first two multiply the logits, the last the output.
         out : Optional[torch.Tensor]
             Where to write the output: q's shape, ``o_data_type``.
         lse : Optional[torch.Tensor]
@@ -216,8 +235,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
 class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
     """Prefill (append) attention of a batch of requests over a paged KV cache that holds the new tokens already.
 
-    Sharing, the arguments that are refused, devices and precision are as for
-    :class:`BatchDecodeWithPagedKVCacheWrapper`, and so are the constructor's parameters.
+    Sharing, the arguments that are refused, devices, precision and CUDA graphs are as for
+    :class:`BatchDecodeWithPagedKVCacheWrapper`, and so are the constructor's parameters. The buffers for CUDA graphs
+    are named ``..._buf`` here; ``qo_indptr_buf``, ``[batch_size + 1]``, is required, too.
 
     Examples
     --------
@@ -248,12 +268,16 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         jit_args: list[Any] | None = None, jit_kwargs: dict[str, Any] | None = None, variant_owns_mask: bool = False,
     ) -> None:  # fmt: skip
         refuse(
-            use_cuda_graph=use_cuda_graph, qo_indptr_buf=qo_indptr_buf, paged_kv_indptr_buf=paged_kv_indptr_buf,
-            paged_kv_indices_buf=paged_kv_indices_buf, paged_kv_last_page_len_buf=paged_kv_last_page_len_buf,
             custom_mask_buf=custom_mask_buf, mask_indptr_buf=mask_indptr_buf, jit_args=jit_args,
             jit_kwargs=jit_kwargs, variant_owns_mask=variant_owns_mask,
         )  # fmt: skip
-        super().__init__(float_workspace_buffer, kv_layout, backend)
+        buffers = {
+            "paged_kv_indptr_buf": paged_kv_indptr_buf,
+            "paged_kv_indices_buf": paged_kv_indices_buf,
+            "paged_kv_last_page_len_buf": paged_kv_last_page_len_buf,
+            "qo_indptr_buf": qo_indptr_buf,
+        }
+        super().__init__(float_workspace_buffer, kv_layout, backend, use_cuda_graph, buffers)
 
     def plan(
         self, qo_indptr: Tensor, paged_kv_indptr: Tensor, paged_kv_indices: Tensor, paged_kv_last_page_len: Tensor,
@@ -281,7 +305,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
             ``head_dim_qk``, if given.
         custom_mask : Optional[torch.Tensor]
             Which tokens each query sees: for each request and query a flag for each KV token, flattened, shape
-            ``[sum(qo_len * kv_len)]``, bool. ``causal`` is then without effect; ``window_left`` holds besides.
+            ``[sum(qo_len * kv_len)]``, bool; CPU only. ``causal`` is then without effect, ``window_left`` holds.
         packed_custom_mask : Optional[torch.Tensor]
             The whole ``custom_mask`` with 8 flags to a byte, the first in the lowest bit, uint8. Wins over it.
         causal : bool
@@ -293,6 +317,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
 
         The others, and the errors, are those of :meth:`BatchDecodeWithPagedKVCacheWrapper.plan`.
         """
+        self._kernels.check_masks(custom_mask=custom_mask, packed_custom_mask=packed_custom_mask)
         refuse(
             head_dim_vo=None if head_dim_vo == head_dim_qk else head_dim_vo,
             pos_encoding_mode=None if pos_encoding_mode == "NONE" else pos_encoding_mode,

@@ -18,12 +18,15 @@ FLOORS = {
     "__version__": 0, "config": 0, "reasons": 0,
     "prefix_tree": 1, "groups": 1, "plan": 1,
     "kernels": 2,
-    "paged": 3, "wrapper": 3, "regroup": 3, "metrics": 3,
+    "paged_cpu": 3, "paged_cuda": 3, "paged": 3, "wrapper": 3, "regroup": 3, "metrics": 3,
     "backend": 4, "planner": 4, "cpu_decode": 4, "cuda_decode": 4, "radix": 4, "cpu_platform": 4, "__init__": 4,
     "plugin": 5, "cli": 5, "tiny_model": 5, "show": 5, "doctor": 5, "patches": 5,
 }  # fmt: skip
 # Within a floor only these may be imported; on the floors that touch SGLang everybody may import everybody.
-NEIGHBOURS = {"groups": {"prefix_tree"}, "plan": {"prefix_tree", "groups"}, "wrapper": {"paged"}}
+NEIGHBOURS = {
+    "groups": {"prefix_tree"}, "plan": {"prefix_tree", "groups"}, "paged": {"paged_cpu", "paged_cuda"},
+    "wrapper": {"paged"},
+}  # fmt: skip
 # the CUDA kernels are one thing in four files; the reference stays by itself
 CUDA_KERNELS = {"packed", "packed_cuda", "packed_hopper", "tiles"}
 OPEN_FLOORS = {4, 5}

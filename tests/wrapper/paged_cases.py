@@ -11,6 +11,10 @@ import torch
 
 from packinfer_sgl import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
+# float32: the issue's bound; half precision: those of FlashInfer's own tests
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+LSE_TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}  # by the type of the products
+
 Wrapper = BatchDecodeWithPagedKVCacheWrapper | BatchPrefillWithPagedKVCacheWrapper
 
 
@@ -82,11 +86,16 @@ class Layer:
     sm_scale: float | None = None
     soft_cap: float | None = None
     run: dict[str, Any] = field(default_factory=dict)
+    cuda: bool = False  # for the CUDA kernels, in the interpreter without a GPU; they need a contiguous last dimension
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.cuda and torch.cuda.is_available() else "cpu"
 
 
-def random_batch(rng: random.Random, *, decode: bool) -> Batch:
+def random_batch(rng: random.Random, *, decode: bool, page_size: int = 0, masks: bool = True) -> Batch:
     """Requests that share page prefixes at several levels, some equal, some empty, lengths at all page edges."""
-    page_size = rng.choice([1, 1, 2, 3, 4, 8, 16, 32, 64])
+    page_size = page_size or rng.choice([1, 1, 2, 3, 4, 8, 16, 32, 64])
     most = max(1, 48 // page_size)
     tables: list[list[int]] = []
     last_page_len: list[int] = []
@@ -109,7 +118,7 @@ def random_batch(rng: random.Random, *, decode: bool) -> Batch:
         batch = replace(batch, causal=True)
     if rng.random() < 0.35:
         batch = replace(batch, window_left=rng.choice([0, 1, 5, 20, 1000]))
-    if not decode and rng.random() < 0.3:
+    if masks and not decode and rng.random() < 0.3:
         batch = replace(batch, mask=[random_mask(rng, *size) for size in zip(q_lens, batch.kv_lens, strict=True)])
     return batch
 
@@ -139,7 +148,7 @@ def random_layer(rng: random.Random) -> Layer:
 def make_kv(batch: Batch, layer: Layer, seed: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Keys and values as [pages, page_size, kv_heads, head_dim], NaN wherever no request has a token; and as a cache.
 
-    The cache's pages are views with gaps between heads (separate) or between K and V (combined).
+    The cache's pages are views with gaps between elements or heads (separate) or between K and V (combined).
     """
     g = torch.Generator().manual_seed(seed)
     n_pages = max((page for table in batch.tables for page in table), default=0) + 1
@@ -151,13 +160,15 @@ def make_kv(batch: Batch, layer: Layer, seed: int) -> tuple[torch.Tensor, torch.
     k, v = (torch.full(shape, math.nan, dtype=layer.kv_dtype) for _ in "kv")
     for x in (k, v):
         x[used] = torch.randn(int(used.sum()), *shape[2:], generator=g).to(layer.kv_dtype)
-    cache: Any = [x if layer.layout == "NHD" else x.transpose(1, 2).contiguous() for x in (k, v)]
+    on_device = [x.to(layer.device) for x in (k, v)]
+    cache: Any = [x if layer.layout == "NHD" else x.transpose(1, 2).contiguous() for x in on_device]
     if layer.combined:
         cache = torch.stack(cache, 1)
         if batch.page_size == 1:
             cache = cache.squeeze(2 if layer.layout == "NHD" else 3)
     else:
-        cache = tuple(torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0] for x in cache)
+        gap = -2 if layer.cuda else -1
+        cache = tuple(torch.stack([x, torch.full_like(x, math.nan)], gap).select(gap, 0) for x in cache)
     return k, v, cache
 
 
@@ -165,7 +176,7 @@ def brute_force(
     batch: Batch, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and base-2 log-sum-exp in float64, request by request and head by head."""
-    q, k, v = q.double(), k.double(), v.double()
+    q, k, v = (x.double().cpu() for x in (q, k, v))
     scale = layer.head_dim**-0.5 if layer.sm_scale is None else layer.sm_scale
     scale *= float(layer.run.get("q_scale", 1)) * float(layer.run.get("k_scale", 1))
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
@@ -202,6 +213,7 @@ def make_wrapper(batch: Batch, layer: Layer, wrapper: Wrapper | None = None, *, 
         int32([page for table in batch.tables for page in table]),
         int32(batch.last_page_len),
     )
+    kv = tuple(x.to(layer.device) for x in kv)
     heads = (layer.qo_heads, layer.kv_heads, layer.head_dim, batch.page_size)
     options: dict[str, Any] = {
         "window_left": batch.window_left,
@@ -211,7 +223,7 @@ def make_wrapper(batch: Batch, layer: Layer, wrapper: Wrapper | None = None, *, 
         "kv_data_type": layer.kv_dtype,
         "o_data_type": layer.o_dtype,
     }
-    workspace = torch.empty(16, dtype=torch.uint8)
+    workspace = torch.empty(16, dtype=torch.uint8, device=layer.device)
     if batch.decode:
         wrapper = wrapper or BatchDecodeWithPagedKVCacheWrapper(workspace, layer.layout)
         wrapper.plan(*kv, *heads, q_len_per_req=batch.q_lens[0], **options)
@@ -230,4 +242,52 @@ def make_wrapper(batch: Batch, layer: Layer, wrapper: Wrapper | None = None, *, 
 
 def make_q(batch: Batch, layer: Layer, seed: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(sum(batch.q_lens), layer.qo_heads, layer.head_dim, generator=g).to(layer.q_dtype)
+    return torch.randn(sum(batch.q_lens), layer.qo_heads, layer.head_dim, generator=g).to(layer.device, layer.q_dtype)
+
+
+def tree_batch(page_size: int = 16, q_len: int = 1, **options: Any) -> Batch:
+    """Two groups of four requests: 512 tokens shared by all, 512 by each group, tails of 3 pages and a bit."""
+    per_level, tables = 512 // page_size, []
+    for row in range(8):
+        tail = range((3 + row) * per_level, (3 + row) * per_level + 3)
+        group = range((1 + row // 4) * per_level, (2 + row // 4) * per_level)
+        tables.append([*range(per_level), *group, *tail])
+    return Batch(page_size, tables, [1 + row % page_size for row in range(8)], [q_len] * 8, **options)
+
+
+EDGES = {
+    "no requests": Batch(4, [], [], []),
+    "no KV at all": Batch(4, [[], []], [0, 4], [2, 1]),
+    "no queries at all": Batch(4, [[1], [1, 2]], [3, 1], [0, 0]),
+    "no KV at the end of the batch": Batch(4, [[1], []], [3, 4], [1, 2], causal=True),
+    "fewer tokens than queries": Batch(4, [[1], [1]], [3, 2], [5, 70], causal=True),
+    "last page of length 0": Batch(4, [[1, 2], [1, 3]], [0, 4], [1, 1]),
+    "equal requests": Batch(4, [[5, 6]] * 3, [2] * 3, [2] * 3, causal=True),
+    "one request ends inside the other's page": Batch(8, [[1, 2], [1, 2, 3]], [5, 1], [1, 1], decode=True),
+    "a request is the other's prefix": Batch(2, [[1, 2], [1, 2, 3]], [2, 2], [1, 1], decode=True),
+    "a window that ends before the shared pages": Batch(1, [[1, 2, 3, 4], [1, 2, 7, 8]], [1, 1], [1, 1], window_left=0),
+    "masks that see nothing": Batch(
+        4, [[1, 2], [1, 3]], [4, 1], [2, 3], mask=[torch.zeros(2, 8).bool(), torch.zeros(3, 5).bool()]
+    ),
+    "masks and a window": Batch(
+        4, [[1, 2], [1, 3]], [4, 1], [2, 3], mask=[torch.ones(2, 8).bool(), torch.ones(3, 5).bool()], window_left=2
+    ),
+}
+
+
+def check(batch: Batch, layer: Layer, seed: int, planned: Wrapper | None = None, packed: bool = False) -> None:
+    q = make_q(batch, layer, seed)
+    k, v, cache = make_kv(batch, layer, seed)
+    planned = make_wrapper(batch, layer, planned, packed=packed)
+    expected, expected_lse = brute_force(batch, layer, q, k, v)
+    out, lse = planned.run(q, cache, return_lse=True, **layer.run)
+    assert out.dtype == (layer.o_dtype or layer.q_dtype) and lse.dtype == torch.float32
+    bound = TOLERANCES[out.dtype]
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=bound, atol=bound)
+    bound = LSE_TOLERANCES[layer.q_dtype if layer.cuda else torch.float32]  # the reference multiplies in float32
+    torch.testing.assert_close(lse.double().cpu(), expected_lse, rtol=bound, atol=bound)
+    # counted independently; a token is its page and offset, and in these batches a page has one position in all tables
+    asking = [row for row, q_len in enumerate(batch.q_lens) if q_len]
+    assert planned.kv_tokens.logical == sum(batch.kv_lens[row] for row in asking)
+    assert planned.kv_tokens.unique == len({token for row in asking for token in batch.tokens(row)})
+    assert planned.kv_tokens.read >= batch.read_once()

@@ -37,6 +37,7 @@ BOTH: dict[str, list[tuple[str, Any]]] = {
         ("window_left", 3),
         ("k_scale", torch.ones(2)),
         ("v_scale", torch.ones(2)),
+        ("q_scale", torch.ones(1, device="meta")),
     ],
     FORWARD: [("pos_encoding_mode", "ALIBI"), ("rope_scale", 1.0), ("rope_theta", 1e4)],
 }
@@ -118,16 +119,18 @@ def test_further_positional_arguments_are_refused(kind: type) -> None:
 
 
 @pytest.mark.parametrize("kind", [Decode, Prefill])
-def test_tensors_elsewhere_than_on_the_cpu_are_refused(kind: type) -> None:
+def test_tensors_elsewhere_than_the_wrapper_are_refused(kind: type) -> None:
     planned, q, cache = ready(kind)
+    with pytest.raises(NotImplementedError, match="float_workspace_buffer on meta"):
+        kind(X.to("meta"))
     for call in (
-        lambda: kind(X.to("meta")),
         lambda: planned.reset_workspace_buffer(X, X.to("meta")),
         lambda: planned.run(q.to("meta"), cache),
         lambda: planned.run(q, cache.to("meta")),
         lambda: planned.run(q, cache, out=q.to("meta")),
+        lambda: planned.run(q, cache, lse=q[..., 0].to("meta"), return_lse=True),
     ):
-        with pytest.raises(NotImplementedError, match="CUDA comes later"):
+        with pytest.raises(ValueError, match="is on meta, the wrapper on cpu"):
             call()
     planned.reset_workspace_buffer(X, X)
     assert not planned.is_cuda_graph_enabled

@@ -6,7 +6,6 @@ import doctest
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,38 +13,11 @@ import numpy as np
 import paged_cases as cases
 import pytest
 import torch
-from paged_cases import Batch, Layer
+from paged_cases import EDGES, Batch, Layer, check, tree_batch
 
-from packinfer_sgl import paged, wrapper
+from packinfer_sgl import paged, paged_cpu, wrapper
 from packinfer_sgl.plan import TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
-
-# float32: the issue's bound; half precision: those of FlashInfer's own tests
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """The tensors are tiny: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is never written shows as NaN."""
-
-    def poison(make: Any) -> Any:
-        def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-            x = make(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
-
-        return empty
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
 
 
 def keep_all(tree: PrefixTree, *_: Any) -> PrefixTree:
@@ -57,24 +29,7 @@ def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The real cost model declines most spans of small batches; without it every shared span is grouped."""
     if request.param != "by cost":
         monkeypatch.setattr(paged, "prune", keep_all)
-        monkeypatch.setattr(paged, "TILES", TilePolicy(tile_queries=(5, 2), chunk_tokens=7))
-
-
-def check(batch: Batch, layer: Layer, seed: int, planned: cases.Wrapper | None = None, packed: bool = False) -> None:
-    q = cases.make_q(batch, layer, seed)
-    k, v, cache = cases.make_kv(batch, layer, seed)
-    planned = cases.make_wrapper(batch, layer, planned, packed=packed)
-    expected, expected_lse = cases.brute_force(batch, layer, q, k, v)
-    out, lse = planned.run(q, cache, return_lse=True, **layer.run)
-    assert out.dtype == (layer.o_dtype or layer.q_dtype) and lse.dtype == torch.float32
-    bound = TOLERANCES[out.dtype]
-    torch.testing.assert_close(out.double(), expected, rtol=bound, atol=bound)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
-    # counted independently; a token is its page and offset, and in these batches a page has one position in all tables
-    asking = [row for row, q_len in enumerate(batch.q_lens) if q_len]
-    assert planned.kv_tokens.logical == sum(batch.kv_lens[row] for row in asking)
-    assert planned.kv_tokens.unique == len({token for row in asking for token in batch.tokens(row)})
-    assert planned.kv_tokens.read >= batch.read_once()
+        monkeypatch.setattr(paged_cpu, "TILES", TilePolicy(tile_queries=(5, 2), chunk_tokens=7))
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
@@ -101,40 +56,10 @@ def test_random_batches_half(decode: bool, dtype: torch.dtype, monkeypatch: pyte
         check(cases.random_batch(rng, decode=decode), layer, seed)
 
 
-EDGES = {
-    "no requests": Batch(4, [], [], []),
-    "no KV at all": Batch(4, [[], []], [0, 4], [2, 1]),
-    "no queries at all": Batch(4, [[1], [1, 2]], [3, 1], [0, 0]),
-    "no KV at the end of the batch": Batch(4, [[1], []], [3, 4], [1, 2], causal=True),
-    "fewer tokens than queries": Batch(4, [[1], [1]], [3, 2], [5, 70], causal=True),
-    "last page of length 0": Batch(4, [[1, 2], [1, 3]], [0, 4], [1, 1]),
-    "equal requests": Batch(4, [[5, 6]] * 3, [2] * 3, [2] * 3, causal=True),
-    "one request ends inside the other's page": Batch(8, [[1, 2], [1, 2, 3]], [5, 1], [1, 1], decode=True),
-    "a request is the other's prefix": Batch(2, [[1, 2], [1, 2, 3]], [2, 2], [1, 1], decode=True),
-    "a window that ends before the shared pages": Batch(1, [[1, 2, 3, 4], [1, 2, 7, 8]], [1, 1], [1, 1], window_left=0),
-    "masks that see nothing": Batch(
-        4, [[1, 2], [1, 3]], [4, 1], [2, 3], mask=[torch.zeros(2, 8).bool(), torch.zeros(3, 5).bool()]
-    ),
-    "masks and a window": Batch(
-        4, [[1, 2], [1, 3]], [4, 1], [2, 3], mask=[torch.ones(2, 8).bool(), torch.ones(3, 5).bool()], window_left=2
-    ),
-}
-
-
 @pytest.mark.parametrize("batch", EDGES.values(), ids=EDGES.keys())
 @pytest.mark.usefixtures("sharing")
 def test_edges(batch: Batch) -> None:
     check(batch, Layer(), 0)
-
-
-def tree_batch(page_size: int = 16, q_len: int = 1, **options: Any) -> Batch:
-    """Two groups of four requests: 512 tokens shared by all, 512 by each group, tails of 3 pages and a bit."""
-    per_level, tables = 512 // page_size, []
-    for row in range(8):
-        tail = range((3 + row) * per_level, (3 + row) * per_level + 3)
-        group = range((1 + row // 4) * per_level, (2 + row // 4) * per_level)
-        tables.append([*range(per_level), *group, *tail])
-    return Batch(page_size, tables, [1 + row % page_size for row in range(8)], [q_len] * 8, **options)
 
 
 SHARED = {
