@@ -93,16 +93,14 @@ def test_random_batches(page_size: int, layer: Layer, sharing: str, request: pyt
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
 def test_large_batches(decode: bool) -> None:
     """Several levels, several tiles of queries, pieces by the real cost model."""
-    layer = replace(LAYERS[0], qo_heads=32, kv_heads=8)
-    pages = itertools.count(900)
-    tables = [[*range(500), *range(500 + 100 * (i % 4), 600 + 100 * (i % 4)), next(pages)] for i in range(48)]
+    pages = itertools.count(360)
+    tables = [[*range(200), *range(200 + 40 * (i % 4), 240 + 40 * (i % 4)), next(pages)] for i in range(24)]
     tables += [[next(pages) for _ in range(60 * i)] for i in range(4)]
-    q_lens = [1] * 52 if decode else [(37 * i) % 150 for i in range(52)]
-    batch = Batch(16, tables, [1 + i % 16 for i in range(52)], q_lens, decode=decode, causal=not decode)
-    if decode:
-        counted = cases.make_wrapper(batch, layer).kv_tokens
-        assert counted.read < counted.logical / 5
-    check(batch, layer, 0)
+    q_lens = [1] * 28 if decode else [(37 * i) % 150 for i in range(28)]
+    batch = Batch(16, tables, [1 + i % 16 for i in range(28)], q_lens, decode=decode, causal=not decode)
+    counted = cases.make_wrapper(batch, LAYERS[0]).kv_tokens
+    assert counted.read < counted.logical / 4 or not decode
+    check(batch, LAYERS[0], 0)
 
 
 @pytest.mark.parametrize("lse_base", ["log2", "ln"])
