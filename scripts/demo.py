@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from servers import Server, ServerError
 
 from packinfer_sgl.cli import CommandError, server_states
 from packinfer_sgl.show import group_tree, totals
@@ -35,7 +34,6 @@ ON_GPU = torch.cuda.is_available()
 REQUESTS, PREFIX_TOKENS, SUFFIX_TOKENS = 16, 2048, 32
 ANSWER_TOKENS, STREAM_INTERVAL, ROUNDS = 73, 8, 3
 NEAR_TIE = 1e-4  # log-probabilities closer than this are a tie: summing in another order may swap them
-START_LIMIT_S = 600
 NEEDED_DISK_MIB = 300
 
 console = Console(highlight=False)
@@ -45,82 +43,24 @@ class DemoError(Exception):
     """The demo cannot go on; the text is what the user reads."""
 
 
-class Server:
-    """One SGLang server in a process group of its own."""
+def start(name: str, backend: str | None, model: Path) -> Server:
+    flags = ["--model-path", str(model), "--random-seed", "0", "--max-total-tokens", "65536"]
+    flags += ["--dtype", "bfloat16", "--mem-fraction-static", "0.3"] if ON_GPU else ["--dtype", "float32"]
+    flags += ["--sleep-on-idle"]  # an idle scheduler would take a core from the other server
+    flags += ["--attention-backend", backend] if backend else []
+    return Server(name, flags, model.parent / f"{name}.log", {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"})
 
-    def __init__(self, name: str, backend: str | None, model: Path) -> None:
-        self.name, self.log = name, model.parent / f"{name}.log"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [str(Path(sys.executable).parent / "sglang"), "serve", "--model-path", str(model)]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--random-seed", "0", "--max-total-tokens", "65536"]
-        command += ["--dtype", "bfloat16", "--mem-fraction-static", "0.3"] if ON_GPU else ["--dtype", "float32"]
-        command += ["--sleep-on-idle"]  # an idle scheduler would take a core from the other server
-        command += ["--attention-backend", backend] if backend else []
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
 
-    def wait(self) -> None:
-        """Until the server is healthy; raises DemoError with the end of its log if it ends or takes too long."""
-        began = shown = time.monotonic()
-        with console.status(f"{self.name}: starting") as status:
-            while not self.healthy():
-                if self.process.poll() is not None:
-                    raise self.trouble(f"ended with code {self.process.returncode} while starting")
-                if time.monotonic() - began > START_LIMIT_S:
-                    raise self.trouble(f"was not ready after {START_LIMIT_S} s")
-                line = f"{self.name}: {time.monotonic() - began:3.0f} s  {(self.tail(1) or [''])[0].strip()}"
-                line = line[: max(console.width - 4, 40)]
-                status.update(Text(line))
-                if not console.is_terminal and time.monotonic() - shown >= 10:
-                    shown = time.monotonic()
-                    console.print(Text(line))
-                time.sleep(0.5)
-        console.print(f"{self.name} is ready at {self.url}")
-
-    def healthy(self) -> bool:
-        try:
-            return requests.get(f"{self.url}/health", timeout=10).ok
-        except requests.RequestException:
-            return False
-
-    def tail(self, lines: int) -> list[str]:
-        with self.log.open("rb") as log:
-            log.seek(max(0, self.log.stat().st_size - 65536))
-            text = log.read().decode(errors="replace").replace("\r", "\n")
-        return [line for line in text.split("\n") if line.strip()][-lines:]
-
-    def trouble(self, what: str) -> DemoError:
-        return DemoError(
-            "\n".join([*self.tail(20), f"demo: the {self.name} server {what}; the end of its log is above"])
-        )
-
-    def generate(self, prompts: list[list[int]], tokens: int, **more: Any) -> requests.Response:
-        """Greedy answers of exactly ``tokens`` tokens; ``more`` goes into the request."""
-        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, "stream_interval": STREAM_INTERVAL}
-        request = {"input_ids": prompts, "sampling_params": sampling, **more}
-        try:
-            answer = requests.post(f"{self.url}/generate", json=request, stream=True, timeout=600)
-            answer.raise_for_status()
-        except requests.RequestException as e:
-            raise self.trouble(f"did not answer ({type(e).__name__})") from None
-        return answer
-
-    def stop(self) -> None:
-        """Ask it to end, then end whatever is left of its process group."""
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+def generate(server: Server, prompts: list[list[int]], tokens: int, **more: Any) -> requests.Response:
+    """Greedy answers of exactly ``tokens`` tokens; ``more`` goes into the request."""
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, "stream_interval": STREAM_INTERVAL}
+    request = {"input_ids": prompts, "sampling_params": sampling, **more}
+    try:
+        answer = requests.post(f"{server.url}/generate", json=request, stream=True, timeout=600)
+        answer.raise_for_status()
+    except requests.RequestException as e:
+        raise ServerError(server, f"did not answer ({type(e).__name__})") from None
+    return answer
 
 
 class Snapshots(threading.Thread):
@@ -168,20 +108,20 @@ def frontend(server: Server) -> dict[str, Any]:
         ]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise server.trouble(f"did not answer the frontend program ({done.stderr.strip().splitlines()[-1]})")
+        raise ServerError(server, f"did not answer the frontend program ({done.stderr.strip().splitlines()[-1]})")
     return {**json.loads(path.read_text()), "printed": done.stdout}
 
 
 def decode_speed(server: Server, prompts: list[list[int]]) -> float:
     """Decode tokens/s, from the moment all requests have some tokens, so that no prefill is in it."""
     reached, last = {}, 0.0
-    for line in server.generate(prompts, ANSWER_TOKENS, stream=True).iter_lines():
+    for line in generate(server, prompts, ANSWER_TOKENS, stream=True).iter_lines():
         if line.startswith(b"data: {"):
             answer, last = json.loads(line[6:]), time.perf_counter()
             if answer["meta_info"]["completion_tokens"] > STREAM_INTERVAL:
                 reached.setdefault(answer["index"], last)
     if len(reached) < len(prompts):
-        raise server.trouble("broke off its answers")
+        raise ServerError(server, "broke off its answers")
     return len(prompts) * (ANSWER_TOKENS - STREAM_INTERVAL - 1) / (last - max(reached.values()))
 
 
@@ -215,7 +155,7 @@ def run_frontend(stock: Server, packed: Server) -> tuple[Counter[str], dict[str,
     counts = Counter(verdict(answer, second["answers"][question]) for question, answer in first["answers"].items())
     counts[select_verdict(first["select"], second["select"])] += 1
     if snapshots.best is None:
-        raise packed.trouble("never told its state")
+        raise ServerError(packed, "never told its state")
     return counts, snapshots.best
 
 
@@ -227,8 +167,8 @@ def run_batch(stock: Server, packed: Server) -> tuple[Counter[str], dict[str, li
     servers, answers = (stock, packed), []
     for server in servers:
         with console.status(f"{server.name}: answering {REQUESTS} prompts"):
-            server.generate(prompts[:1], 1).json()  # the prefix is in the tree before the others ask for it
-            answers.append(server.generate(prompts, ANSWER_TOKENS, return_logprob=True, top_logprobs_num=5).json())
+            generate(server, prompts[:1], 1).json()  # the prefix is in the tree before the others ask for it
+            answers.append(generate(server, prompts, ANSWER_TOKENS, return_logprob=True, top_logprobs_num=5).json())
     counts = Counter(verdict(a["meta_info"], b["meta_info"]) for a, b in zip(*answers, strict=True))
     speeds: dict[str, list[float]] = {server.name: [] for server in servers}
     for i in range(ROUNDS):
@@ -267,15 +207,15 @@ def demo(keep: bool, later: list[Callable[[], None]]) -> bool:
     home = Path(tempfile.mkdtemp(prefix="packinfer-demo-"))
     later.append(lambda: shutil.rmtree(home))
     if shutil.disk_usage(home).free < NEEDED_DISK_MIB << 20:
-        raise DemoError(f"demo: {home.parent} has less than {NEEDED_DISK_MIB} MiB free; TMPDIR chooses another place")
+        raise DemoError(f"{home.parent} has less than {NEEDED_DISK_MIB} MiB free; TMPDIR chooses another place")
     model = write_tiny_model(home / "model")
     console.print(f"a tiny random Llama is in {model}")
     servers = []
     for name, backend in (("stock", None if ON_GPU else "torch_native"), ("packinfer", "packinfer")):
-        servers.append(Server(name, backend, model))
+        servers.append(start(name, backend, model))
         later.append(servers[-1].stop)
     for server in servers:
-        server.wait()
+        server.wait(console)
     stock, packed = servers
 
     program_counts, best = run_frontend(stock, packed)
@@ -306,8 +246,12 @@ def main() -> int:
     later: list[Callable[[], None]] = []
     try:
         passed = demo(args.keep, later)
+    except ServerError as e:
+        console.print(Text("\n".join(e.server.tail(20))), soft_wrap=True)  # the log goes away with the demo
+        console.print(Text(f"demo: {e}; the end of its log is above"), soft_wrap=True)
+        passed = False
     except (DemoError, CommandError, OSError) as e:
-        console.print(Text(f"demo: {e}" if isinstance(e, OSError) else str(e)), soft_wrap=True)
+        console.print(Text(f"demo: {e}"), soft_wrap=True)
         passed = False
     except KeyboardInterrupt:
         console.print("demo: interrupted")

@@ -1,0 +1,84 @@
+"""SGLang servers of the scripts, each in a process group of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import requests
+from rich.console import Console
+from rich.text import Text
+
+START_LIMIT_S = 600
+
+
+class ServerError(Exception):
+    """A server is of no more use; the text is one line for the user."""
+
+    def __init__(self, server: Server, what: str) -> None:
+        super().__init__(f"the {server.name} server {what}")
+        self.server = server
+
+
+class Server:
+    """``flags`` go to SGLang's command line; host and port are chosen here."""
+
+    def __init__(self, name: str, flags: list[str], log: Path, env: dict[str, str] | None = None) -> None:
+        self.name, self.log = name, log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "sglang.launch_server", *flags, "--host", "127.0.0.1", "--port", str(port)]
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **(env or {})}
+            )
+
+    def wait(self, console: Console) -> None:
+        """Until the server is healthy; raises ServerError if it ends or takes too long."""
+        began = shown = time.monotonic()
+        with console.status(f"{self.name}: starting") as status:
+            while not self.healthy():
+                if self.process.poll() is not None:
+                    raise ServerError(self, f"ended with code {self.process.returncode} while starting")
+                if time.monotonic() - began > START_LIMIT_S:
+                    raise ServerError(self, f"was not ready after {START_LIMIT_S} s")
+                line = f"{self.name}: {time.monotonic() - began:3.0f} s  {(self.tail(1) or [''])[0].strip()}"
+                line = line[: max(console.width - 4, 40)]
+                status.update(Text(line))
+                if not console.is_terminal and time.monotonic() - shown >= 10:
+                    shown = time.monotonic()
+                    console.print(Text(line))
+                time.sleep(0.5)
+        console.print(f"{self.name} is ready at {self.url}, after {time.monotonic() - began:.0f} s")
+
+    def healthy(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=10).ok
+        except requests.RequestException:
+            return False
+
+    def tail(self, lines: int) -> list[str]:
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - 65536))
+            text = log.read().decode(errors="replace").replace("\r", "\n")
+        return [line for line in text.split("\n") if line.strip()][-lines:]
+
+    def stop(self) -> None:
+        """Ask it to end, then end whatever is left of its process group."""
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
