@@ -69,7 +69,7 @@ _packinfer_env_make() {
   _packinfer_say "installing sglang==$1 and this checkout (10 GB; a minute or more)"
   # SGLang's own dependencies include pre-releases.
   _packinfer_without_list "$uv" pip install --python "$PACKINFER_ENV/bin/python" --prerelease=allow \
-    "sglang==$1" --editable "$PACKINFER_ROOT[test,dev]" ||
+    "sglang==$1" --editable "$PACKINFER_ROOT[test,dev,bench]" ||
     _packinfer_die "sglang==$1 could not be installed, the reason stands above; the next run starts this step again"
   _packinfer_env_stamp >"$stamp.new" && mv "$stamp.new" "$stamp" || exit 1
   _packinfer_say "$PACKINFER_ENV is ready, after $((SECONDS - began)) s"
