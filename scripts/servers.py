@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 START_LIMIT_S = 600
+# what the console script does, which need not lie beside this Python
+SGLANG_SERVE = (sys.executable, "-c", "from sglang.cli.main import main; main()", "serve")
 
 
 class ServerError(Exception):
@@ -34,7 +36,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "sglang.launch_server", *flags, "--host", "127.0.0.1", "--port", str(port)]
+        command = [*SGLANG_SERVE, *flags, "--host", "127.0.0.1", "--port", str(port)]
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **(env or {})}

@@ -136,7 +136,7 @@ def test_a_server_that_does_not_start(model: Path, tmp_path: Path, here: dict) -
 def test_an_interrupt_leaves_nothing_running(model: Path, tmp_path: Path, here: dict) -> None:
     script = subprocess.Popen(command(model, tmp_path / "out", "--workload", "gsp-cpu"), **here)
     deadline = time.monotonic() + LIMIT_S
-    while not any("launch_server" in line for line in left_over(model)):
+    while not any("sglang.cli" in line for line in left_over(model)):
         assert script.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     script.send_signal(signal.SIGTERM)
