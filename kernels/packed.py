@@ -232,8 +232,9 @@ def packed_attention_kernel(
 
 
 @triton.jit
-def _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM: tl.constexpr, BLOCK_P: tl.constexpr):
+def _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM: tl.constexpr):
     """The softmax over the union of what partial results ``begin`` to ``end`` of a head saw."""
+    BLOCK_P: tl.constexpr = 16
     d = tl.arange(0, HEAD_DIM)
     acc = tl.zeros([HEAD_DIM], tl.float32)
     top = -float("inf")
@@ -265,33 +266,50 @@ def merge_kernel(
     stride_out_head,
     n_heads,
     HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (query, head) merges the partial results of a query.
+    """Program (query, i) merges the partial results of a query for the ``i``th HEADS of its heads.
 
     Queries past those of the plan pad a captured graph: they come out as 0, with an lse2 of -inf.
     """
     query = tl.program_id(0)
-    head = tl.program_id(1)
+    first_head = tl.program_id(1) * HEADS
     begin = tl.load(merge_indptr_ptr + query)
     end = tl.load(merge_indptr_ptr + query + 1)
     is_padding = query >= tl.load(counts_ptr + N_QUERIES)
+    head = first_head + tl.arange(0, HEADS)
     d = tl.arange(0, HEAD_DIM)
-    out = out_ptr + query.to(tl.int64) * stride_out_token + head * stride_out_head + d
+    out = out_ptr + query.to(tl.int64) * stride_out_token + head[:, None] * stride_out_head + d[None, :]
+    lse2_out = lse2_ptr + query * n_heads + head
     if PDL:
         # those with nothing to do leave at once, but for one: this launch must not be done before the others are
-        if is_padding | (end > begin) | (query + head == 0):
+        if is_padding | (end > begin) | (query + first_head == 0):
             gdc_wait()
     if is_padding:
-        tl.store(out, tl.zeros([HEAD_DIM], out_ptr.dtype.element_ty))
-        tl.store(lse2_ptr + query * n_heads + head, -float("inf"))
+        tl.store(out, tl.zeros([HEADS, HEAD_DIM], out_ptr.dtype.element_ty))
+        tl.store(lse2_out, tl.full([HEADS], -float("inf"), tl.float32))
     elif end > begin:
         if end - begin <= 4:
-            result, lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM, 4)
+            # all loads of all heads at once
+            row = begin + tl.arange(0, 4)[None, :]
+            part = row.to(tl.int64) * n_heads + head[:, None]
+            lse2 = tl.load(part_lse2_ptr + part, mask=row < end, other=-float("inf"))
+            part_out = part_out_ptr + part[:, :, None] * HEAD_DIM + d[None, None, :]
+            o = tl.load(part_out, mask=(row < end)[:, :, None], other=0.0)
+            top = tl.max(lse2, 1)
+            weight = tl.exp2(lse2 - tl.where(top == -float("inf"), 0.0, top)[:, None])
+            total = tl.sum(weight, 1)
+            result = tl.sum(weight[:, :, None] * o, 1) / tl.where(total == 0.0, 1.0, total)[:, None]
+            tl.store(out, result.to(out_ptr.dtype.element_ty))
+            tl.store(lse2_out, top + tl.log2(total))
         else:
-            result, lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM, 16)
-        tl.store(out, result.to(out_ptr.dtype.element_ty))
-        tl.store(lse2_ptr + query * n_heads + head, lse2)
+            for i in tl.static_range(HEADS):
+                h = first_head + i
+                o, lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, h, n_heads, HEAD_DIM)
+                out_row = out_ptr + query.to(tl.int64) * stride_out_token + h * stride_out_head
+                tl.store(out_row + d, o.to(out_ptr.dtype.element_ty))
+                tl.store(lse2_ptr + query * n_heads + h, lse2)
 
 
 @triton.jit

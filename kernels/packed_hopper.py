@@ -156,10 +156,11 @@ def packed_attention_hopper_kernel(
 
     8 warps, of which 4 gather. A gathering thread gets GATHER_REGISTERS, a multiplying one what ``maxnreg`` leaves.
     """
-    gdc_launch_dependents()
     first = gl.load(counts_ptr + first_count)
     work = (gl.load(counts_ptr + last_count) - first) * kv_heads
+    # a program without work is gone before those of the next launch begin: they would spread unevenly around it
     if gl.program_id(0) < work:
+        gdc_launch_dependents()
         dtype: gl.constexpr = q_ptr.dtype.element_ty
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
