@@ -306,10 +306,10 @@ def merge_kernel(
         else:
             for i in tl.static_range(HEADS):
                 h = first_head + i
-                o, lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, h, n_heads, HEAD_DIM)
+                one, one_lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, h, n_heads, HEAD_DIM)
                 out_row = out_ptr + query.to(tl.int64) * stride_out_token + h * stride_out_head
-                tl.store(out_row + d, o.to(out_ptr.dtype.element_ty))
-                tl.store(lse2_ptr + query * n_heads + h, lse2)
+                tl.store(out_row + d, one.to(out_ptr.dtype.element_ty))
+                tl.store(lse2_ptr + query * n_heads + h, one_lse2)
 
 
 @triton.jit
