@@ -1,0 +1,74 @@
+"""Compile for Hopper every kernel that PackedCuda launches, on a machine without a GPU; one line of JSON for each."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from cases import make_packed, random_case
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from packinfer_sgl.kernels.packed_cuda import Capacity
+
+DTYPE = {64: torch.float16, 128: torch.bfloat16, 256: torch.bfloat16}
+
+
+class Hopper:
+    """What Triton asks the driver before it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack: what does not fit into registers."""
+    from triton.backends.nvidia import __path__ as nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(nvidia[0]) / "bin" / "cuobjdump"
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+    return {"registers": int(registers), "stack_bytes": int(stack)}
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Hopper())
+    run, what, seen = JITFunction.run, {}, set()
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            use = {"shared_bytes": kernel.metadata.shared, **resources(kernel.asm["cubin"])}
+            print(json.dumps({"kernel": kernel.metadata.name, **what, **use}), flush=True)
+
+    JITFunction.run = compile_only
+    for head_dim, dtype in DTYPE.items():
+        for rows, windowed in ((3, False), (40, False), (3, True)):
+            what = {"head_dim": head_dim, "windowed": windowed}
+            case = random_case(0, shared=[40] * (rows - 1), tails=[5] * rows, head_dim=head_dim, dtype=dtype)
+            packed = make_packed(case, Capacity.of(case.plan))
+            packed._pdl = packed._is_hopper = True
+            packed.load(case.plan)
+            packed.snapshot(case.req_to_token, case.pool_rows)
+            packed.append(case.kv_lens, case.kv_lens)
+            packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

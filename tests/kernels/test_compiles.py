@@ -1,0 +1,27 @@
+"""The interpreter takes what the compiler refuses: every kernel must compile for Hopper, without a GPU, too."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
+
+
+@pytest.mark.contract
+def test_every_kernel_compiles_for_hopper() -> None:
+    script = Path(__file__).with_name("compiles.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in found} == {
+        "packed_attention_kernel", "packed_attention_hopper_kernel", "merge_kernel", "snapshot_kernel", "append_kernel",
+    }  # fmt: skip
+    assert [kernel for kernel in found if kernel["shared_bytes"] > SHARED_BYTES] == []
+    # the tuned ones keep everything in registers
+    tuned = [kernel for kernel in found if kernel["head_dim"] < 256 and not kernel["windowed"]]
+    assert len(tuned) >= 8 and [kernel for kernel in tuned if kernel["stack_bytes"]] == []
