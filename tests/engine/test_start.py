@@ -167,6 +167,34 @@ def test_model_without_packable_layer_is_refused(model, tmp_path):
     assert "packinfer: DeepseekV2ForCausalLM uses multi-head latent attention, which packinfer never packs" in output
 
 
+def test_encoder_decoder_model_is_refused(model, tmp_path):
+    from transformers import WhisperConfig, WhisperFeatureExtractor
+
+    folder = tmp_path / "whisper"
+    WhisperConfig(
+        vocab_size=json.loads((Path(model) / "config.json").read_text())["vocab_size"],
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        architectures=["WhisperForConditionalGeneration"],
+    ).save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+    shutil.copy(Path(model) / "tokenizer.json", folder)
+    names = {"tokenizer_class": "WhisperTokenizerFast", "processor_class": "WhisperProcessor"}
+    settings = json.loads((Path(model) / "tokenizer_config.json").read_text()) | names
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    output = refused("--model-path", str(folder), "--load-format", "dummy", *PACKINFER)
+    assert "packinfer: WhisperForConditionalGeneration is an encoder-decoder model, which packinfer never" in output
+
+
 def test_server_says_what_it_does(model):
     """One log line, /server_info and Prometheus agree, and a port in use is refused."""
     with socket.socket() as free:
