@@ -1,7 +1,7 @@
 """Packed decode attention against what SGLang users run today, on one GPU, without a model.
 
     python scripts/bench_kernels.py [--only D1,D2] [--slots random,contiguous] [--baselines fa3,fi,cascade,triton]
-                                    [--trees kernel_trees.json] [--out DIR]
+                                    [--trees kernel_trees.json] [--out DIR]    # results.json, results.md, plots
 
 Every method is checked against float32 attention before it is timed. A time is the median over replays of a CUDA graph
 that walks through copies of the inputs larger than the L2 cache; the methods of a workload take turns. ``floor`` is
@@ -13,14 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
+import flashinfer
 import numpy as np
 import torch
+import triton
 from kernel_baselines import Method, baselines
+from kernel_report import show, write
 from kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload, workloads
+from rich.console import Console
 
 from packinfer_sgl.groups import H200, prune
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
@@ -140,27 +146,32 @@ def main() -> None:
     parser.add_argument("--slots", default="random,contiguous")
     parser.add_argument("--baselines", default="fa3,fi,cascade,triton")
     parser.add_argument("--trees", type=Path, help="JSON file of tree shapes, run with each of its head configurations")
-    parser.add_argument("--out", type=Path, help="folder for results.json")
+    parser.add_argument("--out", type=Path, help="folder for results and plots")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no workload after this time")
     args = parser.parse_args()
     started = time.perf_counter()
     only = tuple(args.only.split(",")) if args.only else ("",)
     todo = [w for w in workloads() if w.name.startswith(only)]
     if args.trees:
-        file = json.loads(args.trees.read_text())
+        trees = json.loads(args.trees.read_text())
         todo = [
             tree_workload(f"{t['source']} {t['nodes_per_level']} x {t['tokens_per_node']}", (hq, hkv),
                           t["nodes_per_level"], t["tokens_per_node"])
-            for t in file["trees"] for hq, hkv in file["head_configs"]
+            for t in trees["trees"] for hq, hkv in trees["head_configs"]
         ]  # fmt: skip
-    results = []
+    versions = {module.__name__: module.__version__ for module in (torch, triton, flashinfer)}
+    machine = {"gpu": torch.cuda.get_device_name(), **versions, "sglang": version("sglang")}
+    file: dict = {"machine": machine, "results": []}
+    console = Console(highlight=False)
     for work in todo:
         for slots in args.slots.split(","):
             if time.perf_counter() - started > args.seconds:
                 print("out of time before", work.name, slots)
                 break
             r = bench(work, slots == "contiguous", set(args.baselines.split(",")))
-            results.append(r)
+            if "packinfer" in r["failed"]:
+                sys.exit(f"bench_kernels: {work.name}, {slots} slots: packinfer: {r['failed']['packinfer']}")
+            file["results"].append(r)
             torch.cuda.empty_cache()
             ours_us = r["us"].get("packinfer", (float("nan"),) * 3)
             others = {name: us for name, us in r["us"].items() if name != "packinfer"}
@@ -173,10 +184,12 @@ def main() -> None:
                 + ", ".join(f"{n} {us[0]:.0f}" for n, us in others.items()) + f" | {r['plan']} {r['failed'] or ''}",
                 flush=True,
             )  # fmt: skip
-            if args.out:
+            if args.out:  # after each, so that a run that is cut off keeps what it has
                 args.out.mkdir(parents=True, exist_ok=True)
-                machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-                (args.out / "results.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+                (args.out / "results.json").write_text(json.dumps(file, indent=1) + "\n")
+    show(file, console)
+    if args.out:
+        write(file, args.out, console)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""Tables and plots of what bench_kernels.py measured.
+
+python scripts/kernel_report.py DIR     # writes them again from DIR/results.json; bench_kernels.py does so by itself
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+OURS = "packinfer"
+FAMILIES = ("FA3", "FA3 twice + merge", "FlashInfer decode", "FlashInfer cascade", "SGLang triton")
+HEADER = (
+    "workload", "heads", "floor", "bound", "packinfer, random slots", "contiguous", *FAMILIES,
+    "random / packinfer", "any / packinfer",
+)  # fmt: skip
+LEGEND = (
+    "Microseconds a call, medians with extremes over the turns; a family's best over page sizes and both slot layouts. "
+    "floor: unique KV read once; bound: logical over unique KV tokens. The ratios: the best baseline with random slots "
+    "and that with any, over packinfer with random slots."
+)
+NO_PLOT = "no plot: matplotlib is missing (pip install 'packinfer-sgl[bench]', then scripts/kernel_report.py {})"
+
+
+def family(method: str) -> str:
+    """Of a method's name as ``kernel_baselines`` gives it."""
+    if method.startswith("fa3 twice"):
+        return "FA3 twice + merge"
+    names = {
+        "fa3": "FA3",
+        "flashinfer": "FlashInfer decode",
+        "cascade": "FlashInfer cascade",
+        "sglang": "SGLang triton",
+    }
+    return names[method.split()[0]]
+
+
+def cases(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One for each workload and its heads, with the runs of all slot layouts; those without packinfer are left out."""
+    grouped: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for r in results:
+        grouped.setdefault((r["workload"], *r["heads"]), {})[r["slots"]] = r
+    found = []
+    for (workload, *heads), by_slots in grouped.items():
+        main = by_slots.get("random") or by_slots["contiguous"]
+        if OURS not in main["us"]:
+            continue
+        best: dict[str, float] = {}
+        for r in by_slots.values():
+            for method, (us, _, _) in r["us"].items():
+                if method != OURS:
+                    best[family(method)] = min(us, best.get(family(method), math.inf))
+        others = [us for method, (us, _, _) in main["us"].items() if method != OURS]
+        ours = main["us"][OURS]
+        found.append({
+            "workload": workload, "heads": "/".join(map(str, heads)), "floor_us": main["floor_us"],
+            "bound": main["bound"], "ours": ours, "best": best,
+            "contiguous_us": by_slots["contiguous"]["us"].get(OURS, [None])[0] if "contiguous" in by_slots else None,
+            "ratio": min(others) / ours[0] if others else None,
+            "ratio_any": min(best.values()) / ours[0] if best else None,
+        })  # fmt: skip
+    return found
+
+
+def table_row(case: dict[str, Any]) -> list[str]:
+    show = lambda value, form="{:.1f}": "-" if value is None else form.format(value)  # noqa: E731
+    return [
+        case["workload"], case["heads"], show(case["floor_us"]), show(case["bound"], "{:.1f}x"),
+        "{:.1f} ({:.1f} to {:.1f})".format(*case["ours"]), show(case["contiguous_us"]),
+        *(show(case["best"].get(name)) for name in FAMILIES),
+        show(case["ratio"], "{:.2f}"), show(case["ratio_any"], "{:.2f}"),
+    ]  # fmt: skip
+
+
+def summary(found: list[dict[str, Any]]) -> list[str]:
+    """Geometric means of the ratios, and the cases below 1."""
+    lines = []
+    for name, some in (
+        ("that share", [c for c in found if c["bound"] >= 1.01]),
+        ("that share nothing", [c for c in found if c["bound"] < 1.01]),
+    ):
+        ratios = [c["ratio"] for c in some if c["ratio"] is not None]
+        if not ratios:
+            continue
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        slower = sorted((c["ratio"], f"{c['workload']} {c['heads']}") for c in some if (c["ratio"] or 1) < 1)
+        line = f"{len(ratios)} cases {name}: geometric mean {mean:.2f}, {len(slower)} below 1"
+        lines.append(line + "".join(f"; {ratio:.2f} {which}" for ratio, which in slower))
+    return lines
+
+
+def markdown(file: dict[str, Any]) -> str:
+    found = cases(file["results"])
+    lines = ["# Packed decode kernels", "", LEGEND, "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
+    lines += [f"| {' | '.join(table_row(case))} |" for case in found]
+    lines += ["", *(f"- {line}" for line in summary(found)), *(f"- {k}: {v}" for k, v in file["machine"].items())]
+    failed = [f"- {r['workload']} {r['slots']}: {m}: {why}" for r in file["results"] for m, why in r["failed"].items()]
+    return "\n".join(lines + (["", "## Failed", "", *failed] if failed else [])) + "\n"
+
+
+def show(file: dict[str, Any], console: Console) -> None:
+    found = cases(file["results"])
+    table = Table(*HEADER, show_edge=False)
+    for case in found:
+        table.add_row(*table_row(case))
+    console.print("", table, *summary(found), sep="\n")
+
+
+def plot(file: dict[str, Any], out: Path) -> None:
+    """A row of marks for each case: how many times the floor each family takes."""
+    from matplotlib.figure import Figure
+
+    found = cases(file["results"])
+    figure = Figure(figsize=(11, 1.6 + 0.32 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    rows = range(len(found))
+    for name, marker in zip(FAMILIES, "sD^vx"):
+        points = [(case["best"][name] / case["floor_us"], y) for y, case in zip(rows, found) if name in case["best"]]
+        if points:
+            axes.plot(*zip(*points), marker, label=name, markersize=6)
+    ours = [case["ours"][0] / case["floor_us"] for case in found]
+    axes.plot(ours, rows, "*", color="black", label=OURS, markersize=11)
+    axes.set_yticks(rows, [f"{case['workload']}  {case['heads']}" for case in found])
+    axes.invert_yaxis()
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("time of a call / time to read the unique KV once (less is better)")
+    axes.grid(axis="x", alpha=0.4)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.6 / figure.get_figheight()), ncols=3)
+    gpu = file["machine"]["gpu"]
+    axes.set_title(f"Decode attention on {gpu}: packinfer with random slots, each other with those it is fastest with")
+    for suffix in ("png", "svg"):
+        figure.savefig(out / f"kernels.{suffix}", dpi=120)
+
+
+def write(file: dict[str, Any], out: Path, console: Console) -> None:
+    """results.json, results.md and the plot, into ``out``."""
+    (out / "results.json").write_text(json.dumps(file, indent=1) + "\n")
+    (out / "results.md").write_text(markdown(file))
+    try:
+        plot(file, out)
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] != "matplotlib":
+            raise
+        console.print(NO_PLOT.format(out), markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dir", type=Path, help="what --out of bench_kernels.py was")
+    out = parser.parse_args().dir
+    try:
+        file = json.loads((out / "results.json").read_text())
+    except OSError as e:
+        sys.exit(f"kernel_report: {e}")
+    console = Console(highlight=False)
+    show(file, console)
+    write(file, out, console)
+
+
+if __name__ == "__main__":
+    main()
