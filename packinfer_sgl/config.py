@@ -44,6 +44,13 @@ class Config:
         choices=("true", "false"),
     )
 
+    wrap: bool = _setting(
+        False,
+        "packed decode over the stock --attention-backend of the server, for models for which SGLang checks the name",
+        unit="true or false",
+        choices=("true", "false"),
+    )
+
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]

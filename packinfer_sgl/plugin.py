@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from packinfer_sgl import __version__
-from packinfer_sgl.config import Config
+from packinfer_sgl.config import ENV, Config
 
 if TYPE_CHECKING:
     from packinfer_sgl.patches.hook import Hook
@@ -43,12 +45,16 @@ def register() -> None:
 
     SGLang logs and ignores whatever a plugin raises, so the name comes first: its factory is what refuses to start.
     """
-    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
     if NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([NAME])
     register_attention_backend(NAME)(create_backend)
+    if ENV in os.environ:  # for everybody else the stock factories stay as they are
+        for name, factory in ATTENTION_BACKENDS.items():
+            if name != NAME and not isinstance(factory, Over):
+                ATTENTION_BACKENDS[name] = Over(name, factory)
     for hook in hooks():
         hook.register()
 
@@ -58,6 +64,20 @@ def check() -> list[Check]:
     return [
         Check(hook.target, problem is None, problem or "hooked") for hook in hooks() for problem in [hook.problem()]
     ]
+
+
+class Over:
+    """The factory of a stock backend, which packinfer wraps if the setting ``wrap`` says so.
+
+    SGLang checks the backend's name for some models; with a stock name they run on packinfer all the same.
+    """
+
+    def __init__(self, name: str, factory: Callable[[Any], Any]) -> None:
+        self.name, self.factory = name, factory
+
+    def __call__(self, runner: Any) -> Any:
+        config = Config.load()
+        return _build(runner, config, self.name, self.factory) if config.wrap else self.factory(runner)
 
 
 def create_backend(runner: Any) -> Any:
@@ -70,11 +90,23 @@ def create_backend(runner: Any) -> Any:
     """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
+    config = Config.load()
+    if config.wrap:
+        raise PluginError("packinfer: wrap is for a stock --attention-backend, not for packinfer itself")
+    base = base_backend(config, runner.device)
+    if base not in ATTENTION_BACKENDS:
+        raise PluginError(
+            f"packinfer: base backend {base!r} is not registered with SGLang; "
+            f"known: {', '.join(sorted(set(ATTENTION_BACKENDS) - {NAME}))}"
+        )
+    return _build(runner, config, base, ATTENTION_BACKENDS[base])
+
+
+def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]) -> Any:
     from packinfer_sgl.backend import wrap
     from packinfer_sgl.metrics import STATS, start_prometheus
     from packinfer_sgl.radix import want_rows
 
-    config = Config.load()
     checks = check()
     if broken := [c for c in checks if not c.ok]:
         raise PluginError(
@@ -85,13 +117,7 @@ def create_backend(runner: Any) -> Any:
         warnings.warn(
             f"packinfer {__version__} is tested with SGLang {', '.join(TESTED)}, not {version('sglang')}", stacklevel=2
         )
-    base = base_backend(config, runner.device)
-    if base not in ATTENTION_BACKENDS:
-        raise PluginError(
-            f"packinfer: base backend {base!r} is not registered with SGLang; "
-            f"known: {', '.join(sorted(set(ATTENTION_BACKENDS) - {NAME}))}"
-        )
-    stock = ATTENTION_BACKENDS[base](runner)
+    stock = factory(runner)
     if runner.is_draft_worker:
         return stock
     backend = wrap(stock, runner, config)

@@ -32,15 +32,21 @@ def check_flags(cls: type, args: argparse.Namespace) -> None:
     given = {
         f.name: value for f in dataclasses.fields(Config) if (value := getattr(args, _dest(f.name), None)) is not None
     }
-    if not any(getattr(args, name, None) == "packinfer" for name in _BACKEND_FIELDS):
-        if given:
-            sys.exit(f"packinfer: {flag(next(iter(given)))} needs --attention-backend packinfer")
+    named = any(getattr(args, name, None) == "packinfer" for name in _BACKEND_FIELDS)
+    if not named and not given and ENV not in os.environ:
         return
     try:
         inherited = json.loads(Config.load().to_json())
-        os.environ[ENV] = Config(**{**inherited, **given}).to_json()
+        config = Config(**{**inherited, **given})
     except ConfigError as e:
         sys.exit(str(e))
+    if given and not named and not config.wrap:
+        sys.exit(f"packinfer: {flag(next(iter(given)))} needs --attention-backend packinfer, or {flag('wrap')}")
+    if named and config.wrap:
+        sys.exit(f"packinfer: {flag('wrap')} is for a stock --attention-backend, not for packinfer itself")
+    if config.wrap and config.base_backend != "auto":
+        sys.exit(f"packinfer: {flag('wrap')} wraps --attention-backend; {flag('base_backend')} has no meaning with it")
+    os.environ[ENV] = config.to_json()
 
 
 def _dest(name: str) -> str:

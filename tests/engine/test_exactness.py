@@ -81,6 +81,16 @@ def test_grouping_modes(grouping, model, stock):
     assert read == logical if grouping == "off" else state["kv_tokens_unique"] < read < logical
 
 
+def test_a_stock_backend_is_wrapped(model, stock):
+    """For models for which SGLang insists on a stock backend's name."""
+    engine = {"model_path": model, "attention_backend": "torch_native", **POOL}
+    result = run_engine({"engine": engine, "rounds": ["tree"]}, {"PACKINFER_CONFIG": '{"wrap": true}'})
+    check(result["said"], stock)
+    state = result["packinfer"]
+    assert state["active"] and state["base_backend"] == "torch_native"
+    assert state["packed_steps"] > 0 and state["kv_tokens_read"] < state["kv_tokens_logical"]
+
+
 def test_freed_slots_are_never_read(model, stock, tmp_path):
     """With NaN in every slot that belongs to no request; the pool is small enough for slots to be used again."""
     engine = {"model_path": model, "attention_backend": "packinfer", "max_total_tokens": 3500}

@@ -88,6 +88,7 @@ PACKINFER = ("--attention-backend", "packinfer", "--max-total-tokens", "4000")
             {},
             "packinfer: grouping is 'some'; allowed: off, single, multi",
         ),
+        ((*PACKINFER, "--packinfer-wrap"), {}, "packinfer: --packinfer-wrap is for a stock --attention-backend"),
         (PACKINFER, {"PACKINFER_CONFIG": "{"}, "packinfer: PACKINFER_CONFIG is not valid JSON"),
         (PACKINFER, {"PACKINFER_CONFIG": '{"groping": "off"}'}, "packinfer: unknown setting 'groping'"),
         ((*PACKINFER, "--packinfer-base-backend", "fa9"), {}, "packinfer: base backend 'fa9' is not registered"),

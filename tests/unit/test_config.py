@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from packinfer_sgl import config
 from packinfer_sgl.config import Config, ConfigError, flag
 
-DEFAULTS = {"base_backend": "auto", "grouping": "multi", "verify": False}
+DEFAULTS = {"base_backend": "auto", "grouping": "multi", "verify": False, "wrap": False}
 
 
 def message(text: str) -> str:
@@ -90,9 +90,14 @@ def test_any_text_is_a_config_or_one_line(text: str) -> None:
         assert [type(value) for value in given.values()] == [type(DEFAULTS[name]) for name in given]
 
 
-@given(st.sampled_from(["auto", "triton", "fa3"]), st.sampled_from(["off", "single", "multi"]), st.booleans())
-def test_json_round_trip(base_backend: str, grouping: str, verify: bool) -> None:
-    written = Config(base_backend, grouping, verify)
+@given(
+    st.sampled_from(["auto", "triton", "fa3"]),
+    st.sampled_from(["off", "single", "multi"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_json_round_trip(base_backend: str, grouping: str, verify: bool, wrap: bool) -> None:
+    written = Config(base_backend, grouping, verify, wrap)
     assert Config.from_json(written.to_json()) == written
 
 
@@ -113,5 +118,6 @@ def test_flag_names() -> None:
         "--packinfer-base-backend",
         "--packinfer-grouping",
         "--packinfer-verify",
+        "--packinfer-wrap",
     ]
     assert config.ENV == "PACKINFER_CONFIG"
