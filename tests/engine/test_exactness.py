@@ -25,8 +25,6 @@ if SGLANG != "0.5.17":  # its paged allocator needs a GPU, and it has one tree c
     CASES["page-16"] = ({"page_size": 16}, ALL)
     CASES["python-tree-core"] = ({}, ALL)
 
-pytestmark = pytest.mark.contract
-
 
 def differences(said: list[dict], stock: list[dict]) -> tuple[list[int], int]:
     """Indices of outputs that differ, and how many differ only in a near-tie of the stock backend."""
@@ -55,6 +53,7 @@ def check(said: dict[str, list[dict]], stock: dict[str, list[dict]]) -> None:
             warnings.warn(f"round {name}: {near} outputs differ in a near-tie", stacklevel=2)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_equal_stock(case, model, stock):
     flags, rounds = CASES[case]
@@ -81,6 +80,7 @@ def test_grouping_modes(grouping, model, stock):
     assert read == logical if grouping == "off" else state["kv_tokens_unique"] < read < logical
 
 
+@pytest.mark.contract
 def test_a_stock_backend_is_wrapped(model, stock):
     """For models for which SGLang insists on a stock backend's name."""
     engine = {"model_path": model, "attention_backend": "torch_native", **POOL}
@@ -91,6 +91,7 @@ def test_a_stock_backend_is_wrapped(model, stock):
     assert state["packed_steps"] > 0 and state["kv_tokens_read"] < state["kv_tokens_logical"]
 
 
+@pytest.mark.contract
 def test_freed_slots_are_never_read(model, stock, tmp_path):
     """With NaN in every slot that belongs to no request; the pool is small enough for slots to be used again."""
     engine = {"model_path": model, "attention_backend": "packinfer", "max_total_tokens": 3500}
@@ -100,6 +101,7 @@ def test_freed_slots_are_never_read(model, stock, tmp_path):
     assert result["packinfer"]["kv_tokens_read"] < result["packinfer"]["kv_tokens_logical"]
 
 
+@pytest.mark.contract
 def test_one_missing_token_shows(model, stock, tmp_path):
     """The tests above can see a bug as small as one prefix token that one group does not read."""
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL}

@@ -19,8 +19,6 @@ import pytest
 import requests
 from conftest import POOL, SGLANG, START_S, run_engine
 
-pytestmark = pytest.mark.contract
-
 SERVE = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--dtype", "float32"]
 
 
@@ -82,7 +80,12 @@ PACKINFER = ("--attention-backend", "packinfer", "--max-total-tokens", "4000")
 @pytest.mark.parametrize(
     ("flags", "env", "line"),
     [
-        (("--packinfer-grouping", "off"), {}, "packinfer: --packinfer-grouping needs --attention-backend packinfer"),
+        pytest.param(
+            ("--packinfer-grouping", "off"),
+            {},
+            "packinfer: --packinfer-grouping needs --attention-backend packinfer",
+            marks=pytest.mark.contract,
+        ),
         (
             (*PACKINFER, "--packinfer-grouping", "some"),
             {},
@@ -104,6 +107,7 @@ def test_wrong_setting_stops_the_start(flags, env, line, model):
 SEAMS = ["ForwardBatch.init_new", "ModelRunner.forward", "Scheduler.get_internal_state", "ServerArgs.add_cli_args"]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("seam", SEAMS)
 def test_broken_seam_stops_packinfer(seam, model, tmp_path):
     output = refused("--model-path", model, *PACKINFER, env=faults.install(tmp_path, f"break-hook={seam}"))
@@ -111,6 +115,7 @@ def test_broken_seam_stops_packinfer(seam, model, tmp_path):
     assert "tested are 0.5.17, 0.5.23" in output
 
 
+@pytest.mark.contract
 def test_broken_seam_is_invisible_for_others(model, tmp_path):
     engine = {"model_path": model, "attention_backend": "torch_native", **POOL}
     env = faults.install(tmp_path, *(f"break-hook={seam}" for seam in SEAMS[:2]))
@@ -119,6 +124,7 @@ def test_broken_seam_is_invisible_for_others(model, tmp_path):
     assert result["packinfer"]["active"] is False and result["packinfer"]["reason"]
 
 
+@pytest.mark.contract
 @pytest.mark.skipif(SGLANG == "0.5.17", reason="0.5.17 cannot build a pool for such a model on a platform plugin")
 def test_model_without_packable_layer_is_refused(model, tmp_path):
     """Multi-head latent attention: no layer can ever be packed."""
@@ -168,6 +174,7 @@ def test_model_without_packable_layer_is_refused(model, tmp_path):
     assert "packinfer: DeepseekV2ForCausalLM uses multi-head latent attention, which packinfer never packs" in output
 
 
+@pytest.mark.contract
 def test_encoder_decoder_model_is_refused(model, tmp_path):
     from transformers import WhisperConfig, WhisperFeatureExtractor
 
@@ -196,6 +203,7 @@ def test_encoder_decoder_model_is_refused(model, tmp_path):
     assert "packinfer: WhisperForConditionalGeneration is an encoder-decoder model, which packinfer never" in output
 
 
+@pytest.mark.contract
 def test_server_says_what_it_does(model):
     """One log line, /server_info and Prometheus agree, and a port in use is refused."""
     with socket.socket() as free:
