@@ -53,8 +53,10 @@ def check(said: dict[str, list[dict]], stock: dict[str, list[dict]]) -> None:
             warnings.warn(f"round {name}: {near} outputs differ in a near-tie", stacklevel=2)
 
 
-@pytest.mark.contract
-@pytest.mark.parametrize("case", CASES)
+# mixed chunks are chunked prefill, too: once on the other release is enough
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case == "chunked-prefill" else pytest.mark.contract) for case in CASES]
+)
 def test_outputs_equal_stock(case, model, stock):
     flags, rounds = CASES[case]
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL, **flags}
