@@ -107,7 +107,7 @@ def test_wrong_setting_stops_the_start(flags, env, line, model):
 SEAMS = ["ForwardBatch.init_new", "ModelRunner.forward", "Scheduler.get_internal_state", "ServerArgs.add_cli_args"]
 
 
-# where each hook is, the tests of the other release's servers show; that a broken one stops, two of them
+# that each hook takes is seen on both releases (doctor, and every engine that starts); that a broken one stops, by two
 @pytest.mark.parametrize("seam", [*(pytest.param(seam, marks=pytest.mark.contract) for seam in SEAMS[:2]), *SEAMS[2:]])
 def test_broken_seam_stops_packinfer(seam, model, tmp_path):
     output = refused("--model-path", model, *PACKINFER, env=faults.install(tmp_path, f"break-hook={seam}"))
