@@ -5,13 +5,11 @@ python scripts/kernel_report.py DIR     # writes them again from DIR/results.jso
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
+from report_files import write_again, write_files
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +24,6 @@ LEGEND = (
     "floor: unique KV read once; bound: logical over unique KV tokens. The ratios: the best baseline with random slots "
     "and that with any, over packinfer with random slots."
 )
-NO_PLOT = "no plot: matplotlib is missing (pip install 'packinfer-sgl[bench]', then scripts/kernel_report.py {})"
 
 
 def family(method: str) -> str:
@@ -141,29 +138,9 @@ def plot(file: dict[str, Any], out: Path) -> None:
 
 
 def write(file: dict[str, Any], out: Path, console: Console) -> None:
-    """results.json, results.md and the plot, into ``out``."""
-    (out / "results.json").write_text(json.dumps(file, indent=1) + "\n")
-    (out / "results.md").write_text(markdown(file))
-    try:
-        plot(file, out)
-    except ModuleNotFoundError as e:
-        if (e.name or "").partition(".")[0] != "matplotlib":
-            raise
-        console.print(NO_PLOT.format(out), markup=False, soft_wrap=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dir", type=Path, help="what --out of bench_kernels.py was")
-    out = parser.parse_args().dir
-    try:
-        file = json.loads((out / "results.json").read_text())
-    except OSError as e:
-        sys.exit(f"kernel_report: {e}")
-    console = Console(highlight=False)
-    show(file, console)
-    write(file, out, console)
+    """results.json, results.md and the plots, into ``out``."""
+    write_files(file, out, console, "scripts/kernel_report.py", markdown(file), plot)
 
 
 if __name__ == "__main__":
-    main()
+    write_again("kernel_report", __doc__.splitlines()[0], "bench_kernels.py", show, write)

@@ -5,15 +5,13 @@ python scripts/serving_report.py DIR     # writes them again from DIR/results.js
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from report_files import write_again, write_files
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +26,6 @@ TITLES = {
     "e2e_p50_ms": "request latency p50, ms",
     "e2e_p99_ms": "request latency p99, ms",
 }
-NO_PLOTS = "no plots: matplotlib is missing (pip install 'packinfer-sgl[bench]', then scripts/serving_report.py {})"
 
 
 @dataclass(frozen=True)
@@ -162,28 +159,8 @@ def plot(results: dict[str, Any], out: Path) -> None:
 
 def write(results: dict[str, Any], out: Path, console: Console) -> None:
     """results.json, results.md and the plots, into ``out``."""
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "results.md").write_text(markdown(results))
-    try:
-        plot(results, out)
-    except ModuleNotFoundError as e:
-        if (e.name or "").partition(".")[0] != "matplotlib":
-            raise
-        console.print(NO_PLOTS.format(out), markup=False, soft_wrap=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dir", type=Path, help="what --out of bench_serving.py was")
-    out = parser.parse_args().dir
-    try:
-        results = json.loads((out / "results.json").read_text())
-    except OSError as e:
-        sys.exit(f"serving_report: {e}")
-    console = Console(highlight=False)
-    show(results, console)
-    write(results, out, console)
+    write_files(results, out, console, "scripts/serving_report.py", markdown(results), plot)
 
 
 if __name__ == "__main__":
-    main()
+    write_again("serving_report", __doc__.splitlines()[0], "bench_serving.py", show, write)
