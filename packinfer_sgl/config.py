@@ -43,7 +43,6 @@ class Config:
         unit="true or false",
         choices=("true", "false"),
     )
-
     wrap: bool = _setting(
         False,
         "packed decode over the stock --attention-backend of the server, for models for which SGLang checks the name",
@@ -62,6 +61,10 @@ class Config:
         if not self.base_backend or self.base_backend == "packinfer":
             raise ConfigError(
                 f"packinfer: base_backend is {self.base_backend!r}; name a stock backend of SGLang, or auto"
+            )
+        if self.wrap and self.base_backend != "auto":
+            raise ConfigError(
+                "packinfer: wrap takes the server's --attention-backend; base_backend must be auto with it"
             )
 
     @classmethod

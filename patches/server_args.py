@@ -44,8 +44,6 @@ def check_flags(cls: type, args: argparse.Namespace) -> None:
         sys.exit(f"packinfer: {flag(next(iter(given)))} needs --attention-backend packinfer, or {flag('wrap')}")
     if named and config.wrap:
         sys.exit(f"packinfer: {flag('wrap')} is for a stock --attention-backend, not for packinfer itself")
-    if config.wrap and config.base_backend != "auto":
-        sys.exit(f"packinfer: {flag('wrap')} wraps --attention-backend; {flag('base_backend')} has no meaning with it")
     os.environ[ENV] = config.to_json()
 
 

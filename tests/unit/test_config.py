@@ -58,6 +58,7 @@ def test_every_setting_is_described() -> None:
         ("\n\n\n{,}\n", ["PACKINFER_CONFIG", "JSON"]),
         ("grouping=off", ["PACKINFER_CONFIG", "JSON"]),
         (" ", ["PACKINFER_CONFIG", "JSON"]),
+        ('{"wrap": true, "base_backend": "fa3"}', ["wrap", "base_backend", "auto"]),
         ("[]", ["PACKINFER_CONFIG", "JSON object"]),
         ("null", ["PACKINFER_CONFIG", "JSON object"]),
         ("[\n]", ["PACKINFER_CONFIG", "JSON object"]),
@@ -97,7 +98,7 @@ def test_any_text_is_a_config_or_one_line(text: str) -> None:
     st.booleans(),
 )
 def test_json_round_trip(base_backend: str, grouping: str, verify: bool, wrap: bool) -> None:
-    written = Config(base_backend, grouping, verify, wrap)
+    written = Config("auto" if wrap else base_backend, grouping, verify, wrap)
     assert Config.from_json(written.to_json()) == written
 
 
