@@ -29,8 +29,9 @@ B_OFF = tl.constexpr(int(Col.B_OFF))
 B_LEN = tl.constexpr(int(Col.B_LEN))
 PIECE = tl.constexpr(int(Col.PIECE))
 OPEN_ROW = tl.constexpr(int(Col.OPEN_ROW))
+NEXT = tl.constexpr(int(Col.NEXT))
 N_COLS = tl.constexpr(len(Col))
-# entries of ``counts``: first the item at which each tile class begins, and the end of the last
+# entries of ``counts``: first those of ``Plan.class_indptr``
 N_QUERIES = tl.constexpr(6)
 N_SPANS = tl.constexpr(7)
 
@@ -147,7 +148,8 @@ def packed_attention_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Items ``counts[first_count]`` to ``counts[last_count] - 1``, all KV heads of an item next to each other.
+    """Items ``counts[first_count]`` to ``counts[last_count] - 1``, each with those that follow it; all KV heads of an
+    item next to each other.
 
     PEEL runs full blocks without masks and the rest apart. WINDOW adds run B.
     """
@@ -156,75 +158,78 @@ def packed_attention_kernel(
     first = tl.load(counts_ptr + first_count)
     work = (tl.load(counts_ptr + last_count) - first) * kv_heads
     for w in tl.range(tl.program_id(0), work, tl.num_programs(0), num_stages=1):
-        item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
+        item = first + w // kv_heads
         kv_head = w % kv_heads
-        q_off = tl.load(item_ptr + Q_OFF)
-        q_cnt = tl.load(item_ptr + Q_CNT)
-        a_len = tl.load(item_ptr + A_LEN)
-        open_row = tl.load(item_ptr + OPEN_ROW)
-        a_pos = tl.load(item_ptr + A_POS)
-        a_slots = slots_ptr + tl.load(item_ptr + A_OFF)
-        # what the item points at is loaded together, before anything waits for it: short items are all latency
-        row = tl.arange(0, BLOCK_M)
-        d = tl.arange(0, HEAD_DIM)
-        nth = row // GROUP
-        head = kv_head * GROUP + row % GROUP
-        live = nth < q_cnt
-        query = tl.load(query_rows_ptr + q_off + nth, mask=live, other=0).to(tl.int64)
-        slot = tl.load(a_slots + tl.arange(0, BLOCK_N))
-        kv_len = tl.load(kv_lens_ptr + tl.maximum(open_row, 0)).to(tl.int32)
-        a_len = tl.where(open_row >= 0, kv_len - a_pos, a_len)
-        q = tl.load(
-            q_ptr + query[:, None] * stride_q_token + head[:, None] * stride_q_head + d[None, :],
-            mask=live[:, None],
-            other=0.0,
-        )
-        acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        k_head = k_ptr + kv_head * stride_kv_head
-        v_head = v_ptr + kv_head * stride_kv_head
-        if PEEL:
-            full = a_len // BLOCK_N * BLOCK_N
-            acc, top, total, slot = _attend(
-                q, acc, top, total, k_head, v_head, a_slots, slot, 0, full, a_len, nth, nth, scale2, cap2,
-                stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 0, SOFT_CAP, STAGES,
-            )  # fmt: skip
-            acc, top, total, slot = _attend(
-                q, acc, top, total, k_head, v_head, a_slots, slot, full, a_len, a_len, nth, nth, scale2, cap2,
-                stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, SOFT_CAP, 1,
-            )  # fmt: skip
-        else:
-            acc, top, total, slot = _attend(
-                q, acc, top, total, k_head, v_head, a_slots, slot, 0, a_len, a_len, nth, nth, scale2, cap2,
-                stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, SOFT_CAP, STAGES,
-            )  # fmt: skip
-        if WINDOW:
-            b_len = tl.load(item_ptr + B_LEN)
-            lo = tl.load(win_lo_ptr + q_off + nth, mask=live, other=0)
-            hi = tl.load(win_hi_ptr + q_off + nth, mask=live, other=0)
-            b_slots = slots_ptr + tl.load(item_ptr + B_OFF)
-            slot = tl.load(b_slots + tl.arange(0, BLOCK_N))
-            acc, top, total, slot = _attend(
-                q, acc, top, total, k_head, v_head, b_slots, slot, 0, b_len, b_len, lo, hi,
-                scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 2, SOFT_CAP, STAGES,
-            )  # fmt: skip
-        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        lse2 = top + tl.log2(total)
-        # read again rather than kept in registers across the loops
-        query = tl.load(query_rows_ptr + q_off + nth, mask=live, other=0).to(tl.int64)
-        part = tl.load(partial_rows_ptr + q_off + nth, mask=live, other=0)
-        direct = live & (part < 0)
-        partial = live & (part >= 0)
-        tl.store(
-            out_ptr + query[:, None] * stride_out_token + head[:, None] * stride_out_head + d[None, :],
-            result.to(out_ptr.dtype.element_ty),
-            mask=direct[:, None],
-        )
-        tl.store(lse2_ptr + query * n_heads + head, lse2, mask=direct)
-        part_row = (part + tl.load(item_ptr + PIECE)).to(tl.int64) * n_heads + head
-        tl.store(part_out_ptr + part_row[:, None] * HEAD_DIM + d[None, :], result, mask=partial[:, None])
-        tl.store(part_lse2_ptr + part_row, lse2, mask=partial)
+        while item >= 0:
+            item_ptr = items_ptr + item * N_COLS
+            q_off = tl.load(item_ptr + Q_OFF)
+            q_cnt = tl.load(item_ptr + Q_CNT)
+            a_len = tl.load(item_ptr + A_LEN)
+            open_row = tl.load(item_ptr + OPEN_ROW)
+            a_pos = tl.load(item_ptr + A_POS)
+            a_slots = slots_ptr + tl.load(item_ptr + A_OFF)
+            # what the item points at is loaded together, before anything waits for it: short items are all latency
+            row = tl.arange(0, BLOCK_M)
+            d = tl.arange(0, HEAD_DIM)
+            nth = row // GROUP
+            head = kv_head * GROUP + row % GROUP
+            live = nth < q_cnt
+            query = tl.load(query_rows_ptr + q_off + nth, mask=live, other=0).to(tl.int64)
+            slot = tl.load(a_slots + tl.arange(0, BLOCK_N))
+            kv_len = tl.load(kv_lens_ptr + tl.maximum(open_row, 0)).to(tl.int32)
+            a_len = tl.where(open_row >= 0, kv_len - a_pos, a_len)
+            q = tl.load(
+                q_ptr + query[:, None] * stride_q_token + head[:, None] * stride_q_head + d[None, :],
+                mask=live[:, None],
+                other=0.0,
+            )
+            acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+            top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            k_head = k_ptr + kv_head * stride_kv_head
+            v_head = v_ptr + kv_head * stride_kv_head
+            if PEEL:
+                full = a_len // BLOCK_N * BLOCK_N
+                acc, top, total, slot = _attend(
+                    q, acc, top, total, k_head, v_head, a_slots, slot, 0, full, a_len, nth, nth, scale2, cap2,
+                    stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 0, SOFT_CAP, STAGES,
+                )  # fmt: skip
+                acc, top, total, slot = _attend(
+                    q, acc, top, total, k_head, v_head, a_slots, slot, full, a_len, a_len, nth, nth, scale2, cap2,
+                    stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, SOFT_CAP, 1,
+                )  # fmt: skip
+            else:
+                acc, top, total, slot = _attend(
+                    q, acc, top, total, k_head, v_head, a_slots, slot, 0, a_len, a_len, nth, nth, scale2, cap2,
+                    stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, SOFT_CAP, STAGES,
+                )  # fmt: skip
+            if WINDOW:
+                b_len = tl.load(item_ptr + B_LEN)
+                lo = tl.load(win_lo_ptr + q_off + nth, mask=live, other=0)
+                hi = tl.load(win_hi_ptr + q_off + nth, mask=live, other=0)
+                b_slots = slots_ptr + tl.load(item_ptr + B_OFF)
+                slot = tl.load(b_slots + tl.arange(0, BLOCK_N))
+                acc, top, total, slot = _attend(
+                    q, acc, top, total, k_head, v_head, b_slots, slot, 0, b_len, b_len, lo, hi,
+                    scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 2, SOFT_CAP, STAGES,
+                )  # fmt: skip
+            result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+            lse2 = top + tl.log2(total)
+            # read now or again rather than kept in registers across the loops
+            item = tl.load(item_ptr + NEXT)
+            query = tl.load(query_rows_ptr + q_off + nth, mask=live, other=0).to(tl.int64)
+            part = tl.load(partial_rows_ptr + q_off + nth, mask=live, other=0)
+            direct = live & (part < 0)
+            partial = live & (part >= 0)
+            tl.store(
+                out_ptr + query[:, None] * stride_out_token + head[:, None] * stride_out_head + d[None, :],
+                result.to(out_ptr.dtype.element_ty),
+                mask=direct[:, None],
+            )
+            tl.store(lse2_ptr + query * n_heads + head, lse2, mask=direct)
+            part_row = (part + tl.load(item_ptr + PIECE)).to(tl.int64) * n_heads + head
+            tl.store(part_out_ptr + part_row[:, None] * HEAD_DIM + d[None, :], result, mask=partial[:, None])
+            tl.store(part_lse2_ptr + part_row, lse2, mask=partial)
     if PDL:
         # not all programs: those that wait would keep others of this launch from starting
         if tl.program_id(0) == 0:

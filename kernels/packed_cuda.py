@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 import triton
 
@@ -118,9 +117,8 @@ class PackedCuda:
         if staged is not None:
             staged.synchronize()  # the copy of two loads ago
         block = staging.numpy()
-        classes = np.arange(len(self.tiles) + 1)
         counts = block[self._at["counts"]]
-        counts[: len(classes)] = plan.items[:, Col.TILE_CLASS].searchsorted(classes)
+        counts[: len(plan.class_indptr)] = plan.class_indptr
         counts[int(N_QUERIES)], counts[int(N_SPANS)] = len(plan.merge_indptr) - 1, len(plan.spans)
         for name in ("items", "query_rows", "partial_rows", "win_lo", "win_hi", "merge_indptr", "spans", "append_base"):
             values = getattr(plan, name).reshape(-1)

@@ -24,6 +24,7 @@ class Tile:
             the plain one; 0 for the plain one everywhere.
         resident: programs of a multiprocessor at once, by which pieces are cut.
         programs: programs launched for each multiprocessor.
+        shares: programs of a multiprocessor among which a class that runs alone is divided; 0 for never.
         fixed_us: time of an item besides its tokens.
     """
 
@@ -35,16 +36,18 @@ class Tile:
     gather_registers: int
     resident: int
     programs: int
+    shares: int
     fixed_us: float
 
 
 # Largest class first. Those of head_dim 128 were measured with scripts/tune_kernels.py on an H200; 64 and 256 are
 # right by test, but their speed is unmeasured.
 TILES = {
-    64: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 5.8), Tile(16, 64, 4, 3, 96, 0, 4, 8, 2.2)),
-    128: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 5.8), Tile(16, 32, 4, 3, 96, 0, 4, 8, 2.2)),
-    256: (Tile(64, 32, 4, 2, 255, 0, 1, 1, 5.8), Tile(16, 32, 4, 2, 255, 0, 2, 4, 2.2)),
+    64: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 0, 5.8), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5, 2.2)),
+    128: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 0, 5.8), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5, 2.2)),
+    256: (Tile(64, 32, 4, 2, 255, 0, 1, 1, 0, 5.8), Tile(16, 32, 4, 2, 255, 0, 2, 4, 2, 2.2)),
 }
+DRAWING_PROGRAMS = 1.6  # of a multiprocessor: so many draw 63 % of the bandwidth, twice as many 86 %
 BYTES_PER_US, FLOPS_PER_US = 4.6e6, 4.6e8
 
 
@@ -67,6 +70,15 @@ def tile_policy(shape: AttentionShape, device: torch.device) -> TilePolicy:
         moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
         multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
         token_us = max(moved_us, multiplied_us)
-        timings.append(PieceTiming(programs / shape.kv_heads, tile.fixed_us, token_us, H200.partials_us(shape)))
+        timing = PieceTiming(
+            parallel=programs / shape.kv_heads,
+            fixed_us=tile.fixed_us,
+            token_us=token_us,
+            partial_us=H200.partials_us(shape),
+            shares=int(sms * tile.shares / shape.kv_heads),
+            launched=max(1, round(sms * tile.programs / shape.kv_heads)),
+            drain=tile.shares / DRAWING_PROGRAMS,
+        )
+        timings.append(timing)
     tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles_for(shape.head_dim))
     return TilePolicy(tile_queries, chunk_tokens=1 << 30, timings=tuple(timings))

@@ -8,18 +8,20 @@ import numpy as np
 import torch
 
 from packinfer_sgl.cpu_decode import check_shared_slots
+from packinfer_sgl.cut import make_plan
 from packinfer_sgl.groups import H200, AttentionShape
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
 from packinfer_sgl.kernels.tiles import tile_policy
 from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import Plan, make_plan
+from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import DecodePlanner, Rows
 from packinfer_sgl.prefix_tree import PrefixTree
 
 logger = logging.getLogger(__name__)
 
-# A plan lives at most this many steps. The kernels read what a tail holds, not its room.
-ROOM_TOKENS = 256
+# A plan lives at most this many steps: as tails grow, programs that were equal no longer are. The kernels read what a
+# tail holds, not its room.
+ROOM_TOKENS = 64
 
 
 class CudaDecode:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from packinfer_sgl.cut import make_plan
 from packinfer_sgl.groups import AttentionShape, prune
 from packinfer_sgl.kernels.reference import MaskRows
 from packinfer_sgl.paged_cpu import OnCpu
-from packinfer_sgl.plan import Plan, make_plan
+from packinfer_sgl.plan import Plan
 from packinfer_sgl.prefix_tree import Int32, PrefixTree
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
+from packinfer_sgl.cut import make_plan
 from packinfer_sgl.groups import AttentionShape, CostModel, prune
 from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import Plan, TilePolicy, make_plan
+from packinfer_sgl.plan import Plan, TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
 
 

@@ -28,10 +28,11 @@ from kernel_report import show, write
 from kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload, workloads
 from rich.console import Console
 
+from packinfer_sgl.cut import make_plan
 from packinfer_sgl.groups import H200, prune
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
 from packinfer_sgl.kernels.tiles import tile_policy
-from packinfer_sgl.plan import Col, make_plan
+from packinfer_sgl.plan import Col
 from packinfer_sgl.prefix_tree import PrefixTree
 
 ROUNDS = 5

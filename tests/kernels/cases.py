@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from packinfer_sgl.cut import make_plan
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
 from packinfer_sgl.kernels.tiles import tiles_for
-from packinfer_sgl.plan import Plan, TilePolicy, make_plan
+from packinfer_sgl.plan import PieceTiming, Plan, TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
 
 POISON = 2**28  # a slot that no test has
@@ -44,12 +45,14 @@ def random_case(
     device: str = "cpu",
     page_size: int = 1,
     chunk_tokens: int = 48,
+    shares: int = 0,
     room_tokens: int = 8,
     soft_cap: float = 0.0,
 ) -> Case:
     """Rows of which neighbours ``i`` and ``i + 1`` share ``shared[i]`` tokens, each with a tail of its own.
 
-    All KV that no row holds is NaN. Slots are scattered, page by page.
+    All KV that no row holds is NaN. Slots are scattered, page by page. With ``shares`` rows that share nothing are
+    divided among so many programs.
     """
     rng = np.random.default_rng(seed)
     n = len(tails)
@@ -81,7 +84,12 @@ def random_case(
     held = torch.from_numpy(free[:used]).long()
     kv[:, held] = torch.randn(2, used, kv_heads, head_dim, generator=generator)
     q = torch.randn(n, kv_heads * group, head_dim, generator=generator)
-    policy = TilePolicy(tuple(max(1, tile.rows // group) for tile in tiles_for(head_dim)), chunk_tokens)
+    tile_queries = tuple(max(1, tile.rows // group) for tile in tiles_for(head_dim))
+    if shares:  # an item costs as much as a token besides its own, so nearly any cut pays
+        timings = [PieceTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]
+        policy = TilePolicy(tile_queries, 1 << 30, tuple(timings))
+    else:
+        policy = TilePolicy(tile_queries, chunk_tokens)
     plan = make_plan(tree, lens, policy, kv_tokens_unique=total, room_tokens=room_tokens)
     k, v = kv.to(device, dtype)
     if page_size > 1:

@@ -67,6 +67,23 @@ def test_extreme_shapes(shared: list[int], tails: list[int]) -> None:
     check(case, *run_packed(case))
 
 
+@pytest.mark.parametrize("shares", [3, 41, 82])
+def test_equal_shares(shares: int) -> None:
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(1, 90))
+        case = random_case(
+            seed,
+            shared=[0] * (n - 1),
+            tails=[int(x) for x in np.exp(rng.uniform(0, 8, n))],
+            head_dim=128,
+            dtype=torch.bfloat16,
+            device="cuda",
+            shares=shares,
+        )
+        check(case, *run_packed(case))
+
+
 def test_runs_are_repeatable() -> None:
     case = random_case(
         2, shared=[300] * 40, tails=[50] * 41, head_dim=128, dtype=torch.bfloat16, device="cuda", chunk_tokens=64

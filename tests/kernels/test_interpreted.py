@@ -10,9 +10,13 @@ import pytest
 import torch
 from cases import brute_force, random_case, run_packed
 
+from packinfer_sgl.plan import Col
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {
     "nothing shared": {"shared": [0, 0], "tails": [5, 33, 1]},
+    "equal shares": {"shared": [0] * 4, "tails": [5, 133, 1, 70, 2], "shares": 3},
+    "one row in shares": {"shared": [], "tails": [150], "shares": 4},
     "one row": {"shared": [], "tails": [70]},
     "one shared span": {"shared": [40, 40, 40], "tails": [1, 7, 3, 50]},
     "three levels": {"shared": [70, 30, 50, 0, 20], "tails": [3, 1, 9, 2, 64, 1]},
@@ -33,6 +37,8 @@ CASES = {
 def test_equals_brute_force(name: str) -> None:
     dtype = torch.float16 if DEVICE == "cuda" else CASES[name].get("dtype", torch.float32)
     case = random_case(list(CASES).index(name), device=DEVICE, **{**CASES[name], "dtype": dtype})
+    if CASES[name].get("shares"):
+        assert (case.plan.items[:, Col.NEXT] >= 0).any() or len(case.plan.items) > len(case.pool_rows)
     out, lse2 = run_packed(case)
     expected, expected_lse2 = brute_force(case)
     # half precision: P is rounded to 11 bits before its product with V, and so is the output

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from packinfer_sgl.plan import Plan, TilePolicy, make_plan
+from packinfer_sgl.cut import make_plan
+from packinfer_sgl.plan import PieceTiming, Plan, TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
 
 Rows = list[list[int]]  # per row, the KV slot of each position
@@ -129,7 +130,14 @@ class Case:
 @st.composite
 def policies(draw: st.DrawFn) -> TilePolicy:
     small = draw(st.integers(1, 4))
-    return TilePolicy((draw(st.integers(small, 9)), small), draw(st.sampled_from([1, 2, 3, 5, 8, 1000])))
+    tile_queries = (draw(st.integers(small, 9)), small)
+    if draw(st.booleans()):
+        return TilePolicy(tile_queries, draw(st.sampled_from([1, 2, 3, 5, 8, 1000])))
+    parallel, fixed_us = draw(st.integers(1, 3)), draw(st.sampled_from([0.1, 0.4, 1.0]))
+    large, small_ = (
+        PieceTiming(parallel, fixed_us, 1.0, 0.0, shares, 6, 2.0) for shares in (0, draw(st.integers(0, 5)))
+    )
+    return TilePolicy(tile_queries, 1000, (large, small_))
 
 
 DECODE = ("decode",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DECODE, Case, cases, keep_nodes, tree_of
 
-from packinfer_sgl.plan import Col, Plan, TilePolicy, make_plan
+from packinfer_sgl.cut import make_plan
+from packinfer_sgl.plan import Col, Plan, TilePolicy
 
 ROOM = "room"
 
@@ -38,11 +40,28 @@ def kv_list(case: Case, plan: Plan) -> list[tuple[int, int] | str | None]:
     return entries
 
 
+def follow(plan: Plan, item: int) -> list[int]:
+    """The items of the program that begins with ``item``."""
+    program = [item]
+    while (item := int(plan.items[item, Col.NEXT])) >= 0 and len(program) <= len(plan.items):
+        program.append(item)
+    return program
+
+
 def check_items(case: Case, plan: Plan) -> None:
     """Capacity, classes and order of the items."""
     assert plan.items.dtype == np.int32 and plan.items.shape == (len(plan.items), len(Col))
-    sizes = [(bool(i[Col.TILE_CLASS]), -int(i[Col.A_LEN] + i[Col.B_LEN])) for i in plan.items]
+    begins = int(plan.class_indptr[-1])  # the items with which programs begin
+    programs = [follow(plan, i) for i in range(begins)]
+    assert sorted(i for program in programs for i in program) == list(range(len(plan.items))), "each item runs once"
+    sizes = [
+        (bool(plan.items[p[0], Col.TILE_CLASS]), -int(plan.items[p][:, [Col.A_LEN, Col.B_LEN]].sum())) for p in programs
+    ]
     assert sizes == sorted(sizes), "large tiles first, longest first within a class"
+    for tile_class, (first, last) in enumerate(itertools.pairwise(plan.class_indptr.tolist())):
+        assert (plan.items[first:last, Col.TILE_CLASS] == tile_class).all()
+    if (plan.items[begins:, Col.TILE_CLASS] == 0).any():
+        raise AssertionError("only the last class, of which the kernel knows NEXT, is divided into shares")
     open_rows = Counter(int(i[Col.OPEN_ROW]) for i in plan.items if i[Col.OPEN_ROW] >= 0)
     growing = [row for row, start in tail_starts(case).items() if case.room and len(case.rows[row]) > start]
     assert open_rows == Counter(growing)
