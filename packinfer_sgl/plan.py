@@ -75,9 +75,9 @@ class TilePolicy:
     @cached_property
     def table(self) -> np.ndarray:
         """[n_classes] of ``CLASS``: the same as the compiled functions take it."""
-        timings = self.timings or [PieceTiming(*[math.nan] * 4, shares=0, launched=0, drain=math.nan)] * len(
-            self.tile_queries
-        )
+        nan = math.nan
+        unknown = PieceTiming(nan, nan, nan, nan, shares=0, launched=0, drain=nan)
+        timings = self.timings or [unknown] * len(self.tile_queries)
         classes = zip(self.tile_queries, timings, strict=True)
         return np.array([(queries, self.chunk_tokens, *astuple(timing)) for queries, timing in classes], CLASS)
 
