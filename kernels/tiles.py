@@ -25,7 +25,6 @@ class Tile:
         resident: programs of a multiprocessor at once, by which pieces are cut.
         programs: programs launched for each multiprocessor.
         shares: programs of a multiprocessor among which a class that runs alone is divided; 0 for never.
-        fixed_us: time of an item besides its tokens.
     """
 
     rows: int
@@ -37,18 +36,22 @@ class Tile:
     resident: int
     programs: int
     shares: int
-    fixed_us: float
 
 
 # Largest class first. Those of head_dim 128 were measured with scripts/tune_kernels.py on an H200; 64 and 256 are
 # right by test, but their speed is unmeasured.
 TILES = {
-    64: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 0, 5.8), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5, 2.2)),
-    128: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 0, 5.8), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5, 2.2)),
-    256: (Tile(64, 32, 4, 2, 255, 0, 1, 1, 0, 5.8), Tile(16, 32, 4, 2, 255, 0, 2, 4, 2, 2.2)),
+    64: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 0), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
+    128: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 0), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
+    256: (Tile(64, 32, 4, 2, 255, 0, 1, 1, 0), Tile(16, 32, 4, 2, 255, 0, 2, 4, 2)),
 }
-DRAWING_PROGRAMS = 1.6  # of a multiprocessor: so many draw 63 % of the bandwidth, twice as many 86 %
-BYTES_PER_US, FLOPS_PER_US = 4.6e6, 4.6e8
+
+# Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.
+BYTES_PER_US = 4.6e6
+FLOPS_PER_US = 4.6e8  # of the large class
+LARGE_ITEM_US = 5.8  # an item besides its tokens
+SMALL_ITEM_US = 2.2
+DRAWING_PROGRAMS = 1.6  # small ones of a multiprocessor: so many draw 63 % of the bandwidth, twice as many 86 %
 
 
 def tiles_for(head_dim: int) -> tuple[Tile, ...]:
@@ -65,14 +68,14 @@ def tile_policy(shape: AttentionShape, device: torch.device) -> TilePolicy:
     """
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     timings = []
-    for tile in tiles_for(shape.head_dim):
+    for tile, item_us in zip(tiles_for(shape.head_dim), (LARGE_ITEM_US, SMALL_ITEM_US), strict=True):
         programs = sms * tile.resident
         moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
         multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
         token_us = max(moved_us, multiplied_us)
         timing = PieceTiming(
             parallel=programs / shape.kv_heads,
-            fixed_us=tile.fixed_us,
+            fixed_us=item_us,
             token_us=token_us,
             partial_us=H200.partials_us(shape),
             shares=int(sms * tile.shares / shape.kv_heads),

@@ -1,0 +1,167 @@
+"""Measure the constants by which plans are cut and groups are chosen, on one GPU.
+
+    python scripts/fit_costs.py [--write]
+
+Each constant comes from two loads that differ in nothing else (more tokens, more items, more partial results), so that
+what a call costs besides cancels out. ``--write`` puts the constants into this checkout: kernels/tiles.py and the H200
+of packinfer_sgl/groups.py. Run scripts/bench_kernels.py before and after: constants are worth what the plans are worth
+that they lead to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_kernels import Timed
+from kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload
+from rich.console import Console
+from rich.table import Table
+
+from packinfer_sgl.cut import make_plan
+from packinfer_sgl.groups import H200
+from packinfer_sgl.kernels import tiles
+from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.plan import Col, Plan, TilePolicy
+from packinfer_sgl.prefix_tree import PrefixTree
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = 5
+GROUP, KV_HEADS = 4, 4
+LARGE, SMALL = tiles.TILES[HEAD_DIM]
+SLOT_BYTES = 2 * HEAD_DIM * 2  # K and V of a token and KV head, bf16
+
+
+def plan_of(work: Workload) -> Plan:
+    """Every node is read once, nothing is cut."""
+    ends = [tuple(np.cumsum([work.node_tokens[n] for n in path]).tolist()) for path in work.paths]
+    tree = PrefixTree.from_paths([tuple(p) for p in work.paths], ends)
+    group = work.shape.group_size
+    policy = TilePolicy((LARGE.rows // group, SMALL.rows // group), 1 << 30)
+    return make_plan(tree, work.kv_lens, policy, kv_tokens_unique=work.unique_tokens)
+
+
+def only(plan: Plan, tile_class: int) -> Plan:
+    """The programs of one class; the other launch finds no work."""
+    _, large, small = plan.class_indptr
+    class_indptr = [0, large, large] if tile_class == 0 else [large, large, small]
+    return dataclasses.replace(plan, class_indptr=np.array(class_indptr, np.int32))
+
+
+def in_turn(plan: Plan, programs: int) -> Plan:
+    """Small items in so many programs, each with every so-manieth item."""
+    items = plan.items.copy()
+    items[:-programs, Col.NEXT] = np.arange(programs, len(items))
+    return dataclasses.replace(plan, items=items, class_indptr=np.array([0, 0, programs], np.int32))
+
+
+def partials(plan: Plan, each: int) -> Plan:
+    """No attention; so many partial results of each query are merged."""
+    merge_indptr = np.arange(len(plan.merge_indptr), dtype=np.int32) * each
+    return dataclasses.replace(plan, class_indptr=np.zeros(3, np.int32), merge_indptr=merge_indptr)
+
+
+def call_us(work: Workload, plan: Plan) -> float:
+    """Median time of a call."""
+    x = Inputs(work, contiguous=False)
+    heads = {"qo_heads": work.qo_heads, "kv_heads": work.kv_heads, "head_dim": HEAD_DIM}
+    packed = PackedCuda(Capacity.of(plan), **heads, device=torch.device("cuda"))
+    packed.load(plan)
+    packed.snapshot(x.table(1), torch.arange(len(x.rows), device="cuda"))
+    lens = torch.from_numpy(work.kv_lens).cuda().long()
+    timed = Timed(lambda i: packed.run(x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, out=x.out[i]), x.copies)
+    for _ in range(ROUNDS):
+        timed.measure()
+    return statistics.median(timed.us)
+
+
+def flat(rows: int, tokens: int, kv_heads: int = KV_HEADS) -> Workload:
+    return tree_workload(f"{rows} x {tokens}", (GROUP * kv_heads, kv_heads), [rows], [tokens])
+
+
+def fit_small(sms: int) -> dict[str, float]:
+    """Bandwidth against programs of a multiprocessor; then what each further item of a program costs."""
+    drawn = []  # bytes a microsecond
+    for n in range(1, SMALL.shares + 1):
+        rows = sms * n // KV_HEADS
+        short, long = (call_us(w, plan_of(w)) for w in (flat(rows, 2048), flat(rows, 6144)))
+        drawn.append(rows * KV_HEADS * 4096 * SLOT_BYTES / (long - short))
+    programs, rate = np.arange(1, SMALL.shares + 1), np.array(drawn)
+    best = (np.inf, 0.0, 0.0)
+    for scale in np.arange(0.3, 6, 0.02):
+        curve = 1 - np.exp(-programs / scale)
+        limit = (rate @ curve) / (curve @ curve)
+        best = min(best, (float(((rate - limit * curve) ** 2).sum()), float(limit), float(scale)))
+    rows = sms * SMALL.resident // KV_HEADS
+    once, often = flat(rows, 4096), flat(8 * rows, 512)
+    more = call_us(often, in_turn(plan_of(often), rows)) - call_us(once, plan_of(once))
+    return {"BYTES_PER_US": best[1], "DRAWING_PROGRAMS": best[2], "SMALL_ITEM_US": max(more / 7, 0.0)}
+
+
+def fit_large(sms: int) -> dict[str, float]:
+    """Nodes that each fill a tile, one on each multiprocessor."""
+    queries, nodes = LARGE.rows // GROUP, sms // KV_HEADS
+
+    def node_us(count: int, tokens: int) -> float:
+        work = tree_workload("", (GROUP * KV_HEADS, KV_HEADS), [count, count * queries], [tokens, 1])
+        return call_us(work, only(plan_of(work), 0))
+
+    short, long = node_us(nodes, 1024), node_us(nodes, 4096)
+    token_us = (long - short) / 3072
+    often = node_us(4 * nodes, 1024)
+    flops = nodes * KV_HEADS * LARGE.rows * 4 * HEAD_DIM
+    return {"FLOPS_PER_US": flops / token_us, "LARGE_ITEM_US": max((often - long) / 3, 0.0)}
+
+
+def fit_partials() -> dict[str, float]:
+    """The merge reads a partial result, a tile has written it: twice the time of reading."""
+    each_us = {}
+    for kv_heads in (2, 16):
+        work = flat(256, 16, kv_heads)
+        few, many = (call_us(work, partials(plan_of(work), n)) for n in (2, 10))
+        each_us[kv_heads * GROUP] = 2 * (many - few) / (256 * 8)
+    (few_heads, few_us), (many_heads, many_us) = each_us.items()
+    head_us = (many_us - few_us) / (many_heads - few_heads)
+    return {
+        "partial_us": max(few_us - few_heads * head_us, 0.0),
+        "partial_bytes_per_us": 2 * (HEAD_DIM + 1) * 4 / head_us,
+    }
+
+
+def write(path: Path, constants: dict[str, float]) -> None:
+    """Replace ``name = number`` and ``name=number`` of an ``H200 = CostModel(...)``."""
+    text = path.read_text()
+    for name, value in constants.items():
+        at = text.index("H200 = CostModel(") if name.islower() else 0
+        text, found = re.subn(rf"(\b{name} ?= ?)[\d.e]+", rf"\g<1>{value:.3g}", text[at:], count=1)
+        text = path.read_text()[:at] + text
+        if not found:
+            raise SystemExit(f"fit_costs: {path.name} has no {name}")
+        path.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="into kernels/tiles.py and packinfer_sgl/groups.py")
+    args = parser.parse_args()
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    cut = fit_small(sms) | fit_large(sms)
+    chosen = fit_partials() | {"bytes_per_us": cut["BYTES_PER_US"], "flops_per_us": cut["FLOPS_PER_US"]}
+    table = Table("constant", "measured", "in use", title=torch.cuda.get_device_name())
+    for name, value in cut.items():
+        table.add_row(name, f"{value:.3g}", f"{getattr(tiles, name):.3g}")
+    for name, value in chosen.items():
+        table.add_row(f"H200.{name}", f"{value:.3g}", f"{getattr(H200, name):.3g}")
+    Console().print(table)
+    if args.write:
+        write(ROOT / "kernels" / "tiles.py", cut)
+        write(ROOT / "packinfer_sgl" / "groups.py", chosen)
+
+
+if __name__ == "__main__":
+    main()
