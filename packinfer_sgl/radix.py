@@ -25,11 +25,13 @@ class BatchRows(NamedTuple):
         reqs: per row its request; for a beam, which SGLang may give another beam's slots at any step, a new object.
         rows: per row (row of ``req_to_token``, lowest radix node, ``cache_protected_len``).
         tree_cache: SGLang's prefix cache.
+        beams: by row of a beam search, its prompt as a node below its radix path: (identity, position of the end).
     """
 
     reqs: list[Any]
     rows: list[tuple[int, Any, int]]
     tree_cache: Any
+    beams: dict[int, tuple[int, int]]
 
     @classmethod
     def of(cls, schedule_batch: Any) -> BatchRows:
@@ -37,13 +39,16 @@ class BatchRows(NamedTuple):
         reqs = list(schedule_batch.reqs)
         nested = bool(reqs) and hasattr(getattr(reqs[0], "kv", None), "cache_protected_len")
         rows = list(map(_ROW_NESTED if nested else _ROW_FLAT, reqs))
+        beams = {}
         tail = getattr(schedule_batch, "beam_tail", None)
         for group, leader, *_ in tail.entries if tail is not None else ():
-            # the other beams of a request: they hold its prompt in its slots, and nothing else in the tree
-            for row in group.member_rows_cpu.tolist():
+            # the other beams of a request hold its prompt in its slots, whether the tree has it or not
+            prompt = beams[leader] = (-1 - rows[leader][0], group.prompt_len)
+            for pool_row in group.member_rows_cpu.tolist():
+                beams[len(rows)] = prompt
                 reqs.append(object())
-                rows.append((row, *rows[leader][1:]))
-        return cls(reqs, rows, schedule_batch.tree_cache)
+                rows.append((pool_row, *rows[leader][1:]))
+        return cls(reqs, rows, schedule_batch.tree_cache, beams)
 
     def prefix_tree(self) -> PrefixTree | None:
         """The batch's prefix tree by the radix tree, or None if this cache keeps no paths to read.
@@ -57,11 +62,13 @@ class BatchRows(NamedTuple):
             return None
         ids: list[tuple[int, ...]] = []
         ends: list[tuple[int, ...]] = []
-        for _, node, protected in self.rows:
+        for i, (_, node, protected) in enumerate(self.rows):
             path_ids, path_ends = paths[node]
             if path_ends and path_ends[-1] > protected:
                 usable = sum(end <= protected for end in path_ends)
                 path_ids, path_ends = path_ids[:usable], path_ends[:usable]
+            if i in self.beams and (not path_ends or path_ends[-1] < self.beams[i][1]):
+                path_ids, path_ends = (*path_ids, self.beams[i][0]), (*path_ends, self.beams[i][1])
             ids.append(path_ids)
             ends.append(path_ends)
         return PrefixTree.from_paths(ids, ends)

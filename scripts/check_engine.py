@@ -50,12 +50,14 @@ EAGLE = {
     "speculative_eagle_topk": 4,
     "speculative_num_draft_tokens": 8,
 }
-TP2, DP2 = {"tp_size": 2}, {"dp_size": 2}
+# SGLang's own all-reduce may use NVLink multicast, which not every host allows
+TP2, DP2 = {"tp_size": 2, "disable_custom_all_reduce": True}, {"dp_size": 2}
 DP_ATTENTION = {**TP2, **DP2, "enable_dp_attention": True}
 FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 TRITON = {"attention_backend": "triton"}
 WRAP = {"wrap": True}
 DUMMY = {"load_format": "dummy"}
+UNEVEN = ("tree", "tree", "three", "one")
 
 SCENARIOS = {
     "fa3": Scenario("llama", FA3),
@@ -88,9 +90,10 @@ SCENARIOS = {
     "tp2-fa3": Scenario("llama", {**FA3, **TP2}, gpus=2),
     "tp2-packinfer": Scenario("llama", {**OURS, **TP2}, gpus=2),
     "dp2-packinfer": Scenario("llama", {**OURS, **DP2}, gpus=2),
-    "dpa-fa3": Scenario("qwen3", {**FA3, **DP_ATTENTION}, gpus=2),
-    "dpa-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION}, gpus=2),
-    "dpa-eager-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION, **EAGER}, VERIFY, gpus=2),
+    # the last rounds leave a rank with less to do than the other, or with nothing
+    "dpa-fa3": Scenario("qwen3", {**FA3, **DP_ATTENTION}, rounds=UNEVEN, gpus=2),
+    "dpa-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION}, rounds=UNEVEN, gpus=2),
+    "dpa-eager-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION, **EAGER}, VERIFY, rounds=UNEVEN, gpus=2),
 }
 CHECKS = {
     "verify": ("verify-bf16", "verify-fp16"),
@@ -158,11 +161,17 @@ class Judge:
         """How far log-probabilities of two correct kernels may be apart: twice what two stock backends are."""
         return 2 * compare(self.ran["triton"], self.ran["fa3"]).drift
 
-    def same(self, check: str, name: str, reference: str, *, packed: bool = True) -> None:
+    def same(self, check: str, name: str, reference: str, *, packed: bool = True, control: str = "") -> None:
+        """A row: ``name`` says what ``reference`` says, but for near ties. ``control`` is a stock engine that differs
+        from ``reference`` in more than its kernels; then what it deviates is allowed, too."""
         ours, diff = self.ran[name], compare(self.ran[name], self.ran[reference])
-        # each of two tokens may have moved by the limit
-        ok = diff.of > 0 and diff.drift <= self.limit and diff.gap <= 2 * self.limit and (not packed or packs(ours))
-        note = f"{name} against {reference}: {diff} (limits {self.limit:.3g}, {2 * self.limit:.3g}); {account(ours)}"
+        drift, gap = self.limit, 2 * self.limit  # each of two tokens may have moved by the limit
+        if control:
+            stock = compare(self.ran[control], self.ran[reference])
+            drift, gap = max(drift, 2 * stock.drift), max(gap, stock.gap if stock.gap < float("inf") else 0.0)
+            self.add(f"{check}: stock", True, f"{control} against {reference}: {stock}")
+        ok = diff.of > 0 and diff.drift <= drift and diff.gap <= gap and (not packed or packs(ours))
+        note = f"{name} against {reference}: {diff} (limits {drift:.3g}, {gap:.3g}); {account(ours)}"
         self.add(check, ok, note)
 
     def verify(self) -> None:
@@ -174,9 +183,7 @@ class Judge:
 
     def logits(self) -> None:
         if self.started("logits", "packinfer", stock=("fa3", "triton")):
-            control = compare(self.ran["triton"], self.ran["fa3"])
-            self.add("logits: stock backends", control.of > 0, f"triton against fa3: {control}")
-            self.same("logits", "packinfer", "fa3")
+            self.same("logits", "packinfer", "fa3", control="triton")
             own = self.ran["packinfer"].said["2-samples"]
             groups = [own[i : i + 4] for i in range(0, len(own), 4)]
             equal = sum(sample["ids"] == group[0]["ids"] for group in groups for sample in group)
@@ -184,7 +191,7 @@ class Judge:
 
     def tp(self) -> None:
         if self.started("tp", "tp2-packinfer", stock=("fa3", "triton", "tp2-fa3")):
-            self.same("tp 2 against 1", "tp2-packinfer", "fa3")
+            self.same("tp 2 against 1", "tp2-packinfer", "fa3", control="tp2-fa3")
             self.same("tp 2", "tp2-packinfer", "tp2-fa3")
             self.add("tp ranks", len(self.ran["tp2-packinfer"].ranks) == 2, str(self.ran["tp2-packinfer"].ranks))
 
@@ -209,8 +216,7 @@ class Judge:
     def eagle(self) -> None:
         if not self.started("eagle", "eagle-packinfer", stock=("fa3", "triton", "eagle-fa3")):
             return
-        self.same("eagle: stock backend", "eagle-fa3", "fa3", packed=False)
-        self.same("eagle", "eagle-packinfer", "fa3", packed=False)
+        self.same("eagle", "eagle-packinfer", "fa3", packed=False, control="eagle-fa3")
         state = self.ran["eagle-packinfer"].state
         counted = state.get("fallback_steps", {}).get("speculative", 0)
         accepted = {name: self.ran[name].state.get("accept_length") for name in ("eagle-packinfer", "eagle-fa3")}

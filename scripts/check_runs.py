@@ -48,7 +48,8 @@ class Ran:
 def worker(scenario: dict) -> None:
     """Print READY, then RESULT with what was said in each round and the engine's own account of it.
 
-    Rounds: ``tree``: 16 requests in a three-level tree of prefixes; ``samples``: 4 samples of each of 3 prompts.
+    Rounds: ``tree``: 16 requests in a three-level tree of prefixes; ``samples``: 4 samples of each of 3 prompts;
+    ``three``, ``one``: so many requests.
     """
     import sglang
 
@@ -59,7 +60,7 @@ def worker(scenario: dict) -> None:
     print("READY", flush=True)
     said = {}
     for i, name in enumerate(scenario["rounds"]):
-        prompts = {"tree": lambda: tree_prompts(), "samples": lambda: tree_prompts(seed=2)[:3]}[name]()
+        prompts = tree_prompts(seed=2)[: {"tree": None, "samples": 3, "three": 3, "one": 1}[name]]
         params = greedy(TOKENS, **({"n": 4} if name == "samples" else {}))
         more = {"return_logprob": True, "top_logprobs_num": TOP} if scenario["logprobs"] else {}
         outs = engine.generate(input_ids=prompts, sampling_params=params, **more)

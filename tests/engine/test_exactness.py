@@ -20,10 +20,16 @@ CASES = {
     "no-radix-cache": ({"disable_radix_cache": True}, ALL),
     "retraction": ({"max_total_tokens": 2600}, ["busy"]),
 }
-ENV = {"python-tree-core": {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}}
+ENV = {
+    "python-tree-core": {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"},
+    # the tree that 0.5.17 has for models with sliding windows
+    "unified-tree": {"SGLANG_ENABLE_UNIFIED_RADIX_TREE": "1"},
+}
 if SGLANG != "0.5.17":  # its paged allocator needs a GPU, and it has one tree core
     CASES["page-16"] = ({"page_size": 16}, ALL)
     CASES["python-tree-core"] = ({}, ALL)
+else:
+    CASES["unified-tree"] = ({}, ALL)
 
 
 def differences(said: list[dict], stock: list[dict]) -> tuple[list[int], int]:
@@ -80,6 +86,17 @@ def test_grouping_modes(grouping, model, stock):
     state = result["packinfer"]
     read, logical = state["kv_tokens_read"], state["kv_tokens_logical"]
     assert read == logical if grouping == "off" else state["kv_tokens_unique"] < read < logical
+
+
+@pytest.mark.parametrize("what", ["samples", *(["beams"] if SGLANG != "0.5.17" else [])])
+def test_samples_and_beams_are_grouped(what, model, stock):
+    """4 rows behind each prompt: of three prompts, or of two, of which no beam ever enters the tree."""
+    engine = {"model_path": model, "attention_backend": "packinfer", **POOL}
+    result = run_engine({"engine": engine, "rounds": [what]}, {"PACKINFER_CONFIG": '{"verify": true}'})
+    check(result["said"], stock)
+    state = result["packinfer"]
+    assert state["rows"] == state["rows_grouped"] == (12 if what == "samples" else 8)
+    assert state["kv_tokens_unique"] <= state["kv_tokens_read"] < 0.4 * state["kv_tokens_logical"]
 
 
 @pytest.mark.contract
