@@ -63,6 +63,8 @@ def worker(scenario: dict) -> None:
         prompts = tree_prompts(seed=2)[: {"tree": None, "samples": 3, "three": 3, "one": 1}[name]]
         params = greedy(TOKENS, **({"n": 4} if name == "samples" else {}))
         more = {"return_logprob": True, "top_logprobs_num": TOP} if scenario["logprobs"] else {}
+        if "disaggregation_mode" in scenario["engine"]:  # SGLang's own stand-in for a prefill server
+            more |= {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
         outs = engine.generate(input_ids=prompts, sampling_params=params, **more)
         said[f"{i}-{name}"] = [
             {
@@ -140,7 +142,7 @@ def run(name: str, scenario: Scenario, defaults: dict[str, Any], port: int, out:
     return Ran(problem=f"{stage}: {why}")
 
 
-ERROR = re.compile(r"^(?:\[.*?\] )?(?:[\w.]*(?:Error|Exception|UnsupportedModel)\b:? ?.*)$")
+ERROR = re.compile(r"^(?:\[.*?\] )?[\w.]*(?:Error|Exception|UnsupportedModel)(?:: ?.*)?$")
 
 
 # what other processes say once one has ended

@@ -41,7 +41,7 @@ EOFError
 RuntimeError: Rank 0 scheduler died during initialization (exit code: -9)
 """
     assert last_error(log).endswith("packinfer: M uses multi-head latent attention")
-    assert last_error("a\nValueError: no\nEOFError: \n") == "ValueError: no"
+    assert last_error("a\nValueError: no\nEOFError: \nError details follow\n") == "ValueError: no"
     assert last_error("all is well") == ""
 
 
