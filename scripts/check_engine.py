@@ -9,6 +9,7 @@ prints one line for each check: PASS, FAIL, or REFUSED with the line that says w
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable
@@ -57,6 +58,7 @@ FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 TRITON = {"attention_backend": "triton"}
 WRAP = {"wrap": True}
 DUMMY = {"load_format": "dummy"}
+STOCK = ", unwrapped"  # a wrapped engine that failed, once more without packinfer
 UNEVEN = ("tree", "tree", "three", "one")
 
 SCENARIOS = {
@@ -146,12 +148,14 @@ class Judge:
         self.rows.append(Row(check, "PASS" if ok else "FAIL", note))
 
     def started(self, check: str, *names: str, stock: Iterable[str] = ()) -> bool:
-        """Whether all engines gave a result. If not, a row: REFUSED if the stock engine fails the same way or a line of
-        packinfer's own says why it does not start."""
+        """Whether all engines gave a result. If not, a row: REFUSED if it is a stock engine, or one that fails without
+        packinfer, too, or if a line of packinfer's own says why it does not start."""
         for name in [*stock, *names]:
             problem = self.ran[name].problem
             if problem:
                 refused = name in stock or (problem.startswith("while starting") and "packinfer:" in problem)
+                if name + STOCK in self.ran and (other := self.ran[name + STOCK].problem):
+                    refused, problem = True, f"fails without packinfer, too: {other}"
                 self.rows.append(Row(check, "REFUSED" if refused else "FAIL", f"{name} {problem}"))
                 return False
         return True
@@ -275,6 +279,9 @@ def main() -> None:
             for name, future in started.items():
                 ran[name] = future.result()
                 print(f"{name}: {ran[name].problem or 'served'}", flush=True)
+    for name in [name for name in names if ran[name].problem and SCENARIOS[name].config.get("wrap")]:
+        unwrapped = dataclasses.replace(SCENARIOS[name], config={})
+        ran[name + STOCK] = run(name + STOCK, unwrapped, ENGINE, ports[name], out)
     judge = Judge(ran)
     for check in wanted:
         getattr(judge, check)()

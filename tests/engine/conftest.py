@@ -13,6 +13,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "scripts"))  # the models of check_engine.py
 SGLANG = version("sglang")
 START_S = 600
 

@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 import faults
 import pytest
+from check_models import write_model
 from conftest import POOL, SGLANG, run_engine
 
 NEAR_TIE = 1e-4  # log-probability: the order of float32 sums may decide between tokens as close as this
@@ -108,6 +109,15 @@ def test_a_stock_backend_is_wrapped(model, stock):
     state = result["packinfer"]
     assert state["active"] and state["base_backend"] == "torch_native"
     assert state["packed_steps"] > 0 and state["kv_tokens_read"] < state["kv_tokens_logical"]
+
+
+def test_layers_with_a_window_stay_with_the_stock_backend(tmp_path):
+    """Gemma 3: the other layers are packed, each checked against the stock backend."""
+    engine = {"model_path": str(write_model("gemma3", tmp_path)), "attention_backend": "packinfer", **POOL}
+    result = run_engine({"engine": engine, "rounds": ["tree", "tree"]}, {"PACKINFER_CONFIG": '{"verify": true}'})
+    state = result["packinfer"]
+    assert state["fallback_layers"] == {"sliding_window": 2} and 0 < state["verify_error"] < 1e-5
+    assert state["packed_steps"] > 30 and state["kv_tokens_read"] < 0.6 * state["kv_tokens_logical"]
 
 
 @pytest.mark.contract
