@@ -22,7 +22,7 @@ from packinfer_sgl.reasons import BatchReason, LayerReason
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ EAGER_ROWS = 256
 
 
 class UnsupportedModel(RuntimeError):
-    """No layer of the model can run on the packed kernels."""
+    """Models of this kind never run on the packed kernels."""
 
 
 class PackInferMixin:
@@ -47,9 +47,11 @@ class PackInferMixin:
     _packinfer_decode: CpuDecode | CudaDecode | None = None  # on CUDA built when the size of its buffers is known
     _packinfer_make: Callable[[int], CpuDecode | CudaDecode]
     _packinfer_layers: dict[int, LayerReason | None]
+    _packinfer_heads: tuple[int, int, int]  # of the layers that are packed
     _packinfer_on: bool = False  # this step's decode is packed
     _packinfer_verify: bool
     _packinfer_check: bool = False  # this step is eager, and compared with the stock backend
+    _packinfer_rows: int = 0  # rows of an eager step that are no padding
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)  # type: ignore[misc]
@@ -67,13 +69,19 @@ class PackInferMixin:
         super().init_forward_metadata_out_graph(forward_batch, in_capture)  # type: ignore[misc]
         decode = self._packinfer_decode
         self._packinfer_on = self._packinfer_check = False
-        if not isinstance(decode, CudaDecode) or not forward_batch.forward_mode.is_decode():
+        if not isinstance(decode, CudaDecode):
             return
-        if in_capture:
+        replayed = not in_capture and hasattr(forward_batch, "num_padding")
+        reason = _mode_reason(forward_batch.forward_mode)
+        if reason is not None:
+            if replayed and not forward_batch.actual_forward_mode.is_idle():
+                STATS.count_fallback(reason)
+        elif in_capture:
             self._packinfer_on = True
             decode.step_for_capture(forward_batch.req_pool_indices)
-        elif hasattr(forward_batch, "num_padding"):
-            # The captured graph runs the packed kernels whatever the batch is: without rows nothing is shared.
+        elif replayed:
+            # The captured graph runs the packed kernels whatever the batch is: without rows nothing is shared. An idle
+            # rank of data-parallel attention replays it, too, with no row at all.
             n = forward_batch.batch_size - forward_batch.num_padding
             rows = running_rows()
             if rows is None or len(rows.reqs) != n:
@@ -100,10 +108,13 @@ class PackInferMixin:
         if reason is not None:
             STATS.count_fallback(reason)
             return False
-        if batch.batch_size != len(rows.reqs):  # beams: rows beyond the requests alias their leader's slots
+        # data-parallel attention pads the batches of its ranks to one size
+        n = batch.batch_size if batch._original_batch_size is None else batch._original_batch_size
+        self._packinfer_rows = n
+        if n != len(rows.reqs):
             rows = None
         if isinstance(decode, CudaDecode):
-            decode.step(rows, batch.req_pool_indices, batch.seq_lens_cpu.numpy())
+            decode.step(rows, batch.req_pool_indices[:n], batch.seq_lens_cpu[:n].numpy())
             decode.append(batch.seq_lens, batch.out_cache_loc)
         else:
             decode.step(rows, batch.req_pool_indices, batch.seq_lens, batch.out_cache_loc)
@@ -139,39 +150,52 @@ class PackInferMixin:
         out = out.view(len(q), -1)
         if self._packinfer_check:
             stock = super().forward_decode(q, k, v, layer, forward_batch, False)  # type: ignore[misc]
-            _check_output(out, stock.view_as(out), layer.layer_id)
+            n = self._packinfer_rows
+            _check_output(out[:n], stock.view_as(out)[:n], layer.layer_id)
         return out
 
     def _packinfer_layer_reason(self, layer: RadixAttention) -> LayerReason | None:
         if layer.layer_id not in self._packinfer_layers:
             reason = layer_reason(layer, self.token_to_kv_pool)  # type: ignore[attr-defined]
+            if reason is None and self._packinfer_heads != heads_of(layer):
+                reason = LayerReason.OTHER_SHAPE
             self._packinfer_layers[layer.layer_id] = reason
             if reason is not None:
                 STATS.set_layer(layer.layer_id, reason)
         return self._packinfer_layers[layer.layer_id]
 
 
+def _mode_reason(mode: ForwardMode) -> BatchReason | None:
+    if mode.is_decode():
+        return None
+    return BatchReason.SPECULATIVE if mode.is_target_verify() else BatchReason.EXTEND
+
+
 def _batch_reason(batch: ForwardBatch, known: bool) -> BatchReason | None:
-    if not batch.forward_mode.is_decode():
-        return BatchReason.SPECULATIVE if batch.forward_mode.is_target_verify() else BatchReason.EXTEND
+    if (reason := _mode_reason(batch.forward_mode)) is not None:
+        return reason
     if getattr(batch, "spec_info", None) is not None:
         return BatchReason.SPECULATIVE
     if batch.encoder_lens is not None:
         return BatchReason.ENCODER_DECODER
-    if not known:
-        return BatchReason.NO_BATCH
-    if getattr(batch, "num_padding", 0):
-        return BatchReason.PADDED
-    return None
+    return None if known else BatchReason.NO_BATCH
+
+
+def heads_of(layer: RadixAttention) -> tuple[int, int, int]:
+    """Query heads, KV heads and head dimension of this process's part of a layer."""
+    return layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
 
 
 def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
     """Why this layer can never run on the packed kernels, or None."""
     from sglang.srt.layers.radix_attention import AttentionType
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-    if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
+    if (layer.sliding_window_size is not None and layer.sliding_window_size > -1) or layer.use_irope:
         return LayerReason.SLIDING_WINDOW
+    if type(pool) is SWAKVPool:  # its layers without a window have a pool of their own, whose slots SGLang's table has
+        pool = pool.full_kv_pool
     if layer.is_cross_attention:
         return LayerReason.CROSS_ATTENTION
     if layer.attn_type != AttentionType.DECODER:
@@ -219,43 +243,20 @@ def packed_class(base: type) -> type:
     return type(f"PackInfer{base.__name__}", (PackInferMixin, base), {})
 
 
-def wrap(stock: AttentionBackend, runner: Any, config: Config) -> AttentionBackend:
-    """Give a built stock backend packed decode.
-
-    The new object shares the stock object's ``__dict__``: helpers that hold the stock object stay coherent with it.
+def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
+    """Why each attention layer of the model can never be packed, or None.
 
     Raises:
-        UnsupportedModel: no layer of the model can be packed, or the device has no packed kernels.
+        UnsupportedModel: packinfer has nothing for such a model or device, whatever its settings.
     """
-    device = torch.device(runner.device).type
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    device, name = torch.device(runner.device).type, type(runner.model).__name__
     if device not in ("cpu", "cuda"):
         raise UnsupportedModel(
             f"packinfer: there are packed kernels for CPU and CUDA, not for {device}; choose a stock "
             "--attention-backend"
         )
-    shape = _shape(runner)
-    backend = object.__new__(packed_class(type(stock)))
-    backend.__dict__ = stock.__dict__
-    backend._packinfer_layers = {}
-    backend._packinfer_verify = config.verify
-    settings = {"grouping": config.grouping, "verify": config.verify, "stats": STATS}
-    settings["req_to_token"] = runner.req_to_token_pool.req_to_token
-    if device == "cpu":
-        backend._packinfer_decode = CpuDecode(shape, CPU, CPU_TILES, **settings)
-    else:
-        backend.needs_cpu_seq_lens = True  # plans are made on the host
-        pool_tokens = runner.token_to_kv_pool.size
-        backend._packinfer_make = lambda max_rows: CudaDecode(
-            shape, max_rows=max_rows, pool_tokens=pool_tokens, **settings
-        )
-    return backend
-
-
-def _shape(runner: Any) -> AttentionShape:
-    """The attention shape of the model's packable layers; raises UnsupportedModel if there are none."""
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    name = type(runner.model).__name__
     if runner.use_mla_backend:
         raise UnsupportedModel(
             f"packinfer: {name} uses multi-head latent attention, which packinfer never packs; "
@@ -266,15 +267,37 @@ def _shape(runner: Any) -> AttentionShape:
             f"packinfer: {name} is an encoder-decoder model, which packinfer never packs; "
             "choose a stock --attention-backend"
         )
-    layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
-    reasons = [layer_reason(layer, runner.token_to_kv_pool) for layer in layers]
-    packable = [layer for layer, reason in zip(layers, reasons) if reason is None]
-    if not packable:
-        why = ", ".join(sorted({reason.value for reason in reasons if reason})) or "it has no attention layers"
-        raise UnsupportedModel(
-            f"packinfer: no attention layer of {name} can be packed ({why}); choose a stock --attention-backend"
+    reasons = {}
+    for module in runner.model.modules():
+        for layer in module.children():
+            if isinstance(layer, RadixAttention):
+                reason = layer_reason(layer, runner.token_to_kv_pool)
+                has_sinks = getattr(module, "sinks", None) is not None
+                reasons[layer] = LayerReason.SINKS if has_sinks and reason is None else reason
+    if not reasons:
+        raise UnsupportedModel(f"packinfer: {name} has no attention layers; choose a stock --attention-backend")
+    return reasons
+
+
+def wrap(stock: AttentionBackend, runner: Any, config: Config, packed: RadixAttention) -> AttentionBackend:
+    """Give a built stock backend packed decode of layers like ``packed``.
+
+    The new object shares the stock object's ``__dict__``: helpers that hold the stock object stay coherent with it.
+    """
+    shape = AttentionShape(*heads_of(packed), runner.token_to_kv_pool.dtype.itemsize)
+    backend = object.__new__(packed_class(type(stock)))
+    backend.__dict__ = stock.__dict__
+    backend._packinfer_layers = {}
+    backend._packinfer_heads = heads_of(packed)
+    backend._packinfer_verify = config.verify
+    settings = {"grouping": config.grouping, "verify": config.verify, "stats": STATS}
+    settings["req_to_token"] = runner.req_to_token_pool.req_to_token
+    if torch.device(runner.device).type == "cpu":
+        backend._packinfer_decode = CpuDecode(shape, CPU, CPU_TILES, **settings)
+    else:
+        backend.needs_cpu_seq_lens = True  # plans are made on the host
+        pool_tokens = runner.token_to_kv_pool.size
+        backend._packinfer_make = lambda max_rows: CudaDecode(
+            shape, max_rows=max_rows, pool_tokens=pool_tokens, **settings
         )
-    layer = packable[0]
-    return AttentionShape(
-        layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim, runner.token_to_kv_pool.dtype.itemsize
-    )
+    return backend

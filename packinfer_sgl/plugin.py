@@ -35,9 +35,10 @@ class Check(NamedTuple):
 
 def hooks() -> list[Hook]:
     """Every change the plugin makes to SGLang (``patches/README.md``)."""
-    from packinfer_sgl.patches import batch_rows, cpu_triton, server_args, server_info
+    from packinfer_sgl.patches import batch_rows, cpu_triton, draft_backend, server_args, server_info
 
-    return [hook for patch in (server_args, batch_rows, server_info, cpu_triton) for hook in patch.hooks()]
+    patches = (server_args, batch_rows, server_info, draft_backend, cpu_triton)
+    return [hook for patch in patches for hook in patch.hooks()]
 
 
 def register() -> None:
@@ -86,7 +87,7 @@ def create_backend(runner: Any) -> Any:
     Raises:
         PluginError: a hook did not take.
         ConfigError: a setting is wrong.
-        UnsupportedModel: no layer of the model can be packed.
+        UnsupportedModel: models of this kind are never packed.
     """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
@@ -103,7 +104,7 @@ def create_backend(runner: Any) -> Any:
 
 
 def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]) -> Any:
-    from packinfer_sgl.backend import wrap
+    from packinfer_sgl.backend import layer_reasons, wrap
     from packinfer_sgl.metrics import STATS, start_prometheus
     from packinfer_sgl.radix import want_rows
 
@@ -120,11 +121,11 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     stock = factory(runner)
     if runner.is_draft_worker:
         return stock
-    backend = wrap(stock, runner, config)
-    want_rows()
     from sglang.srt.platforms import current_platform
+    from sglang.srt.runtime_context import get_parallel
 
-    STATS.active, STATS.reason, STATS.base_backend = True, None, base
+    reasons = layer_reasons(runner)
+    STATS.base_backend = base
     STATS.details = {
         "version": __version__,
         "sglang_version": version("sglang"),
@@ -132,9 +133,20 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         "hooks": [c.target for c in checks],
         "config": {"grouping": config.grouping, "verify": config.verify},
     }
-    start_prometheus(
-        {"tp_rank": str(getattr(runner, "tp_rank", 0)), "dp_rank": str(getattr(runner, "dp_rank", 0) or 0)}
-    )
+    for layer, why in reasons.items():
+        if why is not None:
+            STATS.set_layer(layer.layer_id, why)
+    packable = [layer for layer, why in reasons.items() if why is None]
+    if not packable:
+        names = ", ".join(sorted({why.value for why in reasons.values()}))
+        STATS.reason = f"no attention layer of {type(runner.model).__name__} can be packed ({names})"
+        logger.warning("packinfer %s: %s: everything runs on %s", __version__, STATS.reason, base)
+        return stock
+    backend = wrap(stock, runner, config, packable[0])
+    want_rows()
+    STATS.active, STATS.reason = True, None
+    ranks = getattr(runner, "ps", None) or get_parallel()  # 0.5.17 or 0.5.23
+    start_prometheus({"tp_rank": str(ranks.tp_rank), "dp_rank": str(ranks.dp_rank or 0)})
     logger.info(
         "packinfer %s: decode of shared prefixes over %s on %s (SGLang %s, %d hooks verified, grouping %s)",
         __version__,

@@ -22,21 +22,33 @@ class BatchRows(NamedTuple):
     change with it.
 
     Attributes:
-        reqs: the requests.
-        rows: per request (row of ``req_to_token``, lowest radix node, ``cache_protected_len``).
+        reqs: per row its request; for a beam, which SGLang may give another beam's slots at any step, a new object.
+        rows: per row (row of ``req_to_token``, lowest radix node, ``cache_protected_len``).
         tree_cache: SGLang's prefix cache.
+        beams: by row of a beam search, its prompt as a node below its radix path: (identity, position of the end).
     """
 
     reqs: list[Any]
     rows: list[tuple[int, Any, int]]
     tree_cache: Any
+    beams: dict[int, tuple[int, int]]
 
     @classmethod
     def of(cls, schedule_batch: Any) -> BatchRows:
         """Read a ``ScheduleBatch`` (on the scheduler's thread, right before its forward pass)."""
         reqs = list(schedule_batch.reqs)
         nested = bool(reqs) and hasattr(getattr(reqs[0], "kv", None), "cache_protected_len")
-        return cls(reqs, list(map(_ROW_NESTED if nested else _ROW_FLAT, reqs)), schedule_batch.tree_cache)
+        rows = list(map(_ROW_NESTED if nested else _ROW_FLAT, reqs))
+        beams = {}
+        tail = getattr(schedule_batch, "beam_tail", None)
+        for group, leader, *_ in tail.entries if tail is not None else ():
+            # the other beams of a request hold its prompt in its slots, whether the tree has it or not
+            prompt = beams[leader] = (-1 - rows[leader][0], group.prompt_len)
+            for pool_row in group.member_rows_cpu.tolist():
+                beams[len(rows)] = prompt
+                reqs.append(object())
+                rows.append((pool_row, *rows[leader][1:]))
+        return cls(reqs, rows, schedule_batch.tree_cache, beams)
 
     def prefix_tree(self) -> PrefixTree | None:
         """The batch's prefix tree by the radix tree, or None if this cache keeps no paths to read.
@@ -50,11 +62,13 @@ class BatchRows(NamedTuple):
             return None
         ids: list[tuple[int, ...]] = []
         ends: list[tuple[int, ...]] = []
-        for _, node, protected in self.rows:
+        for i, (_, node, protected) in enumerate(self.rows):
             path_ids, path_ends = paths[node]
             if path_ends and path_ends[-1] > protected:
                 usable = sum(end <= protected for end in path_ends)
                 path_ids, path_ends = path_ids[:usable], path_ends[:usable]
+            if i in self.beams and (not path_ends or path_ends[-1] < self.beams[i][1]):
+                path_ids, path_ends = (*path_ids, self.beams[i][0]), (*path_ends, self.beams[i][1])
             ids.append(path_ids)
             ends.append(path_ends)
         return PrefixTree.from_paths(ids, ends)
@@ -65,22 +79,21 @@ Path = tuple[tuple[int, ...], tuple[int, ...]]  # node ids from the root down, a
 
 def _paths(tree_cache: Any, nodes: list[Any]) -> dict[Any, Path] | None:
     core = getattr(tree_cache, "tree_core", None)
-    if core is not None:
-        if not hasattr(core, "collect_path_info"):  # 0.5.17 with SGLANG_ENABLE_UNIFIED_RADIX_TREE=1
-            return None
+    if hasattr(core, "collect_path_info"):
         # a streaming session puts an object of its own where others have a node id
         known = [node for node in nodes if isinstance(node, int)]
         paths: dict[Any, Path] = dict.fromkeys(nodes, ((), ()))
         for node, path in zip(known, core.collect_path_info(known)):
             paths[node] = (tuple([p.node_id for p in path]), tuple([p.path_end for p in path]))
         return paths
-    root = getattr(tree_cache, "root_node", None)
+    root = getattr(tree_cache if core is None else core, "root_node", None)
     if root is None or any(node is None for node in nodes):
         return None
     walked: dict[Any, Path] = {root: ((), ())}
-    for lowest in nodes:
+    # 0.5.17 with sliding windows: requests hold ids of nodes
+    lowest = {node: core.node_by_id(node) if isinstance(node, int) else node for node in nodes}
+    for node in lowest.values():
         above = []
-        node = lowest
         while node not in walked:
             above.append(node)
             node = node.parent
@@ -88,7 +101,7 @@ def _paths(tree_cache: Any, nodes: list[Any]) -> dict[Any, Path] | None:
             ids, ends = walked[node]
             walked[below] = ((*ids, below.id), (*ends, (ends[-1] if ends else 0) + len(below.key)))
             node = below
-    return walked
+    return {node: walked[found] for node, found in lowest.items()}
 
 
 # The batch whose forward pass runs on this thread. SGLang rebuilds or strips its ForwardBatch on the way to the

@@ -13,13 +13,12 @@ class BatchReason(str, Enum):
     ENCODER_DECODER = "encoder_decoder"
     NO_BATCH = "no_batch"  # a forward that SGLang did not build from its scheduler's batch (warm-up, capture)
     TOO_MANY_ROWS = "too_many_rows"  # more rows than the buffers hold
-    PADDED = "padded"  # rows that belong to no request and have no KV of their own
 
 
 class LayerReason(str, Enum):
     """Reasons that hold for one layer of the model in every batch."""
 
-    SLIDING_WINDOW = "sliding_window"
+    SLIDING_WINDOW = "sliding_window"  # or chunks of local attention (Llama 4)
     CROSS_ATTENTION = "cross_attention"
     NOT_DECODER = "not_decoder"
     UNEQUAL_HEAD_DIMS = "unequal_head_dims"
@@ -27,5 +26,7 @@ class LayerReason(str, Enum):
     TEMPERATURE_BY_LENGTH = "temperature_by_length"
     HEAD_DIM = "head_dim"  # a head dimension that the GPU kernels have no tiles for
     GROUP_SIZE = "group_size"  # more query heads per KV head than a small tile has rows
+    OTHER_SHAPE = "other_shape"  # other heads than the first packed layer, for which plans are made
+    SINKS = "sinks"
     KV_DTYPE = "kv_dtype"
     KV_POOL = "kv_pool"  # KV that does not lie in one [slots, heads, head_dim] buffer per layer

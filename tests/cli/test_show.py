@@ -9,7 +9,7 @@ from packinfer_sgl.show import ratio, view
 STATE = {
     "base_backend": "torch_native",
     "packed_steps": 1234,
-    "fallback_steps": {"extend": 7, "padded": 2},
+    "fallback_steps": {"extend": 7, "no_batch": 2},
     "rows": 9,
     "rows_grouped": 8,
     "kv_tokens_logical": 60000,
@@ -52,7 +52,7 @@ def test_totals():
     for what, value in (
         ("packed decode steps", "1,234"),
         ("steps on torch_native: extend", "7"),
-        ("steps on torch_native: padded", "2"),
+        ("steps on torch_native: no_batch", "2"),
         ("KV tokens read", "20,000"),
         ("a prefix-unaware kernel reads", "60,000 (3.00x)"),
         ("the least possible", "15,000 (0.75x)"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "scripts"))  # the models of check_engine.py
 SGLANG = version("sglang")
 START_S = 600
 
@@ -52,7 +53,7 @@ def run_engine(scenario: dict, env: dict[str, str] | None = None) -> dict:
 @pytest.fixture(scope="session")
 def stock(model) -> dict[str, list[dict]]:
     """What the stock backend says in every round, with its log-probabilities."""
-    rounds = ["tree", "cold", "samples", "abort", "busy"]
+    rounds = ["tree", "cold", "samples", "abort", "busy", *(["beams"] if SGLANG != "0.5.17" else [])]
     engine = {"model_path": model, "attention_backend": "torch_native", **POOL}
     said = run_engine({"engine": engine, "rounds": rounds, "logprobs": True})["said"]
     return {name.split("-", 1)[1]: outputs for name, outputs in said.items()}

@@ -3,8 +3,9 @@
     python drive.py '{"engine": {...}, "rounds": [...]}'
 
 Rounds: ``tree`` (16 requests in a three-level tree), ``cold`` (8 identical prompts at once), ``samples`` (n = 4),
-``abort`` (half of the tree's requests aborted in mid-generation), ``flush`` (empties the cache), ``busy`` (long
-generations that overflow a small pool). Every round but ``flush`` yields a list of outputs.
+``beams`` (beam search of width 4 on two prompts), ``abort`` (half of the tree's requests aborted in mid-generation),
+``flush`` (empties the cache), ``busy`` (long generations that overflow a small pool). Every round but ``flush``
+yields a list of outputs.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ class Driver:
 
     def samples(self) -> list[dict]:
         return self.generate(tree_prompts(seed=2)[:3], greedy(24, n=4))
+
+    def beams(self) -> list[dict]:
+        """The best beam of each prompt; SGLang gives no log-probabilities of beams."""
+        params = greedy(24, beam_width=4, n=2)
+        outs = self.engine.generate(input_ids=tree_prompts(seed=5)[:2], sampling_params=params)
+        return [{"ids": out["output_ids"], "top": []} for out in outs]
 
     def busy(self) -> list[dict]:
         return self.generate(tree_prompts(seed=3), greedy(150))

@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 import faults
 import pytest
+from check_models import write_model
 from conftest import POOL, SGLANG, run_engine
 
 NEAR_TIE = 1e-4  # log-probability: the order of float32 sums may decide between tokens as close as this
@@ -20,10 +21,16 @@ CASES = {
     "no-radix-cache": ({"disable_radix_cache": True}, ALL),
     "retraction": ({"max_total_tokens": 2600}, ["busy"]),
 }
-ENV = {"python-tree-core": {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}}
+ENV = {
+    "python-tree-core": {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"},
+    # the tree that 0.5.17 has for models with sliding windows
+    "unified-tree": {"SGLANG_ENABLE_UNIFIED_RADIX_TREE": "1"},
+}
 if SGLANG != "0.5.17":  # its paged allocator needs a GPU, and it has one tree core
     CASES["page-16"] = ({"page_size": 16}, ALL)
     CASES["python-tree-core"] = ({}, ALL)
+else:
+    CASES["unified-tree"] = ({}, ALL)
 
 
 def differences(said: list[dict], stock: list[dict]) -> tuple[list[int], int]:
@@ -82,6 +89,17 @@ def test_grouping_modes(grouping, model, stock):
     assert read == logical if grouping == "off" else state["kv_tokens_unique"] < read < logical
 
 
+@pytest.mark.parametrize("what", ["samples", *(["beams"] if SGLANG != "0.5.17" else [])])
+def test_samples_and_beams_are_grouped(what, model, stock):
+    """4 rows behind each prompt: of three prompts, or of two, of which no beam ever enters the tree."""
+    engine = {"model_path": model, "attention_backend": "packinfer", **POOL}
+    result = run_engine({"engine": engine, "rounds": [what]}, {"PACKINFER_CONFIG": '{"verify": true}'})
+    check(result["said"], stock)
+    state = result["packinfer"]
+    assert state["rows"] == state["rows_grouped"] == (12 if what == "samples" else 8)
+    assert state["kv_tokens_unique"] <= state["kv_tokens_read"] < 0.4 * state["kv_tokens_logical"]
+
+
 @pytest.mark.contract
 def test_a_stock_backend_is_wrapped(model, stock):
     """For models for which SGLang insists on a stock backend's name."""
@@ -91,6 +109,15 @@ def test_a_stock_backend_is_wrapped(model, stock):
     state = result["packinfer"]
     assert state["active"] and state["base_backend"] == "torch_native"
     assert state["packed_steps"] > 0 and state["kv_tokens_read"] < state["kv_tokens_logical"]
+
+
+def test_layers_with_a_window_stay_with_the_stock_backend(tmp_path):
+    """Gemma 3: the other layers are packed, each checked against the stock backend."""
+    engine = {"model_path": str(write_model("gemma3", tmp_path)), "attention_backend": "packinfer", **POOL}
+    result = run_engine({"engine": engine, "rounds": ["tree", "tree"]}, {"PACKINFER_CONFIG": '{"verify": true}'})
+    state = result["packinfer"]
+    assert state["fallback_layers"] == {"sliding_window": 2} and 0 < state["verify_error"] < 1e-5
+    assert state["packed_steps"] > 30 and state["kv_tokens_read"] < 0.6 * state["kv_tokens_logical"]
 
 
 @pytest.mark.contract

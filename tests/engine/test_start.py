@@ -125,6 +125,16 @@ def test_broken_seam_is_invisible_for_others(model, tmp_path):
 
 
 @pytest.mark.contract
+def test_fp8_kv_runs_on_the_stock_backend(model):
+    engine = {"model_path": model, "attention_backend": "packinfer", "kv_cache_dtype": "fp8_e4m3", **POOL}
+    result = run_engine({"engine": engine, "rounds": ["cold"]})
+    assert len(result["said"]["0-cold"]) == 8
+    state = result["packinfer"]
+    assert state["active"] is False and state["packed_steps"] == 0 and state["fallback_layers"] == {"kv_dtype": 4}
+    assert state["reason"] == "no attention layer of LlamaForCausalLM can be packed (kv_dtype)"
+
+
+@pytest.mark.contract
 @pytest.mark.skipif(SGLANG == "0.5.17", reason="0.5.17 cannot build a pool for such a model on a platform plugin")
 def test_model_without_packable_layer_is_refused(model, tmp_path):
     """Multi-head latent attention: no layer can ever be packed."""

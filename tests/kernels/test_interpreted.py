@@ -6,9 +6,14 @@ all are float16.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from cases import brute_force, random_case, run_packed
+from cases import brute_force, make_packed, random_case, run_packed
+
+from packinfer_sgl.kernels.packed_cuda import Capacity
+from packinfer_sgl.plan import TilePolicy, make_plan
+from packinfer_sgl.prefix_tree import PrefixTree
 
 from packinfer_sgl.plan import Col
 
@@ -45,3 +50,19 @@ def test_equals_brute_force(name: str) -> None:
     tolerance = 2e-3 if dtype == torch.float16 else 2e-6
     torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=tolerance, atol=tolerance)
+
+
+def test_an_empty_plan_leaves_zeros() -> None:
+    """A rank of data-parallel attention without requests replays a captured graph: all its rows are padding."""
+    case = random_case(0, device=DEVICE, shared=[40], tails=[3, 5], dtype=torch.float16)
+    packed = make_packed(case, Capacity.of(case.plan))
+    policy = TilePolicy((16, 4), chunk_tokens=64)
+    nobody = PrefixTree.from_neighbours([], [])
+    nothing = make_plan(nobody, np.zeros(0, np.int32), policy, kv_tokens_unique=0, room_tokens=0)
+    for plan, pool_rows in ((case.plan, case.pool_rows), (nothing, case.pool_rows[:0])):
+        packed.load(plan)
+        packed.snapshot(case.req_to_token, pool_rows)
+        packed.append(case.kv_lens, torch.zeros_like(case.kv_lens))
+        out = torch.full_like(case.q, float("nan"))
+        packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=case.sm_scale, out=out)
+    assert torch.equal(out, torch.zeros_like(out))

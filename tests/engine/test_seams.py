@@ -1,0 +1,96 @@
+"""What the plugin takes from single classes of SGLang, without a server: draft backends, layers and pools."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.contract
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugins() -> None:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+
+
+@pytest.fixture
+def draft_factory(monkeypatch):
+    """SGLang's real factory of EAGLE's draft backends, as of a server with --attention-backend packinfer."""
+    from sglang.srt.speculative import draft_utils
+
+    if hasattr(draft_utils, "attention_backends"):  # 0.5.23
+        monkeypatch.setattr(draft_utils, "attention_backends", lambda: ("packinfer", "packinfer"))
+    factory = object.__new__(draft_utils.DraftBackendFactory)
+    factory.draft_model_runner = SimpleNamespace(device="cpu")
+    factory.draft_attn_backend = None
+    factory.server_args = SimpleNamespace(decode_attention_backend=None, attention_backend="packinfer")
+    return factory
+
+
+def make(factory, table, error="EAGLE is not supported in attention backend {backend_type}"):
+    return factory._create_backend("decode_attention_backend", table, error)
+
+
+def test_eagle_drafts_on_the_base_backend(draft_factory, monkeypatch):
+    drafts = {"torch_native": SimpleNamespace(), "fa3": SimpleNamespace()}
+    # 0.5.17 takes the backend, 0.5.23 a name with it
+    nested = "stamps_children" in draft_factory._create_backend.__wrapped__.__code__.co_varnames
+    table = {name: lambda n=name, d=d: (n, d) if nested else d for name, d in drafts.items()}
+    assert make(draft_factory, table) is drafts["torch_native"]
+    monkeypatch.setenv("PACKINFER_CONFIG", '{"base_backend": "fa3"}')
+    assert make(draft_factory, table) is drafts["fa3"]
+    assert set(table) == set(drafts)  # SGLang's own table stays as it is
+    with pytest.raises(ValueError, match="attention backend fa3, packinfer's base backend"):
+        make(draft_factory, {"torch_native": table["torch_native"]})
+
+
+def layer_and_pools():
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    def layer(**more):
+        return RadixAttention(4, 16, 0.25, num_kv_heads=2, layer_id=1, **more)
+
+    def pool(dtype=torch.float32):
+        return MHATokenToKVPool(
+            size=64, page_size=1, dtype=dtype, head_num=2, head_dim=16, layer_num=2, device="cpu",
+            enable_memory_saver=False,
+        )  # fmt: skip
+
+    def hybrid():
+        return SWAKVPool(
+            size=64, size_swa=16, page_size=1, dtype=torch.float32, head_num=2, head_dim=16,
+            swa_attention_layer_ids=[0], full_attention_layer_ids=[1], device="cpu",
+        )  # fmt: skip
+
+    return layer, pool, hybrid
+
+
+def test_reasons_of_layers():
+    from packinfer_sgl.backend import layer_reason
+    from packinfer_sgl.reasons import LayerReason
+
+    layer, pool, hybrid = layer_and_pools()
+    assert layer_reason(layer(logit_cap=30.0), pool()) is None
+    assert layer_reason(layer(sliding_window_size=128), pool()) is LayerReason.SLIDING_WINDOW
+    assert layer_reason(layer(use_irope=True), pool()) is LayerReason.SLIDING_WINDOW  # chunks of Llama 4
+    assert layer_reason(layer(v_head_dim=8), pool()) is LayerReason.UNEQUAL_HEAD_DIMS
+    assert layer_reason(layer(), pool(torch.float8_e4m3fn)) is LayerReason.KV_DTYPE
+    assert layer_reason(layer(), hybrid()) is None
+    assert layer_reason(layer(sliding_window_size=128), hybrid()) is LayerReason.SLIDING_WINDOW
+
+
+def test_a_layer_without_window_writes_to_its_own_pool():
+    """Where other layers have a window, their KV lies in another pool with slots of its own."""
+    from packinfer_sgl.backend import _write_kv
+
+    layer, _, hybrid = layer_and_pools()
+    pool, slots, kv = hybrid(), torch.tensor([40, 7]), torch.randn(2, 2, 2, 16)
+    _write_kv(pool, layer(), slots, *kv)
+    assert torch.equal(pool.get_key_buffer(1)[slots], kv[0])
+    assert torch.equal(pool.get_value_buffer(1)[slots], kv[1])

@@ -1,0 +1,65 @@
+"""Comparing two engines' outputs, and finding the line that says why one ended."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import check_models
+import check_runs
+import pytest
+from check_runs import Ran, compare, last_error
+
+
+def said(ids: list[int], top: list[dict[str, float]]) -> Ran:
+    return Ran(said={"0-tree": [{"ids": ids, "top": top}]})
+
+
+def test_a_near_tie_has_a_gap_and_a_wrong_token_an_infinite_one():
+    stock = said([5, 6, 7], [{"5": -0.1}, {"6": -0.7, "9": -0.75}, {"7": -0.1}])
+    near = compare(said([5, 9, 1], [{"5": -0.12}, {"9": -0.7}, {"1": -0.1}]), stock)
+    assert (near.equal, near.of, near.common) == (0, 1, 1)
+    assert near.drift == pytest.approx(0.02) and near.gap == pytest.approx(0.05)
+    assert compare(said([5, 4, 1], []), stock).gap == math.inf
+    same = compare(stock, stock)
+    assert (same.equal, same.common, same.drift, same.gap) == (1, 3, 0.0, 0.0)
+
+
+def test_only_rounds_of_both_are_compared():
+    more = Ran(said={"0-tree": [{"ids": [1], "top": []}], "1-samples": [{"ids": [1], "top": []}]})
+    assert compare(more, Ran(said={"0-tree": [{"ids": [1], "top": []}]})).of == 1
+
+
+def test_the_line_that_says_why():
+    log = """
+[2026-01-01 00:00:00] Scheduler hit an exception: Traceback (most recent call last):
+  File "x.py", line 1, in f
+packinfer_sgl.backend.UnsupportedModel: packinfer: M uses multi-head latent attention
+During handling of the above exception, another exception occurred:
+KeyError: 'x'
+EOFError
+RuntimeError: Rank 0 scheduler died during initialization (exit code: -9)
+"""
+    assert last_error(log).endswith("packinfer: M uses multi-head latent attention")
+    assert last_error("a\nValueError: no\nEOFError: \nError details follow\n") == "ValueError: no"
+    assert last_error("all is well") == ""
+
+
+def test_a_worker_that_ends_early_leaves_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    fake = tmp_path / "worker.py"
+    fake.write_text("print('READY')\nraise ValueError('no such luck')\n")
+    monkeypatch.setattr(check_runs, "__file__", str(fake))
+    ran = check_runs.run("x", check_runs.Scenario("m", {}), {}, 21000, tmp_path)
+    assert ran.problem == "while serving: ValueError: no such luck"
+    fake.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(check_runs, "LIMIT_S", 1)
+    ran = check_runs.run("x", check_runs.Scenario("m", {}), {}, 21000, tmp_path)
+    assert ran.problem == "while starting: nothing after 1 s"
+
+
+@pytest.mark.parametrize("kind", check_models.KINDS)
+def test_every_model_is_written(kind, tmp_path):
+    path = check_models.write_model(kind, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    assert config["architectures"] and config["model_type"] and (path / "tokenizer.json").exists()
