@@ -11,11 +11,10 @@ import pytest
 import torch
 from cases import brute_force, make_packed, random_case, run_packed
 
+from packinfer_sgl.cut import make_plan
 from packinfer_sgl.kernels.packed_cuda import Capacity
-from packinfer_sgl.plan import TilePolicy, make_plan
+from packinfer_sgl.plan import Col, TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
-
-from packinfer_sgl.plan import Col
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {
