@@ -58,7 +58,7 @@ FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 TRITON = {"attention_backend": "triton"}
 WRAP = {"wrap": True}
 DUMMY = {"load_format": "dummy"}
-STOCK = ", unwrapped"  # a wrapped engine that failed, once more without packinfer
+STOCK = "-unwrapped"  # a wrapped engine that failed, once more without packinfer
 UNEVEN = ("tree", "tree", "three", "one")
 
 SCENARIOS = {

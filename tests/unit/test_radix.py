@@ -1,0 +1,94 @@
+"""Which rows of a batch share what, read from requests laid out as SGLang's (whole engines: tests/engine)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from packinfer_sgl.radix import BatchRows
+
+
+def spans(rows: BatchRows) -> set[tuple[int, int, frozenset[int]]]:
+    tree = rows.prefix_tree()
+    assert tree is not None
+    tree.check_integrity()
+    return {
+        (int(s), int(e), frozenset(tree.row_order[lo:hi].tolist()))
+        for s, e, lo, hi in zip(tree.start, tree.end, tree.row_lo, tree.row_hi)
+    }
+
+
+def request(pool_row: int, node: object, protected: int) -> SimpleNamespace:
+    kv = SimpleNamespace(req_pool_idx=pool_row, cache_protected_len=protected)
+    return SimpleNamespace(kv=kv, last_node=node)
+
+
+def rust_tree(paths: dict[int, list[tuple[int, int]]]) -> SimpleNamespace:
+    """A prefix cache of 0.5.23 that knows, for each node, the (id, end) of those above it and itself."""
+
+    def collect_path_info(nodes):
+        return [[SimpleNamespace(node_id=i, path_end=end) for i, end in paths[node]] for node in nodes]
+
+    return SimpleNamespace(tree_core=SimpleNamespace(collect_path_info=collect_path_info))
+
+
+def beams_of(group: SimpleNamespace, leader: int) -> SimpleNamespace:
+    return SimpleNamespace(entries=[(group, leader, 0, len(group.member_rows_cpu))])
+
+
+@dataclass(eq=False)
+class Node:
+    id: int
+    parent: Node | None
+    key: range
+
+
+class Rows(list):
+    def tolist(self) -> list[int]:
+        return list(self)
+
+
+def test_beams_share_their_prompt_which_never_enters_the_tree() -> None:
+    tree = rust_tree({0: [], 1: [(1, 40)]})
+    reqs = [request(7, 1, 40), request(3, 1, 40)]
+    group = SimpleNamespace(member_rows_cpu=Rows([9, 11]), prompt_len=60)
+    batch = SimpleNamespace(reqs=reqs, tree_cache=tree, beam_tail=beams_of(group, 1))
+    rows = BatchRows.of(batch)
+    assert len(reqs) == 2 and len(rows.reqs) == len(rows.rows) == 4  # SGLang's own list stays as it is
+    assert [row[0] for row in rows.rows] == [7, 3, 9, 11]
+    assert spans(rows) == {(0, 40, frozenset({0, 1, 2, 3})), (40, 60, frozenset({1, 2, 3}))}
+    assert rows != BatchRows.of(batch)  # beams may have changed places since: their slots are read anew
+
+
+def test_a_prompt_that_the_tree_has_is_one_span() -> None:
+    tree = rust_tree({1: [(1, 60)]})
+    group = SimpleNamespace(member_rows_cpu=Rows([9]), prompt_len=60)
+    batch = SimpleNamespace(reqs=[request(7, 1, 60)], tree_cache=tree, beam_tail=beams_of(group, 0))
+    assert spans(BatchRows.of(batch)) == {(0, 60, frozenset({0, 1}))}
+
+
+def test_without_beams_a_batch_that_stays_is_equal() -> None:
+    batch = SimpleNamespace(reqs=[request(7, 1, 40), request(3, 1, 40)], tree_cache=rust_tree({1: [(1, 40)]}))
+    assert BatchRows.of(batch) == BatchRows.of(batch)
+    assert spans(BatchRows.of(batch)) == {(0, 40, frozenset({0, 1}))}
+
+
+@pytest.mark.parametrize("by_id", [False, True])  # 0.5.17: its own tree, and the one for models with sliding windows
+def test_a_tree_that_is_walked(by_id: bool) -> None:
+    root = Node(0, None, range(0))
+    upper = Node(1, root, range(30))
+    lower = Node(2, upper, range(10))
+    nodes = [upper, lower, lower, root]
+    if by_id:
+        arena = {node.id: node for node in nodes}
+        tree = SimpleNamespace(tree_core=SimpleNamespace(root_node=root, node_by_id=arena.__getitem__))
+    else:
+        tree = SimpleNamespace(root_node=root)
+    reqs = [request(i, node.id if by_id else node, 40) for i, node in enumerate(nodes)]
+    rows = BatchRows.of(SimpleNamespace(reqs=reqs, tree_cache=tree))
+    assert spans(rows) == {(0, 30, frozenset({0, 1, 2})), (30, 40, frozenset({1, 2}))}
+    reqs[2].kv.cache_protected_len = 39  # that row's slots are its own where the tree does not own them all
+    rows = BatchRows.of(SimpleNamespace(reqs=reqs, tree_cache=tree))
+    assert spans(rows) == {(0, 30, frozenset({0, 1, 2}))}
