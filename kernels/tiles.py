@@ -47,11 +47,11 @@ TILES = {
 }
 
 # Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.
-BYTES_PER_US = 4.6e6
-FLOPS_PER_US = 4.6e8  # of the large class
-LARGE_ITEM_US = 5.8  # an item besides its tokens
-SMALL_ITEM_US = 2.2
-DRAWING_PROGRAMS = 1.6  # small ones of a multiprocessor: so many draw 63 % of the bandwidth, twice as many 86 %
+BYTES_PER_US = 4.81e+06
+FLOPS_PER_US = 2.79e+08  # of the large class
+LARGE_ITEM_US = 6.93  # an item besides its tokens
+SMALL_ITEM_US = 2.38
+DRAWING_PROGRAMS = 1.82  # small ones of a multiprocessor: so many draw 63 % of the bandwidth, twice as many 86 %
 
 
 def tiles_for(head_dim: int) -> tuple[Tile, ...]:
