@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 import torch
-from ablate_cells import Cells, Records, UsageError, engine_defaults
+from ablate_cells import Cells, Records, engine_defaults
 from ablate_matrix import AXES, Config, engine_arguments, label
 from ablate_report import show, write
 from ablate_workloads import MAKERS, SIZES, as_json
@@ -41,6 +41,10 @@ ENGINE_GIB = 4  # memory of an engine of the tiny model with all its processes, 
 GPU_ENGINES = 2
 
 console = Console(highlight=False)
+
+
+class NothingMeasured(Exception):
+    """There is nothing to report; the reasons have been told."""
 
 
 def start(cells: Cells, configs: list[Config], args: argparse.Namespace, engines: ExitStack) -> dict[str, EngineWorker]:
@@ -170,9 +174,9 @@ def ablate(args: argparse.Namespace, undo: ExitStack) -> bool:
     cells = Cells(chosen, args.full, SIZES[args.size], args.workloads, args.trace, args.rounds, common, records)
     console.print(Text(cells.estimate()), soft_wrap=True)
     measure(cells, args, undo)
-    if not records.lines:
-        raise UsageError("nothing could be measured")
     results = cells.results(command=shlex.join(sys.argv[1:]), at_once=args.at_once)
+    if not results["runs"]:
+        raise NothingMeasured("nothing could be measured")
     write(results, args.out, console)
     show(results, console)
     console.print(Text(f"\nthe whole report: {args.out / 'results.md'}"), soft_wrap=True)
@@ -186,7 +190,7 @@ def main() -> int:
     with undone_at_end() as undo:
         try:
             return 0 if ablate(args, undo) else 1
-        except (UsageError, TraceError, OSError) as e:
+        except (NothingMeasured, TraceError, OSError) as e:
             console.print(Text(f"ablate_radix: {e}"), soft_wrap=True)
             return 1
         except KeyboardInterrupt:

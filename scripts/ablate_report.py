@@ -30,10 +30,10 @@ SAVED = {"prompt": "prompt tokens computed", "kv": "KV tokens read"}
 PLOT_ARMS = 8
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "oo", "++")
 LEGEND = (
-    "Requests of a workload are sent at once and wait for their turn in the engine. Medians of the rounds, lowest to highest "
-    "in brackets. TPOT: time per output token after the first. *KV tokens read*: in packed decode steps, of what a kernel "
-    "that knows of no prefixes reads; *at least*: what any kernel must read there. *Hit rate*: prompt tokens found in the "
-    "radix cache; *at best*: in one that never forgets, requests coming one after the other."
+    "Requests of a workload are sent at once and wait for their turn in the engine. Medians of the rounds, in brackets "
+    "lowest and highest. TPOT: time per output token after the first. *KV tokens read*: in packed decode steps, "
+    "of what a kernel that knows of no prefixes reads; *at least*: what any kernel must read there. *Hit rate*: prompt "
+    "tokens found in the radix cache; *at best*: in one that never forgets, requests coming one after the other."
 )
 
 
@@ -118,7 +118,8 @@ def answer(step: Step, found: list[tuple[str, Cell, Cell]]) -> str:
         parts.append("No difference beyond the spread of the rounds: " + ", ".join(t for _, t in by_word["same"]) + ".")
     if by_word["worse"]:
         parts.append("Slower: " + ", ".join(t for _, t in by_word["worse"]) + ".")
-    return f"**{step.title()}** {' '.join(parts)}"
+    thing, values = step.title().split(": ")
+    return f"**{thing[0].upper()}{thing[1:]}** ({values}) {' '.join(parts)}"
 
 
 def notices(results: Results) -> list[str]:
