@@ -12,10 +12,12 @@ results.json, cells.csv, plots, logs. What is finished there is not run again by
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -84,15 +86,19 @@ def measure(cells: Cells, args: argparse.Namespace, undo: ExitStack) -> None:
         while left:
             batch, left = left[: args.at_once], left[args.at_once :]
             progress.update(bar, description=f"starting {len(batch)} engines")
-            engines = undo.enter_context(ExitStack())
+            engines, began = undo.enter_context(ExitStack()), time.monotonic()
             up = start(cells, batch, args, engines)
             progress.advance(bar, len(batch))
-            for config, workload, run in cells.missing(batch):
-                name = label(config)
-                progress.update(bar, description=f"{workload}: {name}")
-                if (name, workload) not in cells.broken:
-                    one_run(cells, config, workload, run, up[name])
-                progress.advance(bar)
+            console.print(f"{len(batch)} engines started in {time.monotonic() - began:.0f} s: {', '.join(up)}")
+            for workload, turns in itertools.groupby(cells.missing(batch), key=lambda turn: turn[1]):
+                began = time.monotonic()
+                for config, _, run in turns:
+                    name = label(config)
+                    progress.update(bar, description=f"{workload}: {name}")
+                    if (name, workload) not in cells.broken:
+                        one_run(cells, config, workload, run, up[name])
+                    progress.advance(bar)
+                console.print(f"{workload}: done in {time.monotonic() - began:.0f} s")
             engines.close()
 
 
