@@ -43,7 +43,7 @@ RESULTS = {
     "runs": [
         *runs("radix off", "fork", (50, 60), (10, 12), kv_tokens_unique=800),
         *runs("grouping off", "fork", (100, 120), (9, 11), **HITS),
-        *runs("grouping single", "fork", (110, 130), (8, 12), **HITS, kv_tokens_read=400),
+        *runs("grouping single", "fork", (110, 130), (6, 11), **HITS, kv_tokens_read=400),
         *runs("usual settings", "fork", (150, 170), (4, 6), **HITS, kv_tokens_read=160),
         *runs("radix off", "alone", (50, 60), (10, 12), least_prefill_tokens=1000, kv_tokens_unique=800),
         *runs("grouping off", "alone", (55, 58), (10, 12), least_prefill_tokens=1000, kv_tokens_unique=800),
