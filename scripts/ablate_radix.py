@@ -32,7 +32,7 @@ from engine_worker import EngineWorker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
-from servers import ServerError, undone_at_end
+from servers import ServerError, stop_all, undone_at_end
 from token_traces import TraceError
 
 from packinfer_sgl.tiny_model import write_tiny_model
@@ -52,6 +52,7 @@ class NothingMeasured(Exception):
 def start(cells: Cells, configs: list[Config], args: argparse.Namespace, engines: ExitStack) -> dict[str, EngineWorker]:
     """The engines that come up, by label; the cells of the others are broken."""
     up: dict[str, EngineWorker] = {}
+    engines.callback(stop_all, up.values())
 
     def wait(names: list[str]) -> None:
         for name in names:
@@ -67,7 +68,6 @@ def start(cells: Cells, configs: list[Config], args: argparse.Namespace, engines
         arguments = [str(HERE / "ablate_engine.py"), json.dumps({**cells.common, **engine})]
         log = args.out / f"{name.replace(', ', '_').replace(' ', '-')}.log"
         up[name] = EngineWorker(name, arguments, log, {"PACKINFER_CONFIG": json.dumps(packinfer)})
-        engines.callback(up[name].stop)
         if ON_GPU:  # each must see what memory those before it left
             wait([name])
     if not ON_GPU:

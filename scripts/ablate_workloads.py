@@ -48,13 +48,10 @@ class Size:
 
 
 def shared_prefix(words: Words, groups: int, prompts: int, shared: int, own: int, new: int) -> Workload:
-    """SGLang's generated-shared-prefix, groups mixed."""
-    turns = []
-    for _ in range(groups):
-        prefix = words(shared)
-        turns += [Turn(prefix + words(own), new) for _ in range(prompts)]
-    random.Random(0).shuffle(turns)
-    return Workload(f"{groups} groups x {prompts} prompts of {shared:,} shared + {own} own tokens, {new} new", turns)
+    """Like SGLang's generated-shared-prefix, but each prefix has been seen: a request of its own comes first."""
+    turns = [Turn(words(shared), 1, then=[Turn(words(own), new) for _ in range(prompts)]) for _ in range(groups)]
+    about = f"{groups} prefixes of {shared:,} tokens, then {prompts} prompts of {own} tokens behind each; {new} new"
+    return Workload(about, turns)
 
 
 def samples(words: Words, prompts: int, n: int, prompt: int, new: int) -> Workload:
@@ -79,6 +76,7 @@ def fork(
 
 
 def few_shot(words: Words, shared: int, questions: int, own: int, new: int) -> Workload:
+    """A batch job on a server that has never seen the examples."""
     prefix = words(shared)
     turns = [Turn(prefix + words(own), new) for _ in range(questions)]
     return Workload(f"{questions} questions of {own} tokens behind {shared:,} tokens of examples, {new} new", turns)
@@ -111,12 +109,12 @@ SIZES = {
     "cpu": Size(
         range(300, 1200), running=16, pool_tokens=20000, start_s=40, run_s=3,
         workloads={
-            "shared-prefix": {"groups": 2, "prompts": 8, "shared": 1024, "own": 16, "new": 40},
-            "n-sampling": {"prompts": 2, "n": 8, "prompt": 768, "new": 32},
-            "nested-fork": {"roots": 1, "shared": 768, "branches": 4, "branch": 64, "leaves": 4, "leaf": 16, "new": 16},
-            "few-shot": {"shared": 768, "questions": 16, "own": 24, "new": 4},
-            "multi-turn": {"talks": 8, "turns": 3, "system": 64, "own": 96, "new": 16},
-            "unrelated": {"requests": 12, "own": 256, "new": 32},
+            "shared-prefix": {"groups": 2, "prompts": 8, "shared": 1024, "own": 16, "new": 32},
+            "n-sampling": {"prompts": 2, "n": 6, "prompt": 768, "new": 32},
+            "nested-fork": {"roots": 1, "shared": 512, "branches": 4, "branch": 48, "leaves": 3, "leaf": 16, "new": 16},
+            "few-shot": {"shared": 512, "questions": 12, "own": 24, "new": 4},
+            "multi-turn": {"talks": 6, "turns": 3, "system": 64, "own": 96, "new": 16},
+            "unrelated": {"requests": 8, "own": 256, "new": 32},
         },
         trace={"requests": 8, "limit": 2500, "new": 24},
     ),

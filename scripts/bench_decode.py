@@ -26,7 +26,7 @@ import torch
 from engine_worker import EngineWorker, Orders
 from rich.console import Console
 from rich.table import Table
-from servers import ServerError, undone_at_end
+from servers import ServerError, stop_all, undone_at_end
 
 REQUESTS, PREFIX_TOKENS, SUFFIX_TOKENS = 16, 2048, 32
 FEW, MANY = 8, 40
@@ -79,11 +79,11 @@ def measure(rounds: int, folder: Path, speeds: dict[tuple[str, str], list[float]
     from packinfer_sgl.tiny_model import write_tiny_model
 
     model = write_tiny_model(folder / "tiny")
-    arms = {}
+    arms: dict[str, EngineWorker] = {}
+    undo.callback(stop_all, arms.values())
     for name, (backend, config) in ARMS.items():
         arguments = [__file__, "--worker", backend, str(model)]
         arms[name] = EngineWorker(name, arguments, folder / f"{name}.log", {"PACKINFER_CONFIG": json.dumps(config)})
-        undo.callback(arms[name].stop)
     for arm in arms.values():
         arm.wait()
     for load in loads():

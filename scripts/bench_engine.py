@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from engine_worker import EngineWorker, Orders
-from servers import ServerError, undone_at_end
+from servers import ServerError, stop_all, undone_at_end
 
 REQUESTS, NEW_TOKENS = 64, 256
 LOADS = {"shared-16000": (16000, 64), "shared-2000": (2000, 64), "unrelated-2000": (0, 2000)}
@@ -68,10 +68,10 @@ def worker(backend: str, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace, undo: ExitStack) -> list[dict]:
     args.out.mkdir(parents=True, exist_ok=True)
     arms: dict[str, EngineWorker] = {}
+    undo.callback(stop_all, arms.values())
     for backend in args.backends.split(","):  # one after the other: each takes its share of what memory is there
         arguments = [__file__, *sys.argv[1:], "--worker", backend]
         arms[backend] = EngineWorker(backend, arguments, args.out / f"{backend}.log")
-        undo.callback(arms[backend].stop)
         arms[backend].wait()
         print(f"{backend} is up", flush=True)
     results = []

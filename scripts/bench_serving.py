@@ -24,7 +24,7 @@ import torch
 from machine import machine, nvidia_smi
 from rich.console import Console
 from rich.text import Text
-from servers import Server, ServerError, undone_at_end
+from servers import Server, ServerError, stop_all, undone_at_end
 from serving_load import Load
 from serving_report import show, write
 from token_traces import TraceError
@@ -108,10 +108,7 @@ class Fleet:
             del self.up[arm]
 
     def stop(self) -> None:
-        for server in self.up.values():
-            server.process.terminate()
-        for server in self.up.values():
-            server.stop()
+        stop_all(self.up.values())
 
 
 def measure(args: argparse.Namespace, load: Load, fleet: Fleet) -> list[dict[str, Any]]:

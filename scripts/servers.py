@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,14 @@ class Child:
         except ProcessLookupError:
             pass
         self.process.wait()
+
+
+def stop_all(children: Iterable[Child]) -> None:
+    children = list(children)
+    for child in children:  # they end side by side
+        child.ask_to_end()
+    for child in children:
+        child.stop()
 
 
 class Server(Child):

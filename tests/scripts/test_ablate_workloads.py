@@ -51,12 +51,14 @@ def test_every_workload_fits_its_size_and_is_the_same_twice(name: str, size: str
 
 def test_shared_prefix() -> None:
     p = SIZE.workloads["shared-prefix"]
-    found = prompts(make("shared-prefix", SIZE).turns)
-    lengths = sorted(shared(found[0], other) for other in found[1:])
-    assert len(found) == p["groups"] * p["prompts"] and {len(f) for f in found} == {p["shared"] + p["own"]}
-    assert sum(n >= p["shared"] for n in lengths) == p["prompts"] - 1 and lengths[0] < 5
-    groups = [f[: p["shared"]] for f in found]
-    assert groups != sorted(groups) and groups != sorted(groups, reverse=True)  # they come mixed
+    turns = make("shared-prefix", SIZE).turns
+    assert [turn.new_tokens for turn in turns] == [1] * p["groups"] and requests_of(turns) == p["groups"] * (
+        1 + p["prompts"]
+    )
+    first, *group = prompts(turns)[: 1 + p["prompts"]]
+    assert len(first) == p["shared"] and {shared(first, prompt) for prompt in group} == {p["shared"]}
+    assert {len(prompt) for prompt in group} == {p["shared"] + len(ANSWER) + p["own"]}
+    assert shared(first, prompts(turns)[1 + p["prompts"]]) < 5
 
 
 def test_nested_fork() -> None:
