@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ablate_matrix import AXES, LADDER, Config, Step, label, steps
+from ablate_matrix import AXES, LADDER, Config, Step, label, steps, usual
 from report_files import write_again, write_files
 from rich.console import Console
 from rich.table import Table
@@ -105,7 +105,7 @@ def answer(step: Step, found: list[tuple[str, Cell, Cell]]) -> str:
     for workload, before, after in found:
         ratio, word = change(step, before, after)
         left = saving(step, after)
-        note = f" ({fraction(left[0])} of the {SAVED[axis.saves]}, at best {fraction(left[1])})" if left else ""
+        note = f" ({fraction(left[0])}, {fraction(left[1])})" if left else ""
         by_word[word].append((ratio, f"{workload} {ratio:.2f}x{note}"))
     what = "the time per output token" if axis.metric == "tpot_p50_ms" else "output tokens/s"
     parts = []
@@ -118,8 +118,14 @@ def answer(step: Step, found: list[tuple[str, Cell, Cell]]) -> str:
         parts.append("No difference beyond the spread of the rounds: " + ", ".join(t for _, t in by_word["same"]) + ".")
     if by_word["worse"]:
         parts.append("Slower: " + ", ".join(t for _, t in by_word["worse"]) + ".")
+    if axis.saves:
+        parts.append(f"In brackets: the share of {SAVED[axis.saves]}, and the least possible.")
     thing, values = step.title().split(": ")
     return f"**{thing[0].upper()}{thing[1:]}** ({values}) {' '.join(parts)}"
+
+
+def usual_settings() -> str:
+    return "usual settings: " + ", ".join(f"{name} {value}" for name, value in usual().items())
 
 
 def notices(results: Results) -> list[str]:
@@ -188,7 +194,11 @@ def markdown(results: Results) -> str:
     given = [AXES[name].gives for name in LADDER]
     lines = [f"# What {', '.join(given[:-1])} and {given[-1]} give", "", "![](ablation.svg)", ""]
     found = list(compared(results))
-    lines += [f"- {answer(*pair)}" for pair in found] + [f"- {line}" for line in notices(results)] + ["", LEGEND, ""]
+    lines += (
+        [f"- {answer(*pair)}" for pair in found]
+        + [f"- {line}" for line in notices(results)]
+        + ["", f"{LEGEND} {usual_settings().capitalize()}.", ""]
+    )
     for step, workloads in found:
         lines += [f"## {step.title()}", "", f"before: {label(step.before)}; after: {label(step.after)}", ""]
         lines += markdown_table(comparison_rows(step, workloads))
@@ -207,7 +217,7 @@ def show(results: Results, console: Console) -> None:
             table.add_row(*row)
         console.print("", table)
     lines = [answer(*pair) for pair in compared(results)] + notices(results)
-    console.print("", Text("\n".join(line.replace("**", "") for line in lines)), soft_wrap=True)
+    console.print("", Text("\n\n".join(line.replace("**", "") for line in lines)), soft_wrap=True)
 
 
 def write_csv(results: Results, path: Path) -> None:
@@ -237,7 +247,7 @@ def plot(results: Results, out: Path) -> None:
     environment = results["environment"]
     figure.suptitle(
         f"{environment['model']}, {environment['device']}, SGLang {environment['sglang']}; "
-        f"median of {environment['rounds']} rounds, whiskers from lowest to highest"
+        f"median of {environment['rounds']} rounds, whiskers from lowest to highest\n{usual_settings()}"
     )
     panels = figure.subplots(1, 3, sharey=True)
     height = 1 / (len(arms) + 1)
@@ -262,8 +272,8 @@ def plot(results: Results, out: Path) -> None:
         axes.set_xlabel(text)
         axes.grid(axis="x", alpha=0.4)
         axes.set_axisbelow(True)
-    handles, texts = panels[2].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=4)
+    handles, texts = panels[2].get_legend_handles_labels()  # lines come before bars
+    figure.legend(handles[1:] + handles[:1], texts[1:] + texts[:1], loc="outside lower center", ncols=3)
     for suffix in ("png", "svg"):
         figure.savefig(out / f"ablation.{suffix}", dpi=120)
 
