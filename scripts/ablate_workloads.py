@@ -126,11 +126,11 @@ SIZES = {
             "nested-fork": {
                 "roots": 4, "shared": 4096, "branches": 4, "branch": 128, "leaves": 4, "leaf": 64, "new": 64,
             },
-            "few-shot": {"shared": 4096, "questions": 256, "own": 64, "new": 8},
+            "few-shot": {"shared": 2048, "questions": 128, "own": 64, "new": 8},
             "multi-turn": {"talks": 48, "turns": 5, "system": 256, "own": 512, "new": 128},
             "unrelated": {"requests": 64, "own": 2048, "new": 128},
         },
-        trace={"requests": 128, "limit": 24000, "new": 512},
+        trace={"requests": 64, "limit": 16000, "new": 512},
     ),
 }  # fmt: skip
 
