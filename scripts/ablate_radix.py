@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -89,7 +88,8 @@ def measure(cells: Cells, args: argparse.Namespace, undo: ExitStack) -> None:
             engines, began = undo.enter_context(ExitStack()), time.monotonic()
             up = start(cells, batch, args, engines)
             progress.advance(bar, len(batch))
-            console.print(f"{len(batch)} engines started in {time.monotonic() - began:.0f} s: {', '.join(up)}")
+            names_up = [name for name, engine in up.items() if engine.process.poll() is None]
+            console.print(f"{len(names_up)} engines started in {time.monotonic() - began:.0f} s: {', '.join(names_up)}")
             for workload, turns in itertools.groupby(cells.missing(batch), key=lambda turn: turn[1]):
                 began = time.monotonic()
                 for config, _, run in turns:
@@ -180,7 +180,7 @@ def ablate(args: argparse.Namespace, undo: ExitStack) -> bool:
     cells = Cells(chosen, args.full, SIZES[args.size], args.workloads, args.trace, args.rounds, common, records)
     console.print(Text(cells.estimate()), soft_wrap=True)
     measure(cells, args, undo)
-    results = cells.results(command=shlex.join(sys.argv[1:]), at_once=args.at_once)
+    results = cells.results(size=args.size, engines_up_at_once=args.at_once)
     if not results["runs"]:
         raise NothingMeasured("nothing could be measured")
     write(results, args.out, console)

@@ -35,7 +35,7 @@ def runs(
 
 HITS = {"computed_prompt_tokens": 250}
 RESULTS = {
-    "environment": {"model": "m", "device": "d", "sglang": "0", "rounds": 2, "command": "--all"},
+    "environment": {"model": "m", "device": "d", "sglang": "0", "rounds": 2, "size": "cpu"},
     "engine": {"random_seed": 0},
     "chosen": CHOSEN,
     "configs": CONFIGS,
@@ -99,7 +99,7 @@ def test_markdown_and_csv(tmp_path: Path) -> None:
     assert "| fork | usual settings | 160 (150 to 170) |" in text
     row = next(line for line in text.splitlines() if line.startswith("| fork | usual settings"))
     assert row.endswith("| 20% | 12% | 90% | 75% | 80% | 100 | 4 |")
-    assert "- fork: a tree" in text and "- command: --all" in text
+    assert "- fork: a tree" in text and "- size: cpu" in text
     write_csv(RESULTS, tmp_path / "cells.csv")
     with (tmp_path / "cells.csv").open() as file:
         rows = {(row["workload"], row["radix"], row["grouping"]): row for row in csv.DictReader(file)}
