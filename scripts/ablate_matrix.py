@@ -42,7 +42,7 @@ AXES = {
                      packinfer=True, off="off", gives="grouping", metric="tpot_p50_ms", saves="kv"),
     "page": Axis({v: {"page_size": int(v)} for v in ("1", "16", "64")}, ("1",), of_tree=False),
     "eviction": Axis({v: {"radix_eviction_policy": v} for v in ("lru", "lfu")}, ("lru",)),
-    "schedule": Axis({v: {"schedule_policy": v} for v in ("fcfs", "lpm", "dfs-weight")}, ("fcfs", "lpm")),
+    "schedule": Axis({v: {"schedule_policy": v} for v in ("fcfs", "lpm", "dfs-weight")}, ("fcfs",)),
 }  # fmt: skip
 LADDER = [name for name, axis in AXES.items() if axis.off]
 

@@ -152,7 +152,7 @@ def arguments() -> argparse.Namespace:
                         help=f"by comma, of {', '.join(MAKERS)} (default: all)")  # fmt: skip
     text = "a workload made from a request trace of Mooncake (.jsonl) or Azure (.csv); may be repeated"
     parser.add_argument("--trace", type=Path, action="append", default=[], metavar="FILE", help=text)
-    parser.add_argument("--rounds", type=int, choices=range(1, 100), default=2, metavar="N", help="default 2")
+    parser.add_argument("--rounds", type=int, choices=range(1, 100), default=3, metavar="N", help="default 3")
     text = f"engines up at a time (default: {GPU_ENGINES} on a GPU, else what fits into memory)"
     parser.add_argument("--at-once", type=int, choices=range(1, 100), metavar="N", help=text)
     parser.add_argument("--engine", type=json_object, default={}, help="more arguments of sglang.Engine, as JSON")

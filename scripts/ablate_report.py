@@ -15,7 +15,7 @@ from report_files import write_again, write_files
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from serving_report import Spread
+from serving_report import Spread, number
 
 Results = dict[str, Any]
 TITLES = {
@@ -25,7 +25,7 @@ TITLES = {
     "tpot_p50_ms": "TPOT p50, ms",
     "tpot_p99_ms": "TPOT p99, ms",
 }
-MATTERS = 0.02  # a smaller change is none, even where the rounds do not overlap
+MATTERS = 0.05  # a smaller change is none, even where the rounds do not overlap: few rounds do so by chance
 SAVED = {"prompt": "prompt tokens computed", "kv": "KV tokens read"}
 PLOT_ARMS = 8
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "oo", "++")
@@ -115,7 +115,9 @@ def answer(step: Step, found: list[tuple[str, Cell, Cell]]) -> str:
     else:
         parts.append(f"gains nothing in {what} on any workload.")
     if by_word["same"]:
-        parts.append("No difference beyond the spread of the rounds: " + ", ".join(t for _, t in by_word["same"]) + ".")
+        parts.append(
+            "Nothing gained beyond the spread of the rounds: " + ", ".join(t for _, t in by_word["same"]) + "."
+        )
     if by_word["worse"]:
         parts.append("Slower: " + ", ".join(t for _, t in by_word["worse"]) + ".")
     if axis.saves:
@@ -152,17 +154,16 @@ def notices(results: Results) -> list[str]:
     return lines
 
 
-def comparison_rows(step: Step, found: list[tuple[str, Cell, Cell]]) -> list[list[str]]:
-    """A table of one step, the header first."""
+def comparison_rows(step: Step, found: list[tuple[str, Cell, Cell]], spreads: bool) -> list[list[str]]:
+    """A table of one step, the header first; without ``spreads`` medians alone, as a terminal has room for."""
     saves = AXES[step.axis].saves
-    head = ["workload", *(f"{TITLES[m]}: before, after" for m in ("output_tokens_per_s", "tpot_p50_ms", "ttft_p50_ms"))]
-    rows = [[*head, *([SAVED[saves], "at least"] if saves else []), "times better"]]
+    metrics = ("output_tokens_per_s", "tpot_p50_ms", "ttft_p50_ms")
+    rows = [["workload", *map(TITLES.get, metrics), *([SAVED[saves], "at least"] if saves else []), "times better"]]
     for workload, before, after in found:
         ratio, word = change(step, before, after)
-        pairs = [
-            f"{before.spread[m]} → {after.spread[m]}" for m in ("output_tokens_per_s", "tpot_p50_ms", "ttft_p50_ms")
-        ]
-        rows.append([workload, *pairs, *map(fraction, saving(step, after) or ()), f"{ratio:.2f} {word}"])
+        pairs = [(before.spread[m], after.spread[m]) for m in metrics]
+        texts = [f"{a} → {b}" if spreads else f"{number(a.median)} → {number(b.median)}" for a, b in pairs]
+        rows.append([workload, *texts, *map(fraction, saving(step, after) or ()), f"{ratio:.2f} {word}"])
     return rows
 
 
@@ -201,7 +202,7 @@ def markdown(results: Results) -> str:
     )
     for step, workloads in found:
         lines += [f"## {step.title()}", "", f"before: {label(step.before)}; after: {label(step.after)}", ""]
-        lines += markdown_table(comparison_rows(step, workloads))
+        lines += markdown_table(comparison_rows(step, workloads, spreads=True))
     lines += ["## All cells", "", *markdown_table(cell_rows(results)), "## Workloads", ""]
     lines += [f"- {name}: {about}" for name, about in results["workloads"].items()]
     lines += ["", "## How", "", *(f"- {name}: {value}" for name, value in results["environment"].items())]
@@ -211,7 +212,7 @@ def markdown(results: Results) -> str:
 
 def show(results: Results, console: Console) -> None:
     for step, workloads in compared(results):
-        rows = comparison_rows(step, workloads)
+        rows = comparison_rows(step, workloads, spreads=False)
         table = Table(*rows[0], title=f"{step.title()}\n{label(step.before)} → {label(step.after)}", show_edge=False)
         for row in rows[1:]:
             table.add_row(*row)

@@ -13,7 +13,7 @@ import pytest
 from ablate_matrix import AXES, label, select, steps
 from ablate_report import answer, cells, change, compared, comparison_rows, fraction, markdown, notices, plot, write_csv
 
-CHOSEN = {name: list(axis.default) for name, axis in AXES.items()}
+CHOSEN = {name: list(axis.default) for name, axis in AXES.items()} | {"schedule": ["fcfs", "lpm"]}
 CONFIGS = {label(config): config for config in select(CHOSEN, full=False)}
 
 
@@ -72,14 +72,16 @@ def test_the_sides_of_a_step() -> None:
 def test_the_saving_stands_beside_the_speeds() -> None:
     said = [answer(*pair) for pair in compared(RESULTS)]
     assert said[0] == (
-        "**The radix cache** (on against off) raises output tokens/s: fork 2.00x (1/4.0, 1/5.0). No difference beyond "
+        "**The radix cache** (on against off) raises output tokens/s: fork 2.00x (1/4.0, 1/5.0). Nothing gained beyond "
         "the spread of the rounds: alone 1.03x (1/1.0, 1/1.0). In brackets: the share of prompt tokens computed, and "
         "the least possible."
     )
     assert "cuts the time per output token: fork 2.00x (1/5.0, 1/8.0)." in said[1]
     assert "Slower: alone 0.81x" in said[1]
     assert said[2].startswith("**Grouping** (single against off) gains nothing in the time per output token on any")
-    rows = comparison_rows(*list(compared(RESULTS))[1])
+    rows = comparison_rows(*list(compared(RESULTS))[1], spreads=True)
+    assert rows[1][1] == "110 (100 to 120) → 160 (150 to 170)"
+    assert comparison_rows(*list(compared(RESULTS))[1], spreads=False)[1][1] == "110 → 160"
     assert rows[1][-3:] == ["1/5.0", "1/8.0", "2.00 better"] and len(rows[0]) == len(rows[1])
     assert fraction(1.0) == "1/1.0"
 
