@@ -26,6 +26,7 @@ TITLES = {
     "tpot_p99_ms": "TPOT p99, ms",
 }
 MATTERS = 0.05  # a smaller change is none, even where the rounds do not overlap: few rounds do so by chance
+NOTHING_TO_SAVE = 0.98
 SAVED = {"prompt": "prompt tokens computed", "kv": "KV tokens read"}
 PLOT_ARMS = 8
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "oo", "++")
@@ -72,7 +73,9 @@ def change(step: Step, before: Cell, after: Cell) -> tuple[float, str]:
         ratio, apart = old.median / new.median, (new.high < old.low, new.low > old.high)
     else:
         ratio, apart = new.median / old.median, (new.low > old.high, new.high < old.low)
-    if apart[0] and ratio >= 1 + MATTERS:
+    left = saving(step, after)
+    can_gain = left is None or left[1] < NOTHING_TO_SAVE  # else it is the machine that was faster
+    if can_gain and apart[0] and ratio >= 1 + MATTERS:
         return ratio, "better"
     return ratio, "worse" if apart[1] and ratio <= 1 - MATTERS else "same"
 

@@ -69,6 +69,15 @@ def test_the_sides_of_a_step() -> None:
     assert change(step, before, after)[1] == "same"  # a better median within the spread
 
 
+def test_where_nothing_can_be_saved_nothing_is_gained() -> None:
+    faster = [
+        *runs("radix off", "alone", (50, 55), (10, 10), least_prefill_tokens=1000),
+        *runs("grouping off", "alone", (60, 65), (10, 10), least_prefill_tokens=1000),
+    ]
+    ((step, ((_, before, after),)),) = compared({**RESULTS, "runs": faster})
+    assert change(step, before, after) == (62.5 / 52.5, "same")
+
+
 def test_the_saving_stands_beside_the_speeds() -> None:
     said = [answer(*pair) for pair in compared(RESULTS)]
     assert said[0] == (
