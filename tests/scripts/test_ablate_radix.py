@@ -18,6 +18,7 @@ from ablate_cells import Cells, Records, figures
 from ablate_matrix import AXES, Config, engine_arguments, label, select, steps, usual
 from ablate_workloads import SIZES
 from answers import compare
+from left_over import left_over
 
 SCRIPT = Path(ablate_matrix.__file__).with_name("ablate_radix.py")
 DEFAULT = {name: list(axis.default) for name, axis in AXES.items()}
@@ -212,25 +213,13 @@ def test_engines_that_do_not_start(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU: a GPU needs a model")
 def test_an_interrupt_leaves_nothing_running(tmp_path: Path) -> None:
     env = {**os.environ, "LEFT_OVER": str(tmp_path)}
-    mark = f"LEFT_OVER={tmp_path}\0".encode()
-
-    def left_over() -> list[str]:
-        lines = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if mark in path.read_bytes():
-                    lines.append(path.with_name("cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                continue  # ended meanwhile, or another user's
-        return lines
-
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), "--at-once", "2"]
     script = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + LIMIT_S
-    while not any("sglang::scheduler" in line for line in left_over()):
+    while not any("sglang::scheduler" in line for line in left_over(tmp_path)):
         assert script.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     script.send_signal(signal.SIGTERM)
     said_, _ = script.communicate(timeout=60)
     assert script.returncode == 130 and "interrupted; the same command goes on" in said_.splitlines()[-1]
-    assert left_over() == []
+    assert left_over(tmp_path) == []

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import servers
+from left_over import left_over
 from serving_load import WARM_UP_TOKENS, Load
 
 SCRIPT = Path(servers.__file__).with_name("bench_serving.py")
@@ -41,18 +42,6 @@ def trace(tmp_path: Path) -> Path:
 
 def command(model: Path, out: Path, *more: str | Path) -> list[str]:
     return [sys.executable, str(SCRIPT), "--model", str(model), "--out", str(out), *map(str, more)]
-
-
-def left_over(model: Path) -> list[str]:
-    """Command lines of the processes that the fixture ``here`` has marked, their children included."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"LEFT_OVER={model}\0".encode() in path.read_bytes():
-                lines.append(path.with_name("cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue  # ended meanwhile, or another user's
-    return lines
 
 
 @pytest.fixture
