@@ -99,7 +99,8 @@ class Cells:
             runs = ["check", *map(str, range(self.rounds))]
             lacks = {label(c): [run for run in runs if self.record(c, workload, run) is None] for c in configs}
             for i, run in enumerate(runs):
-                for config in configs[i % len(configs) :] + configs[: i % len(configs)]:
+                first = i % max(1, len(configs))
+                for config in configs[first:] + configs[:first]:
                     if run in lacks[label(config)] or (run == "check" and lacks[label(config)]):
                         found.append((config, workload, run))
         return found

@@ -77,6 +77,8 @@ def start(cells: Cells, configs: list[Config], args: argparse.Namespace, engines
 def measure(cells: Cells, args: argparse.Namespace, undo: ExitStack) -> None:
     """Runs what is missing."""
     left = cells.unfinished()
+    if not left:
+        return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip

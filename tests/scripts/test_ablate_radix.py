@@ -110,7 +110,7 @@ def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert second.unfinished() == [last[0]] and "1 engines to start, 2 runs" in second.estimate()
     assert len(second.results()["runs"]) == 4 * 2 * 2 - 1
     second.add(*last, answer_of_an_engine())
-    assert cells(path).unfinished() == []
+    assert cells(path).unfinished() == [] and cells(path).missing([]) == []
     assert len(cells(path, dtype="float16").unfinished()) == 4  # other settings, other runs
     monkeypatch.setattr(ablate_cells, "source_digest", lambda: "changed")
     assert len(cells(path).unfinished()) == 4
