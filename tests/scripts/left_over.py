@@ -1,8 +1,14 @@
-"""Finds processes that a script has left running, by a mark in their environment, which children inherit."""
+"""Finds processes that a script has left running.
+
+By a mark in their environment, which children inherit; but SGLang's schedulers write their title over it. Of a script
+that is running, ``family`` knows these, too.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import psutil
 
 
 def left_over(mark: object) -> list[str]:
@@ -15,3 +21,16 @@ def left_over(mark: object) -> list[str]:
         except OSError:
             continue  # ended meanwhile, or another user's
     return lines
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """All that came from the running process ``pid``."""
+    return psutil.Process(pid).children(recursive=True)
+
+
+def has_scheduler(processes: list[psutil.Process]) -> bool:
+    return any("sglang::scheduler" in " ".join(process.cmdline()) for process in processes if process.is_running())
+
+
+def survivors(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return psutil.wait_procs(processes, timeout=5)[1]

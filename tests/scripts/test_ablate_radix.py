@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from ablate_cells import Cells, Records, figures
 from ablate_matrix import AXES, Config, engine_arguments, label, select, steps, usual
 from ablate_workloads import SIZES
 from answers import compare
-from left_over import left_over
+from left_over import family, has_scheduler, survivors
 
 SCRIPT = Path(ablate_matrix.__file__).with_name("ablate_radix.py")
 DEFAULT = {name: list(axis.default) for name, axis in AXES.items()}
@@ -212,14 +211,13 @@ def test_engines_that_do_not_start(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU: a GPU needs a model")
 def test_an_interrupt_leaves_nothing_running(tmp_path: Path) -> None:
-    env = {**os.environ, "LEFT_OVER": str(tmp_path)}
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), "--at-once", "2"]
-    script = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + LIMIT_S
-    while not any("sglang::scheduler" in line for line in left_over(tmp_path)):
+    while not has_scheduler(started := family(script.pid)):
         assert script.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     script.send_signal(signal.SIGTERM)
     said_, _ = script.communicate(timeout=60)
     assert script.returncode == 130 and "interrupted; the same command goes on" in said_.splitlines()[-1]
-    assert left_over(tmp_path) == []
+    assert survivors(started) == []
