@@ -29,8 +29,15 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def has_scheduler(processes: list[psutil.Process]) -> bool:
-    return any("sglang::scheduler" in " ".join(process.cmdline()) for process in processes if process.is_running())
+    def is_one(process: psutil.Process) -> bool:
+        try:
+            return "sglang::scheduler" in " ".join(process.cmdline())
+        except psutil.Error:
+            return False  # ended meanwhile
+
+    return any(map(is_one, processes))
 
 
 def survivors(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return psutil.wait_procs(processes, timeout=5)[1]
+    alive = psutil.wait_procs(processes, timeout=5)[1]
+    return [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

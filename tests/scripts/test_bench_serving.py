@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import servers
-from left_over import left_over
+from left_over import family, left_over, survivors
 from serving_load import WARM_UP_TOKENS, Load
 
 SCRIPT = Path(servers.__file__).with_name("bench_serving.py")
@@ -128,10 +128,11 @@ def test_an_interrupt_leaves_nothing_running(model: Path, tmp_path: Path, here: 
     while not any("sglang.cli" in line for line in left_over(model)):
         assert script.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
+    started = family(script.pid)
     script.send_signal(signal.SIGTERM)
     said, _ = script.communicate(timeout=60)
     assert script.returncode == 130 and said.splitlines()[-1] == "bench_serving: interrupted"
-    assert left_over(model) == []
+    assert left_over(model) == [] and survivors(started) == []
 
 
 def test_a_mistake_of_the_command_line_starts_nothing(model: Path, tmp_path: Path, here: dict) -> None:
