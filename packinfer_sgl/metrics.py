@@ -42,6 +42,7 @@ class Stats:
     kv_tokens_read: int = 0
     plans: int = 0
     plan_us: deque[float] = field(default_factory=lambda: deque(maxlen=256))
+    plan_us_total: float = 0.0
     last_tree: PrefixTree | None = None
     last_private_tokens: int = 0
     verify_error: float = 0.0
@@ -51,6 +52,7 @@ class Stats:
         """A new plan was made from ``tree`` (pruned) in ``took_us`` microseconds."""
         self.plans += 1
         self.plan_us.append(took_us)
+        self.plan_us_total += took_us
         self.last_tree = tree
         self.last_private_tokens = plan.kv_tokens_read - int((tree.end - tree.start).sum())
 
@@ -89,6 +91,7 @@ class Stats:
             "kv_tokens_read": self.kv_tokens_read,
             "plans": self.plans,
             "plan_us_p50": round(statistics.median(self.plan_us), 1) if self.plan_us else None,
+            "plan_us_total": round(self.plan_us_total, 1),
             "verify_error": self.verify_error,
             "arena": None,
             "private_tokens": self.last_private_tokens,

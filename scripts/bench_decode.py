@@ -15,16 +15,18 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from engine_worker import EngineWorker, Orders
 from rich.console import Console
 from rich.table import Table
+from servers import ServerError, stop_all, undone_at_end
 
 REQUESTS, PREFIX_TOKENS, SUFFIX_TOKENS = 16, 2048, 32
 FEW, MANY = 8, 40
@@ -49,7 +51,8 @@ def loads() -> dict[str, list[list[int]]]:
 
 
 def worker(backend: str, model: str) -> None:
-    """Serve lines of JSON {"load", "tokens"} on standard input with {"s", "ids"} on standard output."""
+    """Obeys {"load", "tokens"} with {"s", "ids"}."""
+    orders = Orders()
     import sglang
 
     engine = sglang.Engine(
@@ -62,67 +65,52 @@ def worker(backend: str, model: str) -> None:
         log_level="error",
     )
     prompts = loads()
-    print("READY", flush=True)
-    for line in sys.stdin:
-        order = json.loads(line)
+    for order in orders:
         params = {"temperature": 0, "max_new_tokens": order["tokens"], "ignore_eos": True}
         started = time.perf_counter()
         outs = engine.generate(input_ids=prompts[order["load"]], sampling_params=params)
         took = time.perf_counter() - started
-        print("DONE " + json.dumps({"s": took, "ids": [out["output_ids"] for out in outs]}), flush=True)
+        orders.answer({"s": took, "ids": [out["output_ids"] for out in outs]})
     engine.shutdown()
 
 
-class Arm:
-    def __init__(self, backend: str, config: dict[str, str], model: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", backend, str(model)],
-            env={**os.environ, "PACKINFER_CONFIG": json.dumps(config)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._read("READY")
+def measure(rounds: int, folder: Path, speeds: dict[tuple[str, str], list[float]], undo: ExitStack) -> None:
+    """Appends decode tokens/s by load and arm."""
+    from packinfer_sgl.tiny_model import write_tiny_model
 
-    def _read(self, word: str) -> str:
-        for line in self.process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word)
-        sys.exit("an engine ended early; its last words stand above")
-
-    def run(self, load: str, tokens: int) -> dict:
-        self.process.stdin.write(json.dumps({"load": load, "tokens": tokens}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self._read("DONE "))
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
+    model = write_tiny_model(folder / "tiny")
+    arms: dict[str, EngineWorker] = {}
+    undo.callback(stop_all, arms.values())
+    for name, (backend, config) in ARMS.items():
+        arguments = [__file__, "--worker", backend, str(model)]
+        arms[name] = EngineWorker(name, arguments, folder / f"{name}.log", {"PACKINFER_CONFIG": json.dumps(config)})
+    for arm in arms.values():
+        arm.wait()
+    for load in loads():
+        said = [arm.ask({"load": load, "tokens": MANY})["ids"] for arm in arms.values()]  # also fills the radix caches
+        equal = [sum(a == b for a, b in zip(said[0], other, strict=True)) for other in said[1:]]
+        print(f"{load}: outputs equal to stock, of {REQUESTS}: {equal}", flush=True)
+        for _ in range(rounds):
+            for name, arm in arms.items():
+                many, few = (arm.ask({"load": load, "tokens": tokens})["s"] for tokens in (MANY, FEW))
+                speeds.setdefault((load, name), []).append(REQUESTS * (MANY - FEW) / (many - few))
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", nargs=2, metavar=("BACKEND", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(*args.worker)
-    from packinfer_sgl.tiny_model import write_tiny_model
-
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_tiny_model(Path(folder) / "tiny")
-        arms = {name: Arm(backend, config, model) for name, (backend, config) in ARMS.items()}
-        speeds: dict[tuple[str, str], list[float]] = {}
-        for load in loads():
-            said = [arm.run(load, MANY)["ids"] for arm in arms.values()]  # also fills the radix caches
-            equal = [sum(a == b for a, b in zip(said[0], other, strict=True)) for other in said[1:]]
-            print(f"{load}: outputs equal to stock, of {REQUESTS}: {equal}", flush=True)
-            for _ in range(args.rounds):
-                for name, arm in arms.items():
-                    seconds = arm.run(load, MANY)["s"] - arm.run(load, FEW)["s"]
-                    speeds.setdefault((load, name), []).append(REQUESTS * (MANY - FEW) / seconds)
-        for arm in arms.values():
-            arm.close()
+    speeds: dict[tuple[str, str], list[float]] = {}
+    with undone_at_end() as undo:
+        try:
+            measure(args.rounds, Path(undo.enter_context(tempfile.TemporaryDirectory())), speeds, undo)
+        except ServerError as e:
+            sys.exit(f"bench_decode: {e}")
+        except KeyboardInterrupt:
+            return 130
     table = Table("load", "backend", "decode tokens/s", "spread", "packinfer is faster by")
     for (load, name), values in speeds.items():
         ours, median = statistics.median(speeds[load, "packinfer"]), statistics.median(values)
@@ -134,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,11 +13,14 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+
+from engine_worker import EngineWorker, Orders
+from servers import ServerError, stop_all, undone_at_end
 
 REQUESTS, NEW_TOKENS = 64, 256
 LOADS = {"shared-16000": (16000, 64), "shared-2000": (2000, 64), "unrelated-2000": (0, 2000)}
@@ -33,7 +36,8 @@ def prompts(load: str) -> list[list[int]]:
 
 
 def worker(backend: str, args: argparse.Namespace) -> None:
-    """Serve lines of JSON {"load"} on standard input with {"s", "packinfer"} on standard output."""
+    """Obeys {"load"} with {"s", "cached", "packinfer"}."""
+    orders = Orders()
     import sglang
 
     engine = sglang.Engine(
@@ -49,41 +53,50 @@ def worker(backend: str, args: argparse.Namespace) -> None:
         log_level="warning",
         **json.loads(args.engine),
     )
-    print("READY", flush=True)
-    for line in sys.stdin:
-        load = json.loads(line)["load"]
+    for order in orders:
         params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
         started = time.perf_counter()
-        outs = engine.generate(input_ids=prompts(load), sampling_params=params)
+        outs = engine.generate(input_ids=prompts(order["load"]), sampling_params=params)
         took = time.perf_counter() - started
         state = engine.get_server_info()["internal_states"][0].get("packinfer") or {}
         state = {k: state.get(k) for k in ("groups", "rows_grouped", "packed_steps", "plans", "plan_us_p50")}
         cached = sum(out["meta_info"]["cached_tokens"] for out in outs)
-        print("DONE " + json.dumps({"s": took, "cached": cached, "packinfer": state}), flush=True)
+        orders.answer({"s": took, "cached": cached, "packinfer": state})
     engine.shutdown()
 
 
-class Arm:
-    def __init__(self, backend: str, args: argparse.Namespace, log: Path) -> None:
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", backend]
-        self.log = log.open("w")
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
+def measure(args: argparse.Namespace, undo: ExitStack) -> list[dict]:
+    args.out.mkdir(parents=True, exist_ok=True)
+    arms: dict[str, EngineWorker] = {}
+    undo.callback(stop_all, arms.values())
+    for backend in args.backends.split(","):  # one after the other: each takes its share of what memory is there
+        arguments = [__file__, *sys.argv[1:], "--worker", backend]
+        arms[backend] = EngineWorker(backend, arguments, args.out / f"{backend}.log")
+        arms[backend].wait()
+        print(f"{backend} is up", flush=True)
+    results = []
+    for load in args.loads.split(","):
+        order = {"load": load}
+        for arm in arms.values():
+            for _ in range(2):  # fills the radix cache, then the first warm run
+                first = arm.ask(order)
+        speeds: dict[str, list[float]] = {backend: [] for backend in arms}
+        for _ in range(args.rounds):
+            for backend, arm in arms.items():
+                said = arm.ask(order)
+                speeds[backend].append(REQUESTS * NEW_TOKENS / said["s"])
+                if backend == "packinfer":
+                    first = said
+        medians = {backend: statistics.median(v) for backend, v in speeds.items()}
+        best = max((m for b, m in medians.items() if b != "packinfer"), default=float("nan"))
+        text = ", ".join(f"{b} {medians[b]:.0f} ({min(v):.0f}-{max(v):.0f})" for b, v in speeds.items())
+        ratio = medians.get("packinfer", float("nan")) / best
+        print(f"{load}: output tokens/s {text}; packinfer / best {ratio:.2f} | {first}", flush=True)
+        results.append({"load": load, "tokens_per_s": speeds, "last": first})
+    return results
 
-    def read(self, word: str) -> str:
-        for line in self.process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word)
-        sys.exit(f"an engine ended early; its last words are in {self.log.name}")
 
-    def run(self, load: str) -> dict:
-        self.process.stdin.write(json.dumps({"load": load}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.read("DONE "))
-
-
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", default="dummy")
@@ -97,42 +110,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    arms = {}
-    for backend in args.backends.split(","):  # one after the other: each takes its share of what memory is there
-        arms[backend] = Arm(backend, args, args.out / f"{backend}.log")
-        arms[backend].read("READY")
-        print(f"{backend} is up", flush=True)
-    results = []
-    try:
-        for load in args.loads.split(","):
-            for arm in arms.values():
-                for _ in range(2):  # fills the radix cache, then the first warm run
-                    first = arm.run(load)
-            speeds: dict[str, list[float]] = {backend: [] for backend in arms}
-            for _ in range(args.rounds):
-                for backend, arm in arms.items():
-                    said = arm.run(load)
-                    speeds[backend].append(REQUESTS * NEW_TOKENS / said["s"])
-                    if backend == "packinfer":
-                        first = said
-            medians = {backend: statistics.median(v) for backend, v in speeds.items()}
-            best = max((m for b, m in medians.items() if b != "packinfer"), default=float("nan"))
-            text = ", ".join(f"{b} {medians[b]:.0f} ({min(v):.0f}-{max(v):.0f})" for b, v in speeds.items())
-            ratio = medians.get("packinfer", float("nan")) / best
-            print(f"{load}: output tokens/s {text}; packinfer / best {ratio:.2f} | {first}", flush=True)
-            results.append({"load": load, "tokens_per_s": speeds, "last": first})
-    finally:
-        for arm in arms.values():
-            arm.process.stdin.close()
-        for arm in arms.values():
-            try:
-                arm.process.wait(30)
-            except subprocess.TimeoutExpired:
-                arm.process.kill()
+    with undone_at_end() as undo:
+        try:
+            results = measure(args, undo)
+        except (ServerError, OSError) as e:
+            sys.exit(f"bench_engine: {e}")
+        except KeyboardInterrupt:
+            return 130
     environment = {"sglang": version("sglang"), "model": os.path.basename(args.model), "requests": REQUESTS}
     (args.out / "engine.json").write_text(json.dumps({"environment": environment, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,28 +13,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import platform
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import requests
 import torch
+from machine import machine, nvidia_smi
 from rich.console import Console
 from rich.text import Text
-from servers import Server, ServerError
+from servers import Server, ServerError, stop_all, undone_at_end
 from serving_load import Load
 from serving_report import show, write
 from token_traces import TraceError
 
-import packinfer_sgl
 from packinfer_sgl.config import Config
 from packinfer_sgl.plugin import base_backend
 
@@ -42,7 +36,6 @@ ON_GPU = torch.cuda.is_available()
 ARMS = ("packinfer", "fa3", "flashinfer", "triton", "torch_native")
 MEM_FRACTION = 0.85
 CPU_POOL_TOKENS = 65536
-GPU_FIELDS = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
 GSP = "--dataset-name generated-shared-prefix --gsp-num-groups {} --gsp-prompts-per-group {} --gsp-system-prompt-len {}"
 WORKLOADS = {  # requests that may run at once, arguments of sglang.bench_serving
     "gsp-8k": (256, GSP.format(4, 64, 8192) + " --gsp-question-len 64 --gsp-output-len 256"),
@@ -115,10 +108,7 @@ class Fleet:
             del self.up[arm]
 
     def stop(self) -> None:
-        for server in self.up.values():
-            server.process.terminate()
-        for server in self.up.values():
-            server.stop()
+        stop_all(self.up.values())
 
 
 def measure(args: argparse.Namespace, load: Load, fleet: Fleet) -> list[dict[str, Any]]:
@@ -141,27 +131,9 @@ def measure(args: argparse.Namespace, load: Load, fleet: Fleet) -> list[dict[str
     return runs
 
 
-def nvidia_smi(fields: str) -> str:
-    """One line, or nothing where there is no such tool."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0].strip()
-
-
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "model": Path(args.model).name,
-        "device": torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads",
-        **({"gpu": nvidia_smi(GPU_FIELDS)} if ON_GPU else {}),
-        "sglang": version("sglang"),
-        "torch": torch.__version__,
-        "packinfer-sgl": packinfer_sgl.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rounds": args.rounds,
-        "servers": "started anew for each turn" if args.in_turn else "all up at once",
-    }
+    servers = "started anew for each turn" if args.in_turn else "all up at once"
+    return {**machine(args.model), "rounds": args.rounds, "servers": servers}
 
 
 def arm_names(text: str) -> list[str]:
@@ -229,25 +201,19 @@ def benchmark(args: argparse.Namespace, undo: contextlib.ExitStack) -> None:
 
 def main() -> int:
     args = arguments()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    undo = contextlib.ExitStack()
-    try:
-        benchmark(args, undo)
-    except ServerError as e:
-        logs = f"{e.server.log} and {args.out / 'bench_serving.log'}"
-        console.print(Text(f"bench_serving: {e}; see {logs}"), soft_wrap=True)
-        return 1
-    except (TraceError, requests.RequestException, OSError) as e:
-        console.print(Text(f"bench_serving: {e}"), soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        console.print("bench_serving: interrupted")
-        return 130
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        undo.close()
+    with undone_at_end() as undo:
+        try:
+            benchmark(args, undo)
+        except ServerError as e:
+            logs = f"{e.server.log} and {args.out / 'bench_serving.log'}"
+            console.print(Text(f"bench_serving: {e}; see {logs}"), soft_wrap=True)
+            return 1
+        except (TraceError, requests.RequestException, OSError) as e:
+            console.print(Text(f"bench_serving: {e}"), soft_wrap=True)
+            return 1
+        except KeyboardInterrupt:
+            console.print("bench_serving: interrupted")
+            return 130
     return 0
 
 

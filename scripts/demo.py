@@ -6,7 +6,6 @@ import argparse
 import json
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -14,16 +13,17 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import requests
 import torch
+from answers import NEAR_TIE, verdict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from servers import Server, ServerError
+from servers import Server, ServerError, undone_at_end
 
 from packinfer_sgl.cli import CommandError, server_states
 from packinfer_sgl.show import group_tree, totals
@@ -33,7 +33,6 @@ HERE = Path(__file__).resolve().parent
 ON_GPU = torch.cuda.is_available()
 REQUESTS, PREFIX_TOKENS, SUFFIX_TOKENS = 16, 2048, 32
 ANSWER_TOKENS, STREAM_INTERVAL, ROUNDS = 73, 8, 3
-NEAR_TIE = 1e-4  # log-probabilities closer than this are a tie: summing in another order may swap them
 NEEDED_DISK_MIB = 300
 
 console = Console(highlight=False)
@@ -125,18 +124,6 @@ def decode_speed(server: Server, prompts: list[list[int]]) -> float:
     return len(prompts) * (ANSWER_TOKENS - STREAM_INTERVAL - 1) / (last - max(reached.values()))
 
 
-def verdict(stock: dict[str, Any], packed: dict[str, Any]) -> str:
-    """``equal``, ``near-tie`` or ``different``: two greedy answers with their log-probabilities."""
-    pairs = zip(
-        stock["output_token_logprobs"], packed["output_token_logprobs"], stock["output_top_logprobs"], strict=True
-    )
-    for (best, token, _), (_, other, _), top in pairs:
-        if token != other:
-            gaps = [best - logprob for logprob, candidate, _ in top if candidate == other]
-            return "near-tie" if gaps and gaps[0] <= NEAR_TIE else "different"
-    return "equal"
-
-
 def select_verdict(stock: dict[str, Any], packed: dict[str, Any]) -> str:
     if stock["text"] == packed["text"]:
         return "equal"
@@ -202,10 +189,10 @@ def report(counts: Counter[str], best: dict, last: dict, speeds: dict[str, list[
     return all(ok for ok, _ in checks)
 
 
-def demo(keep: bool, later: list[Callable[[], None]]) -> bool:
-    """The demo; what must be undone at the end is appended to ``later``."""
+def demo(keep: bool, undo: ExitStack) -> bool:
+    """The demo; what must be undone at the end goes to ``undo``."""
     home = Path(tempfile.mkdtemp(prefix="packinfer-demo-"))
-    later.append(lambda: shutil.rmtree(home))
+    undo.callback(shutil.rmtree, home)
     if shutil.disk_usage(home).free < NEEDED_DISK_MIB << 20:
         raise DemoError(f"{home.parent} has less than {NEEDED_DISK_MIB} MiB free; TMPDIR chooses another place")
     model = write_tiny_model(home / "model")
@@ -213,7 +200,7 @@ def demo(keep: bool, later: list[Callable[[], None]]) -> bool:
     servers = []
     for name, backend in (("stock", None if ON_GPU else "torch_native"), ("packinfer", "packinfer")):
         servers.append(start(name, backend, model))
-        later.append(servers[-1].stop)
+        undo.callback(servers[-1].stop)
     for server in servers:
         server.wait(console)
     stock, packed = servers
@@ -223,7 +210,7 @@ def demo(keep: bool, later: list[Callable[[], None]]) -> bool:
     passed = report(program_counts + batch_counts, best, server_states(packed.url)[0], speeds)
     if keep:
         stock.stop()
-        later.clear()
+        undo.pop_all()
         console.print(
             f"\nThe packinfer server goes on at {packed.url}; log: {packed.log}\n"
             f"  curl {packed.url}/generate -H 'Content-Type: application/json' "
@@ -241,26 +228,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the packinfer server up and say how to talk to it")
     args = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    later: list[Callable[[], None]] = []
-    try:
-        passed = demo(args.keep, later)
-    except ServerError as e:
-        console.print(Text("\n".join(e.server.tail(20))), soft_wrap=True)  # the log goes away with the demo
-        console.print(Text(f"demo: {e}; the end of its log is above"), soft_wrap=True)
-        passed = False
-    except (DemoError, CommandError, OSError) as e:
-        console.print(Text(f"demo: {e}"), soft_wrap=True)
-        passed = False
-    except KeyboardInterrupt:
-        console.print("demo: interrupted")
-        return 130
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        for undo in reversed(later):
-            undo()
+    with undone_at_end() as undo:
+        try:
+            passed = demo(args.keep, undo)
+        except ServerError as e:
+            console.print(Text("\n".join(e.server.tail(20))), soft_wrap=True)  # the log goes away with the demo
+            console.print(Text(f"demo: {e}; the end of its log is above"), soft_wrap=True)
+            passed = False
+        except (DemoError, CommandError, OSError) as e:
+            console.print(Text(f"demo: {e}"), soft_wrap=True)
+            passed = False
+        except KeyboardInterrupt:
+            console.print("demo: interrupted")
+            return 130
     console.print("[bold green]PASS[/]" if passed else "[bold red]FAIL[/]")
     return 0 if passed else 1
 

@@ -1,14 +1,17 @@
-"""SGLang servers of the scripts, each in a process group of its own."""
+"""SGLang in other processes, each in a process group of its own, and the end of them all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
 from rich.console import Console
@@ -20,27 +23,69 @@ SGLANG_SERVE = (sys.executable, "-c", "from sglang.cli.main import main; main()"
 
 
 class ServerError(Exception):
-    """A server is of no more use; the text is one line for the user."""
+    """A process is of no more use; the text is one line for the user."""
 
-    def __init__(self, server: Server, what: str) -> None:
-        super().__init__(f"the {server.name} server {what}")
+    def __init__(self, server: Child, what: str) -> None:
+        super().__init__(f"the {server.name} {server.kind} {what}")
         self.server = server
 
 
-class Server:
+class Child:
+    """A process with a group of its own; what it says goes to ``log``, but for what ``pipes`` (of Popen) takes."""
+
+    kind = "process"
+    grace_s = 20  # from the request to end until it is made to
+
+    def __init__(self, name: str, command: list[str], log: Path, env: dict[str, str] | None, **pipes: Any) -> None:
+        self.name, self.log = name, log
+        with log.open("w") as out:
+            streams = {"stdout": out, "stderr": out, **pipes}
+            self.process = subprocess.Popen(
+                command, start_new_session=True, env={**os.environ, **(env or {})}, **streams
+            )
+
+    def tail(self, lines: int) -> list[str]:
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - 65536))
+            text = log.read().decode(errors="replace").replace("\r", "\n")
+        return [line for line in text.split("\n") if line.strip()][-lines:]
+
+    def ask_to_end(self) -> None:
+        self.process.terminate()
+
+    def stop(self) -> None:
+        """Ask it to end, then end whatever is left of its process group."""
+        self.ask_to_end()
+        try:
+            self.process.wait(self.grace_s)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+
+def stop_all(children: Iterable[Child]) -> None:
+    children = list(children)
+    for child in children:  # they end side by side
+        child.ask_to_end()
+    for child in children:
+        child.stop()
+
+
+class Server(Child):
     """``flags`` go to SGLang's command line; host and port are chosen here."""
 
+    kind = "server"
+
     def __init__(self, name: str, flags: list[str], log: Path, env: dict[str, str] | None = None) -> None:
-        self.name, self.log = name, log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [*SGLANG_SERVE, *flags, "--host", "127.0.0.1", "--port", str(port)]
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **(env or {})}
-            )
+        super().__init__(name, [*SGLANG_SERVE, *flags, "--host", "127.0.0.1", "--port", str(port)], log, env)
 
     def wait(self, console: Console) -> None:
         """Until the server is healthy; raises ServerError if it ends or takes too long."""
@@ -66,21 +111,15 @@ class Server:
         except requests.RequestException:
             return False
 
-    def tail(self, lines: int) -> list[str]:
-        with self.log.open("rb") as log:
-            log.seek(max(0, self.log.stat().st_size - 65536))
-            text = log.read().decode(errors="replace").replace("\r", "\n")
-        return [line for line in text.split("\n") if line.strip()][-lines:]
 
-    def stop(self) -> None:
-        """Ask it to end, then end whatever is left of its process group."""
-        self.process.terminate()
+@contextlib.contextmanager
+def undone_at_end() -> Iterator[contextlib.ExitStack]:
+    """What must be undone however a script ends: SIGTERM and SIGHUP interrupt it like Ctrl-C, nothing the undoing."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    with contextlib.ExitStack() as undo:
         try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+            yield undo
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)

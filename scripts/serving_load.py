@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 import requests
+from counters import totals
 from servers import Server, ServerError
 from token_traces import choose, token_ids
 
@@ -37,7 +38,6 @@ METRICS = {
     "e2e_p99_ms": "p99_e2e_latency_ms",
 }
 FACTS = ("completed", "duration", "total_input_tokens", "total_output_tokens", "max_concurrent_requests")
-COUNTERS = ("kv_tokens_logical", "kv_tokens_read", "kv_tokens_unique", "packed_steps")
 
 
 class OutOfTime(KeyboardInterrupt):
@@ -161,8 +161,7 @@ def packed_counts(server: Server) -> Counter[str]:
     except CommandError as e:
         raise ServerError(server, f"does not tell its state ({e})") from None
     for state in states:
-        counts.update({name: state[name] for name in COUNTERS})
-        counts["unpacked_steps"] += sum(n for reason, n in state["fallback_steps"].items() if reason != "extend")
+        counts.update(totals(state))
     return counts
 
 

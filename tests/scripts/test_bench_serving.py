@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import servers
+from left_over import family, left_over, survivors
 from serving_load import WARM_UP_TOKENS, Load
 
 SCRIPT = Path(servers.__file__).with_name("bench_serving.py")
@@ -41,18 +42,6 @@ def trace(tmp_path: Path) -> Path:
 
 def command(model: Path, out: Path, *more: str | Path) -> list[str]:
     return [sys.executable, str(SCRIPT), "--model", str(model), "--out", str(out), *map(str, more)]
-
-
-def left_over(model: Path) -> list[str]:
-    """Command lines of the processes that the fixture ``here`` has marked, their children included."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"LEFT_OVER={model}\0".encode() in path.read_bytes():
-                lines.append(path.with_name("cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue  # ended meanwhile, or another user's
-    return lines
 
 
 @pytest.fixture
@@ -139,10 +128,11 @@ def test_an_interrupt_leaves_nothing_running(model: Path, tmp_path: Path, here: 
     while not any("sglang.cli" in line for line in left_over(model)):
         assert script.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
+    started = family(script.pid)
     script.send_signal(signal.SIGTERM)
     said, _ = script.communicate(timeout=60)
     assert script.returncode == 130 and said.splitlines()[-1] == "bench_serving: interrupted"
-    assert left_over(model) == []
+    assert left_over(model) == [] and survivors(started) == []
 
 
 def test_a_mistake_of_the_command_line_starts_nothing(model: Path, tmp_path: Path, here: dict) -> None:

@@ -1,0 +1,223 @@
+"""Which cells the ablation runs and which it has, and one real run of it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ablate_cells
+import ablate_matrix
+import pytest
+import torch
+from ablate_cells import Cells, Records, figures
+from ablate_matrix import AXES, Config, engine_arguments, label, select, steps, usual
+from ablate_workloads import SIZES
+from answers import compare
+from left_over import family, has_scheduler, survivors
+
+SCRIPT = Path(ablate_matrix.__file__).with_name("ablate_radix.py")
+DEFAULT = {name: list(axis.default) for name, axis in AXES.items()}
+WITH_LPM = {**DEFAULT, "schedule": ["fcfs", "lpm"]}
+ALL = {name: list(axis.values) for name, axis in AXES.items()}
+LIMIT_S = 600
+
+
+def test_one_change_at_a_time_and_each_engine_once() -> None:
+    assert list(map(label, select(DEFAULT, full=False))) == [
+        "usual settings", "radix off", "grouping off", "grouping single",
+    ]  # fmt: skip
+    found = select(WITH_LPM, full=False)
+    assert list(map(label, found))[4:] == ["schedule lpm"]
+    wide = select(ALL, full=False)
+    assert {label(c) for c in wide} == {label(c) for c in found} | {
+        "page 16", "page 64", "eviction lfu", "schedule dfs-weight",
+    }  # fmt: skip
+
+
+def test_all_products_without_those_that_are_the_same_engine() -> None:
+    found = select(ALL, full=True)
+    on, off = ([c for c in found if c["radix"] == r] for r in ("on", "off"))
+    assert (len(on), len(off)) == (3 * 3 * 2 * 3, 3)
+    assert {(c["grouping"], c["schedule"], c["eviction"]) for c in off} == {("off", "fcfs", "lru")}
+    assert len({label(c) for c in found}) == len(found)
+
+
+def test_the_ladder_gives_each_part_its_own_step() -> None:
+    said = [(s.title(), label(s.before), label(s.after)) for s in steps(WITH_LPM)]
+    assert said == [
+        ("the radix cache: on against off", "radix off", "grouping off"),
+        ("grouping: multi against off", "grouping off", "usual settings"),
+        ("grouping: single against off", "grouping off", "grouping single"),
+        ("schedule: lpm against fcfs", "usual settings", "schedule lpm"),
+    ]
+    some = {**DEFAULT, "radix": ["on"], "grouping": ["multi"], "page": ["16", "64"], "schedule": ["fcfs"]}
+    assert [(s.axis, label(s.before), label(s.after)) for s in steps(some)] == [("page", "page 16", "page 64")]
+    assert list(map(label, select(some, full=False))) == ["page 16", "page 64"]
+
+
+def test_a_further_part_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    axis = ablate_matrix.Axis({"off": {}, "on": {"arena": 64}}, ("off", "on"), packinfer=True, off="off", gives="x")
+    monkeypatch.setitem(AXES, "arena", axis)
+    monkeypatch.setattr(ablate_matrix, "LADDER", ["radix", "grouping", "arena"])
+    said = [(s.title(), label(s.before), label(s.after)) for s in steps({**DEFAULT, "arena": ["off", "on"]})]
+    assert said[-1] == ("x: on against off", "usual settings", "arena on")
+    assert said[0] == ("the radix cache: on against off", "radix off", "grouping off")
+    assert engine_arguments({**usual(), "arena": "on"})[1] == {"grouping": "multi", "arena": 64}
+
+
+def answer_of_an_engine(**more: object) -> dict:
+    zero = dict.fromkeys(
+        ("kv_tokens_logical", "kv_tokens_read", "kv_tokens_unique", "packed_steps", "unpacked_steps"), 0
+    )
+    return {
+        **zero, "s": 2.0, "ttft_ms": [5.0, 7.0], "tpot_ms": [], "prompt_tokens": 40, "cached_tokens": 30,
+        "output_tokens": 8, "least_prefill_tokens": 9, "plans": 2, "plan_us_total": 30.0, **more,
+    }  # fmt: skip
+
+
+def test_figures() -> None:
+    found = figures(answer_of_an_engine())
+    assert (found["output_tokens_per_s"], found["ttft_p50_ms"], found["tpot_p99_ms"]) == (4.0, 6.0, 0.0)
+    assert (found["hit_rate"], found["computed_prompt_tokens"], found["plan_us"]) == (0.75, 10, 15.0)
+
+
+def cells(path: Path, **more: object) -> Cells:
+    common = {"model_path": "tiny", **more}
+    return Cells(DEFAULT, False, SIZES["cpu"], ["few-shot", "unrelated"], [], 2, common, Records(path))
+
+
+def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runs.jsonl"
+    first = cells(path)
+    todo = first.missing(first.configs)
+    assert len(todo) == 4 * 2 * 3 and [(w, run) for _, w, run in todo[:5]] == [("few-shot", "check")] * 4 + [
+        ("few-shot", "0")
+    ]
+    turns = [[label(c) for c, w, run in todo if (w, run) == ("few-shot", r)] for r in ("check", "0", "1")]
+    assert turns[1] == turns[0][1:] + turns[0][:1] and turns[2] == turns[0][2:] + turns[0][:2]  # nobody is always first
+    for config, workload, run in todo[:-1]:
+        first.add(config, workload, run, answer_of_an_engine(said={}))
+    path.write_text(path.read_text() + '{"key": "cut o')  # an interrupt while writing
+
+    second = cells(path)
+    last: tuple[Config, str, str] = todo[-1]
+    assert second.missing(second.configs) == [(last[0], "unrelated", "check"), last]  # a new engine warms up
+    assert second.unfinished() == [last[0]] and "1 engines to start, 2 runs" in second.estimate()
+    assert len(second.results()["runs"]) == 4 * 2 * 2 - 1
+    second.add(*last, answer_of_an_engine())
+    assert cells(path).unfinished() == [] and cells(path).missing([]) == []
+    assert len(cells(path, dtype="float16").unfinished()) == 4  # other settings, other runs
+    monkeypatch.setattr(ablate_cells, "source_digest", lambda: "changed")
+    assert len(cells(path).unfinished()) == 4
+
+
+def test_an_engine_that_ended(tmp_path: Path) -> None:
+    some = cells(tmp_path / "runs.jsonl")
+    usual_one = some.configs[0]
+    for run in ("check", "0", "1"):
+        some.add(usual_one, "few-shot", run, answer_of_an_engine())
+    some.break_all(label(usual_one), "it ended")
+    assert some.broken == {("usual settings", "unrelated"): "it ended"}
+    assert some.results()["skipped"] == [{"config": "usual settings", "workload": "unrelated", "reason": "it ended"}]
+
+
+def said(*tokens: int, gap: float = 1.0) -> dict:
+    """Greedy answers with 7 as the second choice everywhere."""
+    return {
+        "output_token_logprobs": [[-0.5, token, None] for token in tokens],
+        "output_top_logprobs": [[[-0.5, token, None], [-0.5 - gap, 7, None]] for token in tokens],
+    }
+
+
+def test_what_follows_another_answer_is_not_compared() -> None:
+    ours = {"/0#0": said(1, 2), "/0/0#0": said(3), "/1#0": said(4), "/1/0#0": said(5), "/10#0": said(6)}
+    assert compare(ours, ours) == {"equal": 5}
+    assert compare(ours, {**ours, "/1#0": said(7), "/1/0#0": said(9)}) == {"equal": 3, "different": 1}
+    close = {**ours, "/0#0": said(1, 2, gap=1e-5)}
+    assert compare(close, {**ours, "/0#0": said(1, 7)}) == {"near-tie": 1, "equal": 3}
+
+
+def run(out: Path, *more: str, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), "--out", str(out), *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, **options)
+
+
+def test_a_mistake_of_the_command_line_starts_nothing(tmp_path: Path) -> None:
+    for more, what in (
+        (("--page", "1,2"), "argument --page: 2 is none of 1, 16, 64"),
+        (("--workloads", "few-shot,best"), "best is none of shared-prefix"),
+        (("--engine", "[]"), "must be a JSON object"),
+    ):
+        done = run(tmp_path / "out", *more)
+        assert done.returncode == 2 and what in done.stderr and not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    for more, out, what in (
+        ((), tmp_path / "file" / "out", "Not a directory"),
+        (("--trace", "missing.csv"), tmp_path / "out", "missing.csv cannot be read: No such file"),
+    ):
+        done = run(out, *more)
+        assert done.returncode == 1 and done.stdout.startswith("ablate_radix: ") and what in done.stdout
+        assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+@pytest.mark.contract
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU: a GPU needs a model")
+def test_a_real_run_is_finished_once(tmp_path: Path) -> None:
+    """A third configuration cannot run, the other two are reported."""
+    out = tmp_path / "out"
+    more = (
+        "--grouping",
+        "multi,off",
+        "--radix",
+        "on",
+        "--schedule",
+        "fcfs",
+        "--workloads",
+        "few-shot",
+        "--rounds",
+        "1",
+    )
+    done = run(out, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((out / "results.json").read_text())
+    multi, off = sorted(results["runs"], key=lambda run: run["config"], reverse=True)
+    assert (multi["config"], off["config"]) == ("usual settings", "grouping off")
+    questions = SIZES["cpu"].workloads["few-shot"]["questions"]
+    for figures_ in (multi, off):
+        assert figures_["output_tokens"] == 4 * questions and figures_["packed_steps"] > 0
+        assert 0 < figures_["hit_rate"] < 1 and figures_["ttft_p50_ms"] > figures_["tpot_p50_ms"] > 0
+        assert figures_["kv_tokens_unique"] < figures_["kv_tokens_logical"] / 4
+    assert multi["kv_tokens_unique"] <= multi["kv_tokens_read"] < off["kv_tokens_read"] / 3
+    assert off["kv_tokens_read"] == off["kv_tokens_logical"] == multi["kv_tokens_logical"]
+    assert results["answers"]["few-shot"]["grouping off"] == {"equal": questions, "near-tie": 0, "different": 0}
+    assert str(tmp_path) not in (out / "results.json").read_text() + (out / "results.md").read_text()
+
+    again = run(out, *more)
+    assert again.returncode == 0 and "0 engines to start, 0 runs" in again.stdout
+    assert json.loads((out / "results.json").read_text())["runs"] == results["runs"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU: a GPU needs a model")
+def test_engines_that_do_not_start(tmp_path: Path) -> None:
+    flags = ("--radix", "on", "--grouping", "off", "--schedule", "fcfs", "--engine", '{"no_such": 1}')
+    done = run(tmp_path / "out", *flags, "--workloads", "few-shot")
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "ablate_radix: nothing could be measured"
+    assert "the grouping off engine did not start; its last words: TypeError" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU: a GPU needs a model")
+def test_an_interrupt_leaves_nothing_running(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), "--at-once", "2"]
+    script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + LIMIT_S
+    while not has_scheduler(started := family(script.pid)):
+        assert script.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    script.send_signal(signal.SIGTERM)
+    said_, _ = script.communicate(timeout=60)
+    assert script.returncode == 130 and "interrupted; the same command goes on" in said_.splitlines()[-1]
+    assert survivors(started) == []
