@@ -47,8 +47,8 @@ TILES = {
 }
 
 # Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.
-BYTES_PER_US = 4.81e+06
-FLOPS_PER_US = 2.79e+08  # of the large class
+BYTES_PER_US = 4.81e06
+FLOPS_PER_US = 2.79e08  # of the large class
 LARGE_ITEM_US = 6.93  # an item besides its tokens
 SMALL_ITEM_US = 2.38
 DRAWING_PROGRAMS = 1.82  # small ones of a multiprocessor: so many draw 63 % of the bandwidth, twice as many 86 %

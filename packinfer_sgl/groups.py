@@ -77,12 +77,12 @@ class CostModel:
 # H200: fitted to kernels/packed.py (bf16, random slots; scripts/tune_kernels.py). CPU: kernels/reference.py on two
 # cores, where gathering KV is what costs, whatever the number of queries.
 H200 = CostModel(
-    bytes_per_us=4.81e+06,
+    bytes_per_us=4.81e06,
     reread_bytes_per_us=5.5e6,
-    flops_per_us=2.79e+08,
+    flops_per_us=2.79e08,
     item_us=0.02,
     partial_us=0,
-    partial_bytes_per_us=3.02e+06,
+    partial_bytes_per_us=3.02e06,
     large_rows=64,
     small_rows=16,
 )
