@@ -35,9 +35,9 @@ class Check(NamedTuple):
 
 def hooks() -> list[Hook]:
     """Every change the plugin makes to SGLang (``patches/README.md``)."""
-    from packinfer_sgl.patches import batch_rows, cpu_triton, server_args, server_info
+    from packinfer_sgl.patches import arena, batch_rows, cpu_triton, server_args, server_info
 
-    return [hook for patch in (server_args, batch_rows, server_info, cpu_triton) for hook in patch.hooks()]
+    return [hook for patch in (server_args, batch_rows, server_info, arena, cpu_triton) for hook in patch.hooks()]
 
 
 def register() -> None:
@@ -86,6 +86,7 @@ def create_backend(runner: Any) -> Any:
     Raises:
         PluginError: a hook did not take.
         ConfigError: a setting is wrong.
+        ArenaError: the server cannot have an arena.
         UnsupportedModel: no layer of the model can be packed.
     """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -105,6 +106,7 @@ def create_backend(runner: Any) -> Any:
 def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]) -> Any:
     from packinfer_sgl.backend import wrap
     from packinfer_sgl.metrics import STATS, start_prometheus
+    from packinfer_sgl.patches.arena import carve
     from packinfer_sgl.radix import want_rows
 
     checks = check()
@@ -120,7 +122,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     stock = factory(runner)
     if runner.is_draft_worker:
         return stock
-    backend = wrap(stock, runner, config)
+    backend = wrap(stock, runner, config, carve(runner, config.arena_tokens) if config.arena_tokens else None)
     want_rows()
     from sglang.srt.platforms import current_platform
 
@@ -130,7 +132,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         "sglang_version": version("sglang"),
         "platform": type(current_platform).__name__,
         "hooks": [c.target for c in checks],
-        "config": {"grouping": config.grouping, "verify": config.verify},
+        "config": {"grouping": config.grouping, "verify": config.verify, "arena_tokens": config.arena_tokens},
     }
     start_prometheus(
         {"tp_rank": str(getattr(runner, "tp_rank", 0)), "dp_rank": str(getattr(runner, "dp_rank", 0) or 0)}

@@ -51,16 +51,28 @@ class BatchRows(NamedTuple):
         ids: list[tuple[int, ...]] = []
         ends: list[tuple[int, ...]] = []
         for _, node, protected in self.rows:
-            path_ids, path_ends = paths[node]
-            if path_ends and path_ends[-1] > protected:
-                usable = sum(end <= protected for end in path_ends)
-                path_ids, path_ends = path_ids[:usable], path_ends[:usable]
+            path_ids, path_ends = _owned(paths[node], protected)
             ids.append(path_ids)
             ends.append(path_ends)
         return PrefixTree.from_paths(ids, ends)
 
+    def path(self, row: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Row of ``req_to_token``; ids and ends of the radix nodes it may use, none if this cache keeps no paths."""
+        pool_row, node, protected = self.rows[row]
+        paths = _paths(self.tree_cache, [node])
+        return (pool_row, *_owned(paths[node], protected)) if paths is not None else (pool_row, (), ())
+
 
 Path = tuple[tuple[int, ...], tuple[int, ...]]  # node ids from the root down, and the position after each
+
+
+def _owned(path: Path, protected: int) -> Path:
+    """What of ``path`` lies within the first ``protected`` tokens."""
+    ids, ends = path
+    if ends and ends[-1] > protected:
+        usable = sum(end <= protected for end in ends)
+        return ids[:usable], ends[:usable]
+    return path
 
 
 def _paths(tree_cache: Any, nodes: list[Any]) -> dict[Any, Path] | None:
