@@ -23,11 +23,13 @@ class SlotCopier:
         Raises:
             ValueError: the buffers are not as they must be.
         """
-        self._slot_words, odd = divmod(buffers[0][0].nbytes, WORD)
-        if odd or any(b.stride() != buffers[0].stride() or not b[0].is_contiguous() for b in buffers):
+        first = buffers[0]
+        self._slot_words, odd = divmod(first[0].nbytes, WORD)
+        same = all((b.shape, b.stride(), b.dtype) == (first.shape, first.stride(), first.dtype) for b in buffers)
+        if odd or not same or not first[0].is_contiguous():
             raise ValueError("the KV buffers differ in layout, or their slots are not whole words in one piece")
-        self._stride_words = buffers[0].stride(0) * buffers[0].element_size() // WORD
-        self._addresses = torch.tensor([b.data_ptr() for b in buffers], dtype=torch.int64, device=buffers[0].device)
+        self._stride_words = first.stride(0) * first.element_size() // WORD
+        self._addresses = torch.tensor([b.data_ptr() for b in buffers], dtype=torch.int64, device=first.device)
 
     def copy(self, slots: torch.Tensor, to: int) -> None:
         """Copy ``slots`` ([n] int32, on the device) to slots ``to`` to ``to + n - 1``, which are not among them."""
