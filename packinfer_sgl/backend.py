@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 # One tile holds all queries of a node; pieces bound the memory of a batched product.
 CPU_TILES = TilePolicy(tile_queries=(1 << 20, 1), chunk_tokens=4096)
 
-# What a contiguous copy saves of the time to read a scattered span.
+# What a contiguous copy saves of the time to read a scattered span: measured 0.2 to 0.8 on two CPU cores, and 0.02 to
+# 0.1 on an H200.
 CPU_ARENA_GAIN, CUDA_ARENA_GAIN = 0.3, 0.05
 
 # Rows of an eager decode batch, or of a captured graph if that is more, for which buffers are held on a GPU.

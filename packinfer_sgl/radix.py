@@ -56,11 +56,11 @@ class BatchRows(NamedTuple):
             ends.append(path_ends)
         return PrefixTree.from_paths(ids, ends)
 
-    def path(self, row: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Row of ``req_to_token``; ids and ends of the radix nodes it may use, none if this cache keeps no paths."""
-        pool_row, node, protected = self.rows[row]
-        paths = _paths(self.tree_cache, [node])
-        return (pool_row, *_owned(paths[node], protected)) if paths is not None else (pool_row, (), ())
+    def paths(self, rows: list[int]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        """Of some rows: row of ``req_to_token``, ids and ends of the radix nodes that it may use (none if unknown)."""
+        chosen = [self.rows[row] for row in rows]
+        paths = _paths(self.tree_cache, list(dict.fromkeys(node for _, node, _ in chosen))) or {}
+        return [(row, *_owned(paths.get(node, ((), ())), protected)) for row, node, protected in chosen]
 
 
 Path = tuple[tuple[int, ...], tuple[int, ...]]  # node ids from the root down, and the position after each

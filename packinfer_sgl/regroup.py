@@ -38,7 +38,7 @@ SPANS_PER_ROW = 4  # a plan gets no more spans than this for each row
 class Paths(Protocol):
     """The running batch (``radix.BatchRows``)."""
 
-    def path(self, row: int) -> tuple[int, Sequence[int], Sequence[int]]: ...
+    def paths(self, rows: list[int]) -> Sequence[tuple[int, Sequence[int], Sequence[int]]]: ...
 
 
 class Extents:
@@ -155,12 +155,14 @@ class Regroup:
         """
         before, self._waiting, self._used = self._waiting, {}, {}
         self._plan_shared = self._plan_copied = 0
-        sources = [self._req_to_token[0, :0]]
+        sources: list[tuple[int, int, int]] = []
         spans: list[tuple[int, ...]] = []
-        for i, (row, start, tokens, offset, _) in enumerate(plan.spans[: kept.n_nodes].tolist()):
-            pool_row, ids, ends = rows.path(row) if rows is not None else (0, (), ())
-            tiles = -(-int(kept.row_hi[i] - kept.row_lo[i]) // self.tile_queries)
-            node_at = dict(zip(ends, ids))
+        all_tiles = (-(-(kept.row_hi - kept.row_lo) // self.tile_queries)).tolist()
+        nodes = plan.spans[: kept.n_nodes].tolist()
+        paths = rows.paths([row for row, *_ in nodes]) if rows is not None else [(0, (), ())] * len(nodes)
+        for i, (row, start, tokens, offset, _) in enumerate(nodes):
+            pool_row, ids, ends = paths[i]
+            node_at, tiles = dict(zip(ends, ids)), all_tiles[i]
             parts = self._cover(ids, ends, start, start + tokens)
             if len(spans) + len(parts) + len(plan.spans) - i - 1 > SPANS_PER_ROW * kept.n_rows:
                 parts = [(start, start + tokens, None)]
@@ -171,7 +173,7 @@ class Regroup:
                     span.worth = self._clock + tiles * span.scattered
                     self._used[span.node] = span
                     self._plan_copied += stop - first
-                    sources.append(self._req_to_token[pool_row, first:stop])
+                    sources.append((pool_row, first, stop))
                 elif stop in node_at:
                     span = Span(node_at[stop], first, stop)
                     if (known := before.get(span.node)) is not None and known.start == first:
@@ -185,7 +187,9 @@ class Regroup:
         for span in before.values():  # no longer read
             if span.slot >= 0:
                 self._extents.give_back(span.slot, span.tokens)
-        self._sources = torch.cat(sources).long() if self.force else None
+        if self.force:
+            held = [self._req_to_token[pool_row, first:stop].long() for pool_row, first, stop in sources]
+            self._sources = torch.cat([torch.zeros(0, dtype=torch.int64, device=self._req_to_token.device), *held])
         pointed = np.array(spans, np.int32).reshape(-1, plan.spans.shape[1])
         return dataclasses.replace(plan, spans=np.concatenate([pointed, plan.spans[kept.n_nodes :]]))
 

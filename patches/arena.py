@@ -39,6 +39,8 @@ def carve(runner: Any, tokens: int) -> range:
     for name in _REFUSED:
         if getattr(args, name, None):
             raise _error(f"does not work with --{name.replace('_', '-')}")
+    if getattr(args, "dcp_size", 1) > 1:
+        raise _error("does not work with --dcp-size")
     if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
         raise _error("does not work with SGLANG_ENABLE_POST_CAPTURE_KV_SIZING, which sizes the KV pool later")
     if type(allocator) not in (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator):

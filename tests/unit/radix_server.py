@@ -57,8 +57,11 @@ class Rows(NamedTuple):
         ends = torch.tensor([len(node.tokens) for node in nodes]).cumsum(0).tolist() if nodes else []
         return request.row, [node.id for node in nodes], ends
 
+    def paths(self, rows: list[int]) -> list[tuple[int, list[int], list[int]]]:
+        return [self.path(row) for row in rows]
+
     def prefix_tree(self) -> PrefixTree:
-        paths = [self.path(row) for row in range(len(self.reqs))]
+        paths = self.paths(list(range(len(self.reqs))))
         return PrefixTree.from_paths([tuple(ids) for _, ids, _ in paths], [tuple(ends) for *_, ends in paths])
 
 
