@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,14 +13,16 @@ from strategies import attention64
 from test_planner import EAGER
 
 from packinfer_sgl.cpu_decode import CpuDecode
+from packinfer_sgl.cuda_decode import CudaDecode
 from packinfer_sgl.groups import AttentionShape
+from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
 from packinfer_sgl.regroup import Regroup
 
-HEADS, DIM, LAYERS = 1, 8, 2
+HEADS, LAYERS = 1, 2
 CONTEXT, POOL_ROWS = 64, 12
 
 
@@ -68,29 +71,31 @@ class Rows(NamedTuple):
 class Server:
     """A pool, a tree and a batch; every slot is NaN until written, and holds other numbers each time."""
 
-    def __init__(self, slots: int, arena: int, *, force: bool = False, gain: float = 1e9) -> None:
+    def __init__(
+        self, slots: int, arena: int, *, force: bool = False, gain: float = 1e9, dim: int = 8, kernels: bool = False
+    ) -> None:
+        """``kernels``: decode by the Triton kernels, not by their reference."""
+        self.dim = dim
         self.table = torch.zeros(POOL_ROWS, CONTEXT, dtype=torch.int32)
-        self.buffers = [torch.full((slots + arena, HEADS, DIM), math.nan) for _ in range(2 * LAYERS)]
+        self.buffers = [torch.full((slots + arena, HEADS, dim), math.nan) for _ in range(2 * LAYERS)]
         self.random = torch.Generator().manual_seed(0)
         self.free = torch.randperm(slots, generator=self.random).tolist()
         self.ids = iter(range(1 << 30))
         self.root = Node(next(self.ids), None, [], [])
         self.running: list[Request] = []
-        copy = functools.partial(copy_slots, self.buffers)
+        copy = SlotCopier(self.buffers).copy if kernels else functools.partial(copy_slots, self.buffers)
         self.arena = Regroup(
             range(slots, slots + arena), self.buffers, self.table, copy, gain=gain, tile_queries=8, force=force
         )
         self.stats = Stats()
-        self.decode = CpuDecode(
-            AttentionShape(HEADS, HEADS, DIM, 4),
-            EAGER,
-            TilePolicy((8, 1), 16),
-            grouping="multi",
-            verify=True,
-            req_to_token=self.table,
-            stats=self.stats,
-            regroup=self.arena,
-        )
+        shape = AttentionShape(HEADS, HEADS, dim, 4)
+        settings = {"grouping": "multi", "verify": True, "req_to_token": self.table, "stats": self.stats}
+        settings["regroup"] = self.arena
+        self.decode: CpuDecode | CudaDecode
+        if kernels:
+            self.decode = CudaDecode(shape, max_rows=POOL_ROWS, pool_tokens=slots, **settings)
+        else:
+            self.decode = CpuDecode(shape, EAGER, TilePolicy((8, 1), 16), **settings)
 
     def nodes(self) -> list[Node]:
         found = [self.root]
@@ -106,7 +111,7 @@ class Server:
             self.evict(leaves[0])
         slots, self.free = self.free[:n], self.free[n:]
         for buffer in self.buffers:
-            buffer[slots] = torch.randn(n, HEADS, DIM, generator=self.random)
+            buffer[slots] = torch.randn(n, HEADS, self.dim, generator=self.random)
         return slots
 
     def release(self, slots: list[int]) -> None:
@@ -195,17 +200,18 @@ class Server:
         rows = Rows(list(self.running), [(r.row, r.node.id, r.protected) for r in self.running])
         lens = torch.tensor([len(r.slots) for r in self.running])
         pool_rows = torch.tensor([r.row for r in self.running])
-        packed = self.decode.step(rows, pool_rows, lens, torch.tensor([r.slots[-1] for r in self.running]))
+        new = torch.tensor([r.slots[-1] for r in self.running])
+        if isinstance(self.decode, CudaDecode):
+            self.decode.step(rows, pool_rows, lens.numpy())
+            self.decode.append(lens, new)
+        else:
+            self.decode.step(rows, pool_rows, lens, new)
         for k, v in zip(self.buffers[:LAYERS], self.buffers[LAYERS:]):
-            q = torch.randn(len(lens), HEADS, DIM, generator=self.random)
-            expected = attention64(q, k, v, [r.slots for r in self.running], 0.3)
-            if self.arena.force:
-                with self.arena.sources_hidden(k, v):
-                    got = packed.run(q, k, v, sm_scale=0.3)
-            else:
-                got = packed.run(q, k, v, sm_scale=0.3)
-            for a, b in zip(got, expected, strict=True):
-                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+            q = torch.randn(len(lens), HEADS, self.dim, generator=self.random)
+            expected = attention64(q, k, v, [r.slots for r in self.running], 0.3)[0]
+            with self.arena.sources_hidden(k, v) if self.arena.force else nullcontext():
+                got = self.decode.run(q, k, v, lens, sm_scale=0.3, logits_soft_cap=0.0)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
         self.check_accounts()
         return None
 

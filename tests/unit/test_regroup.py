@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from radix_server import DIM, HEADS, LAYERS, Server
+from radix_server import HEADS, LAYERS, Server
+from test_planner import EAGER
 
-from packinfer_sgl import regroup
+from packinfer_sgl import cuda_decode, regroup
 from packinfer_sgl.regroup import Extents
 
 
@@ -16,7 +17,7 @@ from packinfer_sgl.regroup import Extents
 def small_steps(monkeypatch):
     """Copies cost little, and take several steps."""
     monkeypatch.setattr(regroup, "COPY_TOKENS", 0)
-    monkeypatch.setattr(regroup, "STEP_BYTES", 7 * 2 * LAYERS * HEADS * DIM * 4)
+    monkeypatch.setattr(regroup, "STEP_BYTES", 7 * 2 * LAYERS * HEADS * 8 * 4)
 
 
 @given(st.integers(1, 60), st.lists(st.tuples(st.integers(1, 20), st.integers(0, 5)), max_size=60))
@@ -71,6 +72,26 @@ def prefix_of_20(force: bool = False, gain: float = 1e9, arena: int = 60, reader
     return server
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the kernels are no longer interpreted")
+@pytest.mark.parametrize("force", [False, True])
+def test_on_the_kernels(force: bool, monkeypatch) -> None:
+    """Triton's, interpreted: the copy, the slot list of plans, and attention over it."""
+    monkeypatch.setattr(cuda_decode, "H200", EAGER)
+    monkeypatch.setattr(regroup, "STEP_BYTES", 7 * 2 * LAYERS * HEADS * 64 * 4)
+    server = Server(120, 40, force=force, dim=64, kernels=True)
+    for tokens in ([0] * 20 + [1], [0] * 20 + [2], [0] * 8 + [3] * 9 + [4], [0] * 8 + [3] * 9 + [5]):
+        server.start(tokens)
+    for _ in range(6):
+        server.step()
+    assert len(arena_spans(server)) >= 3 and server.arena.copies >= 3
+    for request in server.running[1:3]:
+        server.finish(request, keep=True)
+    server.start([0] * 20 + [1] + [6] * 5)
+    for _ in range(3):
+        server.step()
+    assert arena_spans(server)
+
+
 def arena_spans(server: Server) -> list[tuple[int, int, int]]:
     """(first position, tokens, slot) of what the plan reads in the arena."""
     return [
@@ -85,7 +106,7 @@ def test_forced_everything_shared_is_read_in_the_arena() -> None:
         assert arena_spans(server) == [(0, 20, 200)]
         said = server.arena.as_dict()
         assert said["shared_tokens_read"] == said["contiguous_tokens_read"] == 20 * (step + 1)
-        assert said["copied_bytes"] == 20 * (step + 1) * 2 * LAYERS * HEADS * DIM * 4
+        assert said["copied_bytes"] == 20 * (step + 1) * 2 * LAYERS * HEADS * 8 * 4
     assert said["copies"] == said["spans"] == 1 and said["hits"] == 1 and said["used_tokens"] == 20
 
 
