@@ -30,16 +30,17 @@ class SlotCopier:
             raise ValueError("the KV buffers differ in layout, or their slots are not whole words in one piece")
         self._stride_words = first.stride(0) * first.element_size() // WORD
         self._addresses = torch.tensor([b.data_ptr() for b in buffers], dtype=torch.int64, device=first.device)
+        self.copy(torch.zeros(1, dtype=torch.int32, device=first.device), 0)  # compiled now, not in a request
 
     def copy(self, slots: torch.Tensor, to: int) -> None:
-        """Copy ``slots`` ([n] int32, on the device) to slots ``to`` to ``to + n - 1``, which are not among them."""
+        """Copy ``slots`` ([n] int32, on the device) to slots ``to`` to ``to + n - 1``, which are others."""
         grid = (triton.cdiv(len(slots), 16), len(self._addresses))
         copy_slots_kernel[grid](
             self._addresses, slots, to, len(slots), self._slot_words, self._stride_words, TOKENS=16, BLOCK=256
         )
 
 
-@triton.jit(do_not_specialize=["to", "n"])
+@triton.jit(do_not_specialize=["to", "n"], do_not_specialize_on_alignment=["slots_ptr"])
 def copy_slots_kernel(
     addresses_ptr, slots_ptr, to, n, slot_words, stride_words, TOKENS: tl.constexpr, BLOCK: tl.constexpr
 ):

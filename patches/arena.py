@@ -9,10 +9,10 @@ from sglang.srt.plugins.hook_registry import HookType
 from packinfer_sgl.metrics import STATS
 from packinfer_sgl.patches.hook import Hook
 
-# settings of SGLang with which a node of the radix tree may come to hold other KV, or no slots of this pool at all
+# settings of SGLang with which a node of the radix tree may come to hold other KV, or no decode step is packed
 _REFUSED = (
     "enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "enable_hisparse", "enable_unified_memory",
-    "speculative_algorithm",
+    "enable_unified_cache_external_linker", "speculative_algorithm",
 )  # fmt: skip
 
 
