@@ -165,7 +165,7 @@ class Regroup:
             node_at, tiles = dict(zip(ends, ids)), all_tiles[i]
             parts = self._cover(ids, ends, start, start + tokens)
             if len(spans) + len(parts) + len(plan.spans) - i - 1 > SPANS_PER_ROW * kept.n_rows:
-                parts = [(start, start + tokens, None)]
+                parts, node_at = [(start, start + tokens, None)], {}
             for first, stop, span in parts:
                 slot = -1
                 if span is not None:
@@ -211,7 +211,10 @@ class Regroup:
         return parts[::-1]
 
     def work(self) -> bool:
-        """Copy what is due. True if the plan should now be made and pointed again."""
+        """Copy what is due. True if the plan should now be made and pointed again.
+
+        Ranks of tensor parallelism need not agree: their copies hold what is read without them.
+        """
         if self.force:
             for span in self._used.values():
                 self._check(span)

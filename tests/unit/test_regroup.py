@@ -196,6 +196,18 @@ def test_spans_of_a_batch_that_shrinks_are_found_in_older_copies() -> None:
     assert arena_spans(server) == [(0, 20, 200), (20, 10, 220)] and server.arena.copies == 2
 
 
+def test_a_plan_with_too_many_spans_reads_scattered_slots(monkeypatch) -> None:
+    server = Server(200, 60, force=True)
+    for length, own in ((20, 1), (20, 2), (30, 3), (30, 4)):
+        server.start([0] * 20 + [9] * (length - 20) + [own])
+    server.step()
+    for request in server.running[:2]:
+        server.finish(request, keep=False)
+    monkeypatch.setattr(regroup, "SPANS_PER_ROW", 1.5)
+    server.step()
+    assert arena_spans(server) == [] and server.arena.copies == 2 and len(server.decode._planner.plan.spans) == 3
+
+
 def test_an_evicted_prefix_comes_back_to_a_new_copy() -> None:
     server = prefix_of_20(force=True)
     server.step()
