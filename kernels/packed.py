@@ -328,20 +328,22 @@ def snapshot_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy the slots of each span (row, first position, tokens, offset) from SGLang's table to the plan's slot list.
+    """Write each span's slots (``Plan.spans``) to the plan's slot list: those in SGLang's table, or its copy's.
 
     With a PAGE above 1 the table holds a page's number for each PAGE positions.
     """
     for span in tl.range(tl.program_id(0), tl.load(counts_ptr + N_SPANS), tl.num_programs(0)):
-        row = tl.load(spans_ptr + span * 4)
-        start = tl.load(spans_ptr + span * 4 + 1)
-        length = tl.load(spans_ptr + span * 4 + 2)
-        offset = tl.load(spans_ptr + span * 4 + 3)
+        row = tl.load(spans_ptr + span * 5)
+        start = tl.load(spans_ptr + span * 5 + 1)
+        length = tl.load(spans_ptr + span * 5 + 2)
+        offset = tl.load(spans_ptr + span * 5 + 3)
+        copied = tl.load(spans_ptr + span * 5 + 4)
         table = req_to_token_ptr + tl.load(pool_rows_ptr + row).to(tl.int64) * stride_row
         for i in tl.range(tl.program_id(1) * BLOCK, length, tl.num_programs(1) * BLOCK):
             at = i + tl.arange(0, BLOCK)
             position = start + at
-            slots = tl.load(table + position // PAGE, mask=at < length) * PAGE + position % PAGE
+            own = tl.load(table + position // PAGE, mask=(at < length) & (copied < 0)) * PAGE + position % PAGE
+            slots = tl.where(copied < 0, own, copied + at)
             tl.store(kv_slots_ptr + offset + at, slots.to(tl.int32), mask=at < length)
 
 

@@ -82,7 +82,7 @@ class PackedCuda:
             "win_lo": c.slots,
             "win_hi": c.slots,
             "merge_indptr": c.queries + 1,
-            "spans": c.spans * 4,
+            "spans": c.spans * 5,
             "append_base": c.queries,
         }
         self._at: dict[str, slice] = {}

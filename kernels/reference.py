@@ -7,7 +7,7 @@ softmax and merging are float32 whatever the inputs are. ``lse2`` is the log-sum
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -339,3 +339,9 @@ def _merge(o, lse2, at, indptr):  # type: ignore[no-untyped-def]
                     merged[i, head, d] += weight * o[row, head, d]
             merged_lse2[i, head] = top + np.log2(total)
     return merged, merged_lse2
+
+
+def copy_slots(buffers: Sequence[torch.Tensor], slots: torch.Tensor, to: int) -> None:
+    """Copy ``slots`` ([n] int) to slots ``to`` to ``to + n - 1`` of each buffer ([slots, kv_heads, head_dim])."""
+    for buffer in buffers:
+        buffer[to : to + len(slots)] = buffer[slots.long()]

@@ -43,6 +43,11 @@ class Config:
         unit="true or false",
         choices=("true", "false"),
     )
+    arena_tokens: int = _setting(
+        0,
+        "KV slots taken from SGLang's pool for contiguous copies of hot shared prefixes; 0 = none",
+        unit="tokens",
+    )
     wrap: bool = _setting(
         False,
         "packed decode over the stock --attention-backend of the server, for models for which SGLang checks the name",
@@ -58,6 +63,8 @@ class Config:
                 raise ConfigError(f"packinfer: {f.name} must be a {wanted.__name__}, not {value!r}")
             if wanted is str and choices and value not in choices:
                 raise ConfigError(f"packinfer: {f.name} is {value!r}; allowed: {', '.join(choices)}")
+        if self.arena_tokens < 0:
+            raise ConfigError(f"packinfer: arena_tokens is {self.arena_tokens}; it must be 0 or more")
         if not self.base_backend or self.base_backend == "packinfer":
             raise ConfigError(
                 f"packinfer: base_backend is {self.base_backend!r}; name a stock backend of SGLang, or auto"

@@ -11,6 +11,7 @@ from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan, TilePolicy
 from packinfer_sgl.planner import DecodePlanner, Rows
 from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.regroup import Regroup
 
 # A CPU plan lives at most this many steps; a batched product reads (and masks) the room it has not used yet.
 ROOM_TOKENS = 32
@@ -32,14 +33,18 @@ class CpuDecode:
         verify: bool,
         req_to_token: torch.Tensor,
         stats: Stats,
+        regroup: Regroup | None = None,
     ) -> None:
         """
         Args:
             req_to_token: [pool rows, max context] int32, SGLang's table of slots.
             grouping, verify: see ``config.Config``.
+            regroup: the arena, if there is one.
         """
         self.shape, self.verify, self.req_to_token = shape, verify, req_to_token
-        self._planner = DecodePlanner(shape, cost, policy, grouping=grouping, room_tokens=ROOM_TOKENS, stats=stats)
+        self._planner = DecodePlanner(
+            shape, cost, policy, grouping=grouping, room_tokens=ROOM_TOKENS, stats=stats, regroup=regroup
+        )
 
     def step(
         self, rows: Rows | None, pool_rows: torch.Tensor, kv_lens: torch.Tensor, out_slots: torch.Tensor
@@ -82,12 +87,13 @@ class CpuDecode:
 
     def _snapshot(self, plan: Plan, pool_rows: torch.Tensor) -> torch.Tensor:
         """[plan.kv_capacity] int64: the spans' slots; room is filled with the span's first slot, whose KV is finite."""
-        row, start, length, offset = torch.from_numpy(plan.spans).long().unbind(1)
+        row, start, length, offset, copied = torch.from_numpy(plan.spans).long().unbind(1)
         ends = torch.cat([offset[1:], offset.new_tensor([plan.kv_capacity])])
         span = torch.repeat_interleave(torch.arange(len(row)), ends - offset)
         within = torch.arange(plan.kv_capacity) - offset[span]
-        position = start[span] + torch.where(within < length[span], within, 0)
-        return self.req_to_token[pool_rows.long()[row[span]], position].long()
+        within = torch.where(within < length[span], within, 0)
+        own = self.req_to_token[pool_rows.long()[row[span]], start[span] + within].long()
+        return torch.where(copied[span] < 0, own, copied[span] + within)
 
     def _tree_by_slots(self, pool_rows: torch.Tensor, kv_lens: np.ndarray) -> PrefixTree:
         tables = [self.req_to_token[r, :n].numpy() for r, n in zip(pool_rows.tolist(), kv_lens.tolist())]

@@ -16,6 +16,7 @@ from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import DecodePlanner, Rows
 from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.regroup import SPANS_PER_ROW, Regroup
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class CudaDecode:
         pool_tokens: int,
         max_rows: int,
         stats: Stats,
+        regroup: Regroup | None = None,
     ) -> None:
         """
         Args:
@@ -48,6 +50,7 @@ class CudaDecode:
             pool_tokens: KV tokens in the pool.
             max_rows: most rows of a batch.
             grouping, verify: see ``config.Config``.
+            regroup: the arena, if there is one.
         """
         self.verify, self.req_to_token, self.max_rows = verify, req_to_token, max_rows
         device = req_to_token.device
@@ -58,7 +61,7 @@ class CudaDecode:
             queries=max_rows,
             slots=8 * max_rows,
             items=8 * max_rows + 4096,
-            spans=2 * max_rows,
+            spans=SPANS_PER_ROW * max_rows,
             partials=8 * max_rows + 65536 // shape.qo_heads,
             kv_slots=kv_slots,
         )
@@ -72,6 +75,7 @@ class CudaDecode:
             grouping=grouping,
             room_tokens=ROOM_TOKENS,
             stats=stats,
+            regroup=regroup,
             fits=capacity.holds,
         )
         logger.info("packinfer: decode buffers for %d rows: %.0f MB", max_rows, self._packed.nbytes / 1e6)

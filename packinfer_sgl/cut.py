@@ -141,7 +141,7 @@ def _segments(row_order, nodes, tail_start, kv_lens, windows, room_tokens):  # t
         if windows or s.end > s.start or s.start == 0:
             n += 1
     segments = segments[:n]
-    spans = np.empty((n, 4), np.int32)
+    spans = np.full((n, 5), -1, np.int32)
     append_base = np.zeros(n_rows, np.int32)
     capacity = 0
     for i in range(n):

@@ -12,6 +12,7 @@ from typing import Any
 from packinfer_sgl.plan import Plan
 from packinfer_sgl.prefix_tree import PrefixTree
 from packinfer_sgl.reasons import BatchReason, LayerReason
+from packinfer_sgl.regroup import Regroup
 
 EXPORT_INTERVAL_S = 1.0
 _TOTALS = {
@@ -19,6 +20,15 @@ _TOTALS = {
     "kv_tokens_logical": "KV tokens a prefix-unaware kernel would have read in those steps, one layer",
     "kv_tokens_unique": "least KV tokens that any kernel could have read",
     "kv_tokens_read": "KV tokens that the work items read",
+}
+_ARENA_TOTALS = {
+    "copies": "shared spans copied to the arena",
+    "copied_bytes": "KV bytes copied to the arena",
+    "hits": "shared spans of new plans found in the arena",
+    "refused": "copies that found no room in the arena",
+    "replaced": "copies given up for others",
+    "shared_tokens_read": "KV tokens of shared spans, read once for their group",
+    "contiguous_tokens_read": "those of them in the arena, or known to be contiguous by themselves",
 }
 
 
@@ -46,6 +56,7 @@ class Stats:
     last_tree: PrefixTree | None = None
     last_private_tokens: int = 0
     verify_error: float = 0.0
+    arena: Regroup | None = None
     _exported_at: float = 0.0
 
     def count_plan(self, plan: Plan, tree: PrefixTree, took_us: float) -> None:
@@ -93,7 +104,7 @@ class Stats:
             "plan_us_p50": round(statistics.median(self.plan_us), 1) if self.plan_us else None,
             "plan_us_total": round(self.plan_us_total, 1),
             "verify_error": self.verify_error,
-            "arena": None,
+            "arena": None if self.arena is None else self.arena.as_dict(),
             "private_tokens": self.last_private_tokens,
             "tree": [{"parent": int(p), "rows": int(r), "start": int(s), "end": int(e)} for p, r, s, e in nodes],
         }
@@ -120,7 +131,7 @@ def start_prometheus(labels: dict[str, str]) -> None:
 
     names = list(labels)
     _prometheus = {"labels": labels}
-    for name, text in _TOTALS.items():
+    for name, text in {**_TOTALS, **{f"arena_{name}": text for name, text in _ARENA_TOTALS.items()}}.items():
         _prometheus[name] = PromCounter(f"packinfer:{name}", text, names)
     _prometheus["fallback_steps"] = PromCounter(
         "packinfer:fallback_steps", "forward passes that ran on the stock backend", [*names, "reason"]
@@ -129,6 +140,7 @@ def start_prometheus(labels: dict[str, str]) -> None:
         ("groups", "groups of the last packed step"),
         ("rows_grouped", "requests of the last packed step that share a prefix read"),
         ("plan_us_p50", "median time of a plan, microseconds"),
+        ("arena_used_tokens", "KV slots of the arena in use"),
     ):
         _prometheus[name] = Gauge(f"packinfer:{name}", text, names, multiprocess_mode="mostrecent")
 
@@ -138,15 +150,16 @@ def export(stats: Stats) -> None:
     if _prometheus is None:
         return
     labels, values = _prometheus["labels"], stats.as_dict()
-    for name in _TOTALS:
-        _prometheus[name].labels(**labels).inc(values[name] - _exported[name])
-        _exported[name] = values[name]
+    values |= {f"arena_{name}": value for name, value in (values["arena"] or {}).items()}
+    for name in (*_TOTALS, *(f"arena_{name}" for name in _ARENA_TOTALS)):
+        _prometheus[name].labels(**labels).inc(values.get(name, 0) - _exported[name])
+        _exported[name] = values.get(name, 0)
     for reason, count in stats.fallback_steps.items():
         key = f"fallback_steps.{reason}"
         _prometheus["fallback_steps"].labels(**labels, reason=reason).inc(count - _exported[key])
         _exported[key] = count
-    for name in ("groups", "rows_grouped", "plan_us_p50"):
-        _prometheus[name].labels(**labels).set(values[name] or 0)
+    for name in ("groups", "rows_grouped", "plan_us_p50", "arena_used_tokens"):
+        _prometheus[name].labels(**labels).set(values.get(name) or 0)
 
 
 # One per process, like the metrics of any process.

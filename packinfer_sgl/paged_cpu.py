@@ -54,7 +54,7 @@ class OnCpu:
             self._packed = None
             return
         indptr, indices, *_ = tables
-        request, start, tokens, offset = plan.spans.T
+        request, start, tokens, offset, _ = plan.spans.T
         span = np.repeat(np.arange(len(tokens)), tokens)
         position = np.arange(plan.kv_capacity) - offset[span] + start[span]
         page = indices[indptr[request[span]] + position // page_size].astype(np.int64)

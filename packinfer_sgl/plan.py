@@ -103,7 +103,9 @@ class Plan:
             output row itself.
         win_lo, win_hi: [n_slots] window of each query into run B, in tokens of run B.
         merge_indptr: [n_queries + 1] the partial rows of a query; empty where an item writes the output itself.
-        spans: [n_spans, 4] row of the batch, first KV position, tokens, offset in the KV slot list: what to copy there.
+        spans: [n_spans, 5] row of the batch, first KV position, tokens, offset in the KV slot list, and the slot of the
+            first token if the others follow it, else -1: they are copied from the row's table. Nodes first, as in the
+            tree; a node may take several neighbouring spans (``regroup``).
         append_base: [n_rows] the slot of row ``r``'s token at position ``p`` belongs at ``append_base[r] + p``
             (for positions in its tail).
         kv_capacity: entries of the KV slot list, room for growing tails included.

@@ -14,9 +14,10 @@ from packinfer_sgl.groups import AttentionShape, CostModel, prune
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan, TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.regroup import Paths, Regroup
 
 
-class Rows(Protocol):
+class Rows(Paths, Protocol):
     """A batch that can be compared with the next one and knows who shares what (``radix.BatchRows``)."""
 
     def prefix_tree(self) -> PrefixTree | None: ...
@@ -45,16 +46,18 @@ class DecodePlanner:
         grouping: str,
         room_tokens: int,
         stats: Stats,
+        regroup: Regroup | None = None,
         fits: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
         """
         Args:
             grouping: see ``config.Config``.
             room_tokens: how many steps a plan may live.
+            regroup: where shared spans have contiguous copies, if there is an arena.
             fits: whether a plan can be run; if not, it is made smaller.
         """
         self.shape, self.cost, self.policy = shape, cost, policy
-        self.room_tokens, self.stats, self.fits = room_tokens, stats, fits
+        self.room_tokens, self.stats, self.fits, self.regroup = room_tokens, stats, fits, regroup
         uncut = dataclasses.replace(policy, chunk_tokens=1 << 30, timings=None)
         self._attempts = ((grouping, policy), (grouping, uncut), ("single", uncut))  # each smaller than the one before
         self._rows: Rows | None = None
@@ -80,6 +83,11 @@ class DecodePlanner:
             self._steps_left -= 1
         else:
             self._make_plan(rows, lens.astype(np.int32), tree_without_rows)
+        if self.regroup is not None:
+            if self.regroup.work():
+                self._make_plan(rows, lens.astype(np.int32), tree_without_rows)
+                holds = False
+            self.regroup.count_step()
         self._lens = lens.copy()
         self.stats.count_packed(self.plan, int(lens.sum()) - self.plan.kv_tokens_logical)
         return not holds
@@ -101,5 +109,7 @@ class DecodePlanner:
                 break
         else:
             raise RuntimeError("packinfer: a batch does not fit the buffers; please report this")
+        if self.regroup is not None:
+            plan = self.regroup.point(plan, kept, rows)
         self._rows, self.plan, self.tree, self._steps_left = rows, plan, tree, self.room_tokens
         self.stats.count_plan(plan, kept, (time.perf_counter() - started) * 1e6)

@@ -35,9 +35,9 @@ class Check(NamedTuple):
 
 def hooks() -> list[Hook]:
     """Every change the plugin makes to SGLang (``patches/README.md``)."""
-    from packinfer_sgl.patches import batch_rows, cpu_triton, draft_backend, server_args, server_info
+    from packinfer_sgl.patches import arena, batch_rows, cpu_triton, draft_backend, server_args, server_info
 
-    patches = (server_args, batch_rows, server_info, draft_backend, cpu_triton)
+    patches = (server_args, batch_rows, server_info, draft_backend, arena, cpu_triton)
     return [hook for patch in patches for hook in patch.hooks()]
 
 
@@ -87,6 +87,7 @@ def create_backend(runner: Any) -> Any:
     Raises:
         PluginError: a hook did not take.
         ConfigError: a setting is wrong.
+        ArenaError: the server cannot have an arena.
         UnsupportedModel: models of this kind are never packed.
     """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -106,6 +107,7 @@ def create_backend(runner: Any) -> Any:
 def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]) -> Any:
     from packinfer_sgl.backend import layer_reasons, wrap
     from packinfer_sgl.metrics import STATS, start_prometheus
+    from packinfer_sgl.patches.arena import carve
     from packinfer_sgl.radix import want_rows
 
     checks = check()
@@ -131,7 +133,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         "sglang_version": version("sglang"),
         "platform": type(current_platform).__name__,
         "hooks": [c.target for c in checks],
-        "config": {"grouping": config.grouping, "verify": config.verify},
+        "config": {"grouping": config.grouping, "verify": config.verify, "arena_tokens": config.arena_tokens},
     }
     for layer, why in reasons.items():
         if why is not None:
@@ -142,7 +144,8 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         STATS.reason = f"no attention layer of {type(runner.model).__name__} can be packed ({names})"
         logger.warning("packinfer %s: %s: everything runs on %s", __version__, STATS.reason, base)
         return stock
-    backend = wrap(stock, runner, config, packable[0])
+    arena = carve(runner, config.arena_tokens) if config.arena_tokens else None
+    backend = wrap(stock, runner, config, packable[0], arena)
     want_rows()
     STATS.active, STATS.reason = True, None
     ranks = getattr(runner, "ps", None) or get_parallel()  # 0.5.17 or 0.5.23

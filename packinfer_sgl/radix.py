@@ -63,18 +63,30 @@ class BatchRows(NamedTuple):
         ids: list[tuple[int, ...]] = []
         ends: list[tuple[int, ...]] = []
         for i, (_, node, protected) in enumerate(self.rows):
-            path_ids, path_ends = paths[node]
-            if path_ends and path_ends[-1] > protected:
-                usable = sum(end <= protected for end in path_ends)
-                path_ids, path_ends = path_ids[:usable], path_ends[:usable]
+            path_ids, path_ends = _owned(paths[node], protected)
             if i in self.beams and (not path_ends or path_ends[-1] < self.beams[i][1]):
                 path_ids, path_ends = (*path_ids, self.beams[i][0]), (*path_ends, self.beams[i][1])
             ids.append(path_ids)
             ends.append(path_ends)
         return PrefixTree.from_paths(ids, ends)
 
+    def paths(self, rows: list[int]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        """Of some rows: row of ``req_to_token``, ids and ends of the radix nodes that it may use (none if unknown)."""
+        chosen = [self.rows[row] for row in rows]
+        paths = _paths(self.tree_cache, list(dict.fromkeys(node for _, node, _ in chosen))) or {}
+        return [(row, *_owned(paths.get(node, ((), ())), protected)) for row, node, protected in chosen]
+
 
 Path = tuple[tuple[int, ...], tuple[int, ...]]  # node ids from the root down, and the position after each
+
+
+def _owned(path: Path, protected: int) -> Path:
+    """What of ``path`` lies within the first ``protected`` tokens."""
+    ids, ends = path
+    if ends and ends[-1] > protected:
+        usable = sum(end <= protected for end in ends)
+        return ids[:usable], ends[:usable]
+    return path
 
 
 def _paths(tree_cache: Any, nodes: list[Any]) -> dict[Any, Path] | None:

@@ -44,6 +44,14 @@ def totals(state: State) -> Table:
     table.add_row("the least possible", f"{state['kv_tokens_unique']:,} ({ratio(state['kv_tokens_unique'], read)})")
     if state["plan_us_p50"] is not None:
         table.add_row("planning, median", f"{state['plan_us_p50']:,.0f} us")
+    if arena := state["arena"]:
+        shared, contiguous = arena["shared_tokens_read"], arena["contiguous_tokens_read"]
+        table.add_row("shared KV tokens read in one piece", f"{contiguous / shared:.1%}" if shared else "-")
+        now = f"{arena['used_tokens']:,} of {arena['tokens']:,} tokens, {_n(arena['spans'], 'span')}"
+        table.add_row("the arena now", now)
+        table.add_row("copied to the arena", f"{_n(arena['copies'], 'span')}, {arena['copied_bytes'] / 1e6:,.1f} MB")
+        table.add_row("spans found there by new plans", f"{arena['hits']:,}")
+        table.add_row("copies without room; replaced", f"{arena['refused']:,}; {arena['replaced']:,}")
     return table
 
 

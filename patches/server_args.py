@@ -24,7 +24,7 @@ def add_flags(result: None, parser: argparse.ArgumentParser) -> None:
         if isinstance(f.default, bool):
             group.add_argument(flag(f.name), dest=_dest(f.name), action="store_const", const=True, help=text)
         else:
-            group.add_argument(flag(f.name), dest=_dest(f.name), default=None, help=text)
+            group.add_argument(flag(f.name), dest=_dest(f.name), type=type(f.default), default=None, help=text)
 
 
 def check_flags(cls: type, args: argparse.Namespace) -> None:

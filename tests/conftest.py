@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     # the interpreter imports this late, and it looks at the variable, too
     import triton.experimental.gluon.language  # noqa: F401
 
+    import packinfer_sgl.kernels.copy_slots  # noqa: F401
     import packinfer_sgl.kernels.packed_cuda  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]

@@ -17,6 +17,7 @@ STATE = {
     "kv_tokens_read": 20000,
     "plan_us_p50": 87.4,
     "private_tokens": 512,
+    "arena": None,
     "tree": [
         {"parent": -1, "rows": 8, "start": 0, "end": 2048},
         {"parent": 0, "rows": 4, "start": 2048, "end": 2148},
@@ -60,6 +61,28 @@ def test_totals():
     ):
         (line,) = [line for line in text.splitlines() if what in line]
         assert line.rstrip().endswith(value)
+
+
+ARENA = {
+    "tokens": 4000, "used_tokens": 2148, "spans": 2, "copied_bytes": 30_500_000, "copies": 7, "hits": 90, "refused": 3,
+    "replaced": 5, "shared_tokens_read": 200_000, "contiguous_tokens_read": 190_000,
+}  # fmt: skip
+
+
+def test_the_arena():
+    text = "\n".join(drawn({**STATE, "arena": ARENA}))
+    for what, value in (
+        ("shared KV tokens read in one piece", "95.0%"),
+        ("the arena now", "2,148 of 4,000 tokens, 2 spans"),
+        ("copied to the arena", "7 spans, 30.5 MB"),
+        ("spans found there by new plans", "90"),
+        ("copies without room; replaced", "3; 5"),
+    ):
+        (line,) = [line for line in text.splitlines() if what in line]
+        assert line.rstrip().endswith(value)
+    nothing = {**ARENA, "shared_tokens_read": 0, "contiguous_tokens_read": 0}
+    assert "in one piece" in "\n".join(drawn({**STATE, "arena": nothing}))
+    assert "arena" not in "\n".join(drawn(STATE))
 
 
 def test_before_the_first_step():

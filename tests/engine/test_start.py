@@ -95,12 +95,13 @@ PACKINFER = ("--attention-backend", "packinfer", "--max-total-tokens", "4000")
         (PACKINFER, {"PACKINFER_CONFIG": "{"}, "packinfer: PACKINFER_CONFIG is not valid JSON"),
         (PACKINFER, {"PACKINFER_CONFIG": '{"groping": "off"}'}, "packinfer: unknown setting 'groping'"),
         ((*PACKINFER, "--packinfer-base-backend", "fa9"), {}, "packinfer: base backend 'fa9' is not registered"),
+        ((*PACKINFER, "--packinfer-arena-tokens", "2001"), {}, "packinfer: --packinfer-arena-tokens must be between"),
     ],
 )
 def test_wrong_setting_stops_the_start(flags, env, line, model):
     output = refused("--model-path", model, *flags, env=env)
     assert line in output
-    if "fa9" not in line:  # checked before anything is started: nothing else is said about it
+    if "fa9" not in line and "arena" not in line:  # checked before anything is started: nothing else is said about it
         assert "Traceback" not in output
 
 
@@ -221,7 +222,7 @@ def test_server_says_what_it_does(model):
         port = str(free.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
     flags = ("--model-path", model, *PACKINFER, "--port", port)
-    server = start(*flags, "--enable-metrics", "--packinfer-verify")
+    server = start(*flags, "--enable-metrics", "--packinfer-verify", "--packinfer-arena-tokens", "1000")
     try:
         deadline = time.monotonic() + START_S
         while True:
@@ -240,7 +241,7 @@ def test_server_says_what_it_does(model):
             assert requests.post(f"{url}/generate", json=body, timeout=300).status_code == 200
         state = requests.get(f"{url}/server_info", timeout=30).json()["internal_states"][0]["packinfer"]
         assert state["active"] and state["reason"] is None and state["base_backend"] == "torch_native"
-        assert state["config"] == {"grouping": "multi", "verify": True}
+        assert state["config"] == {"grouping": "multi", "verify": True, "arena_tokens": 1000}
         assert state["packed_steps"] > 50 and state["fallback_steps"]["extend"] >= 2 and state["plan_us_p50"] > 0
         assert state["rows_grouped"] == 4 and state["tree"][0]["rows"] == 4 and state["tree"][0]["end"] >= 200
         assert state["kv_tokens_unique"] <= state["kv_tokens_read"] < state["kv_tokens_logical"] / 2
@@ -253,6 +254,11 @@ def test_server_says_what_it_does(model):
         for name in ("packed_steps", "kv_tokens_read", "kv_tokens_logical", "kv_tokens_unique"):
             assert values[f"packinfer:{name}_total"] == state[name]
         assert values["packinfer:rows_grouped"] == 4
+        arena = state["arena"]
+        assert arena["tokens"] == 1000 and arena["contiguous_tokens_read"] == arena["shared_tokens_read"] > 0
+        for name in ("copies", "copied_bytes", "hits", "refused", "replaced", "contiguous_tokens_read"):
+            assert values[f"packinfer:arena_{name}_total"] == arena[name]
+        assert values["packinfer:arena_used_tokens"] == arena["used_tokens"] > 0
         assert "packinfer:fallback_steps_total" in metrics
         assert refused(*flags)
     finally:

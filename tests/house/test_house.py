@@ -25,7 +25,7 @@ FLOORS = {
 # Within a floor only these may be imported; on the floors that touch SGLang everybody may import everybody.
 NEIGHBOURS = {
     "groups": {"prefix_tree"}, "plan": {"prefix_tree"}, "cut": {"prefix_tree", "plan"},
-    "paged": {"paged_cpu", "paged_cuda"}, "wrapper": {"paged"},
+    "paged": {"paged_cpu", "paged_cuda"}, "wrapper": {"paged"}, "metrics": {"regroup"},
 }  # fmt: skip
 # the CUDA kernels are one thing in four files; the reference stays by itself
 CUDA_KERNELS = {"packed", "packed_cuda", "packed_hopper", "tiles"}

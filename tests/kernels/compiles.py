@@ -15,6 +15,7 @@ from cases import make_packed, random_case
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.packed_cuda import Capacity
 
 DTYPE = {64: torch.float16, 128: torch.bfloat16, 256: torch.bfloat16}
@@ -68,6 +69,8 @@ def main() -> None:
             packed.snapshot(case.req_to_token, case.pool_rows)
             packed.append(case.kv_lens, case.kv_lens)
             packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed)
+        what = {"head_dim": head_dim, "windowed": False}
+        SlotCopier([case.k, case.v]).copy(case.req_to_token[0, :5], 7)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def cases(draw: st.DrawFn, kinds: Sequence[str] = DECODE + PREFILL, max_rows: in
 def slot_list(plan: Plan, rows: Rows) -> torch.Tensor:
     """[plan.kv_capacity] int64: what a caller copies there; room holds its row's first slot, whose KV is finite."""
     slots = torch.full((plan.kv_capacity,), -1)
-    for row, first, tokens, offset in plan.spans.tolist():
+    for row, first, tokens, offset, _ in plan.spans.tolist():
         slots[offset:] = rows[row][first] if first < len(rows[row]) else -1
         slots[offset : offset + tokens] = torch.tensor(rows[row][first : first + tokens], dtype=torch.int64)
     return slots

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from packinfer_sgl import config
 from packinfer_sgl.config import Config, ConfigError, flag
 
-DEFAULTS = {"base_backend": "auto", "grouping": "multi", "verify": False, "wrap": False}
+DEFAULTS = {"base_backend": "auto", "grouping": "multi", "verify": False, "arena_tokens": 0, "wrap": False}
 
 
 def message(text: str) -> str:
@@ -46,6 +46,10 @@ def test_every_setting_is_described() -> None:
         ('{"verify": 1}', ["verify", "1", "bool"]),
         ('{"verify": 0}', ["verify", "0", "bool"]),
         ('{"verify": "true"}', ["verify", "'true'", "bool"]),
+        ('{"arena_tokens": -1}', ["arena_tokens", "-1", "0 or more"]),
+        ('{"arena_tokens": "5"}', ["arena_tokens", "'5'", "int"]),
+        ('{"arena_tokens": 1.0}', ["arena_tokens", "1.0", "int"]),
+        ('{"arena_tokens": true}', ["arena_tokens", "True", "int"]),
         ('{"verify": null}', ["verify", "None", "bool"]),
         ('{"base_backend": true}', ["base_backend", "True", "str"]),
         ('{"base_backend": ""}', ["base_backend", "''", "stock backend", "auto"]),
@@ -95,10 +99,11 @@ def test_any_text_is_a_config_or_one_line(text: str) -> None:
     st.sampled_from(["auto", "triton", "fa3"]),
     st.sampled_from(["off", "single", "multi"]),
     st.booleans(),
+    st.integers(0, 1 << 30),
     st.booleans(),
 )
-def test_json_round_trip(base_backend: str, grouping: str, verify: bool, wrap: bool) -> None:
-    written = Config("auto" if wrap else base_backend, grouping, verify, wrap)
+def test_json_round_trip(base_backend: str, grouping: str, verify: bool, arena_tokens: int, wrap: bool) -> None:
+    written = Config("auto" if wrap else base_backend, grouping, verify, arena_tokens, wrap)
     assert Config.from_json(written.to_json()) == written
 
 
@@ -119,6 +124,7 @@ def test_flag_names() -> None:
         "--packinfer-base-backend",
         "--packinfer-grouping",
         "--packinfer-verify",
+        "--packinfer-arena-tokens",
         "--packinfer-wrap",
     ]
     assert config.ENV == "PACKINFER_CONFIG"

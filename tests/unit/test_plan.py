@@ -24,7 +24,7 @@ def tail_starts(case: Case) -> dict[int, int]:
 def kv_list(case: Case, plan: Plan) -> list[tuple[int, int] | str | None]:
     """(position, slot) of each entry of the KV slot list; no two spans and no room may overlap."""
     entries: list[tuple[int, int] | str | None] = [None] * plan.kv_capacity
-    for row, first, tokens, offset in plan.spans.tolist():
+    for row, first, tokens, offset, _ in plan.spans.tolist():
         for i in range(tokens):
             assert entries[offset + i] is None
             entries[offset + i] = (first + i, case.rows[row][first + i])
@@ -138,7 +138,7 @@ def test_tokens_counted(case: Case) -> None:
         assert plan.kv_tokens_unique == len({slot for row in case.rows for slot in row})
     read = 0
     small = {}  # by entry of the KV slot list
-    for segment, (_, _, tokens, offset) in enumerate(plan.spans.tolist()):
+    for segment, (_, _, tokens, offset, _) in enumerate(plan.spans.tolist()):
         tail = segment >= case.kept.n_nodes
         queries = 1 if tail else int(case.kept.row_hi[segment] - case.kept.row_lo[segment])
         fits = queries <= case.policy.tile_queries[-1]
@@ -157,7 +157,7 @@ def test_a_token_is_read_by_no_more_tiles_than_its_queries_need(case: Case) -> N
     for item in plan.items.tolist():
         for off, length in ((Col.A_OFF, Col.A_LEN), (Col.B_OFF, Col.B_LEN)):
             reads.update(range(item[off], item[off] + item[length]))
-    for segment, (row, _, tokens, offset) in enumerate(plan.spans.tolist()):
+    for segment, (row, _, tokens, offset, _) in enumerate(plan.spans.tolist()):
         holders = {row}
         if segment < case.kept.n_nodes:
             holders = set(case.kept.row_order[case.kept.row_lo[segment] : case.kept.row_hi[segment]].tolist())
