@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from engines import POOL, SGLANG, run_engine
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "scripts"))  # the models of check_engine.py
-SGLANG = version("sglang")
-START_S = 600
-
-POOL = {"max_total_tokens": 12000, "max_running_requests": 64}
 
 
 def pytest_collection_modifyitems(items):
@@ -33,21 +26,6 @@ def model(tmp_path_factory) -> str:
     from packinfer_sgl.tiny_model import write_tiny_model
 
     return str(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
-
-
-def run_engine(scenario: dict, env: dict[str, str] | None = None) -> dict:
-    """The result of ``drive.py`` on ``scenario``; fails the test with the engine's last words."""
-    run = subprocess.run(
-        [sys.executable, str(HERE / "drive.py"), json.dumps(scenario)],
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=START_S,
-    )
-    for line in run.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    pytest.fail(f"the engine gave no result (exit {run.returncode}):\n{run.stderr[-4000:]}")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import POOL, SGLANG, run_engine
+from engines import POOL, SGLANG, run_engine
 from test_exactness import ALL, check
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

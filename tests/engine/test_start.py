@@ -17,7 +17,7 @@ import faults
 import psutil
 import pytest
 import requests
-from conftest import POOL, SGLANG, START_S, run_engine
+from engines import POOL, SGLANG, START_S, run_engine
 
 SERVE = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--dtype", "float32"]
 
