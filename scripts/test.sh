@@ -20,5 +20,5 @@ if [[ $version == "$PACKINFER_SGLANG" ]]; then
   mypy || lint=failed
 fi
 
-python -m pytest "$@"
+python -m pytest --durations=25 --durations-min=20 "$@"
 [[ $lint == passed ]] || { echo "scripts/test.sh: the tests passed, but ruff or mypy failed (above)" >&2 && exit 1; }

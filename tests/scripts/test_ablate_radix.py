@@ -164,7 +164,6 @@ def test_a_mistake_of_the_command_line_starts_nothing(tmp_path: Path) -> None:
         assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
-@pytest.mark.contract
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU: a GPU needs a model")
 def test_a_real_run_is_finished_once(tmp_path: Path) -> None:
     """A third configuration cannot run, the other two are reported."""

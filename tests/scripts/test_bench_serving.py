@@ -53,7 +53,6 @@ def here(tmp_path: Path, model: Path) -> dict:
     return {"cwd": tmp_path / "cwd", "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 
-@pytest.mark.contract
 def test_a_trace_against_two_servers(model: Path, trace: Path, tmp_path: Path, here: dict) -> None:
     out = tmp_path / "out"
     more = ("--trace", trace, "--rounds", "2", "--request-rate", "inf,16", "--running", "8", "--", "--num-prompts", "8")
