@@ -15,6 +15,7 @@ from answers import compare
 from machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
+SCATTER_POOLS = 2  # how often the KV pool is filled before a run on scattered slots
 VERDICTS = ("equal", "near-tie", "different")
 
 
@@ -68,14 +69,17 @@ class Cells:
 
     def __init__(
         self, chosen: Chosen, full: bool, size: Size, workloads: list[str], traces: list[Path], rounds: int,
-        common: dict[str, Any], records: Records,
+        common: dict[str, Any], records: Records, scatter: bool = False,
     ) -> None:  # fmt: skip
         self.chosen, self.size, self.rounds, self.common, self.records = chosen, size, rounds, common, records
         self.configs = select(chosen, full)
         self.workloads = {name: make(name, size) for name in workloads}
         self.workloads |= {f"trace {path.stem}": from_trace(path, size) for path in traces}
         self.machine = machine(common["model_path"])
+        vocabulary = [size.vocabulary.start, size.vocabulary.stop]
+        self.scatter = [SCATTER_POOLS * common["max_total_tokens"], vocabulary] if scatter else None
         settings = {**self.machine, **common, "model_path": "", "date": "", "source": source_digest()}
+        settings["scatter"] = self.scatter
         self._keys = {
             (label(config), name): self._digest([settings, engine_arguments(config), as_json(workload.turns)])
             for config in self.configs for name, workload in self.workloads.items()
@@ -140,7 +144,12 @@ class Cells:
                         mine = {"config": label(config), "workload": workload, "round": i}
                         runs.append({**mine, **{k: v for k, v in record.items() if k not in ("key", "run")}})
         return {
-            "environment": {**self.machine, "rounds": self.rounds, **environment},
+            "environment": {
+                **self.machine,
+                "rounds": self.rounds,
+                "slots": "scattered" if self.scatter else "fresh",
+                **environment,
+            },
             "engine": {k: v for k, v in self.common.items() if k != "model_path"},
             "chosen": self.chosen,
             "configs": {label(config): config for config in self.configs},

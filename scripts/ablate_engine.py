@@ -2,14 +2,16 @@
 
 python ablate_engine.py ARGUMENTS     # of sglang.Engine, as JSON
 
-An order is ``{"turns": [...], "check": bool}``. Its answer holds the figures of the run; with ``check`` the answers of
-all requests and their log-probabilities instead; with ``error`` the one line that says why there is neither.
+An order is ``{"turns": [...], "check": bool, "scatter": null or [tokens, [first, last]]}``: with ``scatter`` so many
+tokens of that vocabulary go through the engine before. Its answer holds the figures of the run; with ``check`` the
+answers of all requests and their log-probabilities instead; with ``error`` the one line that says why there is neither.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
 import time
 from typing import Any
@@ -82,10 +84,25 @@ class Run:
         return [part for _, (_, part) in sorted(last.items())]
 
 
+async def scatter(engine: Any, tokens: int, vocabulary: list[int]) -> None:
+    """Unrelated requests that fill the KV pool more than once: what is handed out afterwards are slots that others gave
+    back, here and there."""
+    rng, requests = random.Random(0), []
+    params = {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True}
+    while tokens > 0:
+        length = rng.randint(8, 256)
+        prompt = [rng.randrange(*vocabulary) for _ in range(length)]
+        requests.append(engine.async_generate(input_ids=prompt, sampling_params=params))
+        tokens -= length + 2
+    await asyncio.gather(*requests)
+
+
 def obey(engine: Any, order: dict[str, Any]) -> dict[str, Any]:
     flushed = engine.loop.run_until_complete(engine.tokenizer_manager.flush_cache(timeout_s=FLUSH_LIMIT_S))
     if not flushed.success:
         raise RuntimeError("the cache could not be emptied")
+    if order["scatter"]:
+        engine.loop.run_until_complete(scatter(engine, *order["scatter"]))
     run = Run(engine, order["check"])
     before = totals(state(engine))
     started = time.perf_counter()

@@ -40,6 +40,8 @@ AXES = {
                   off="off", gives="the radix cache", of_tree=False, saves="prompt"),
     "grouping": Axis({v: {"grouping": v} for v in ("multi", "single", "off")}, ("multi", "single", "off"),
                      packinfer=True, off="off", gives="grouping", metric="tpot_p50_ms", saves="kv"),
+    "arena": Axis({"off": {}, **{str(n): {"arena_tokens": n} for n in (8192, 32768)}}, ("off",),
+                  packinfer=True, off="off", gives="contiguity", metric="tpot_p50_ms"),
     "page": Axis({v: {"page_size": int(v)} for v in ("1", "16", "64")}, ("1",), of_tree=False),
     "eviction": Axis({v: {"radix_eviction_policy": v} for v in ("lru", "lfu")}, ("lru",)),
     "schedule": Axis({v: {"schedule_policy": v} for v in ("fcfs", "lpm", "dfs-weight")}, ("fcfs",)),
@@ -64,9 +66,11 @@ def usual() -> Config:
 
 
 def settle(config: Config) -> Config:
-    """The same engine, said in one way: without a radix cache there is nothing to group, evict or look up."""
+    """The same engine, said in one way: without a radix cache there is nothing to group, evict or look up, and without
+    groups nothing to copy."""
     if config["radix"] == "on":
-        return config
+        bare = config["grouping"] == AXES["grouping"].off
+        return {**config, "arena": "off"} if bare else config
     return {name: (axis.off or usual()[name]) if axis.of_tree else config[name] for name, axis in AXES.items()}
 
 

@@ -107,6 +107,7 @@ def measure(cells: Cells, args: argparse.Namespace, undo: ExitStack) -> None:
 def one_run(cells: Cells, config: Config, workload: str, run: str, engine: EngineWorker) -> None:
     # dummy weights and half precision: on a GPU the answers say nothing
     order = {"turns": as_json(cells.workloads[workload].turns), "check": run == "check" and not ON_GPU}
+    order["scatter"] = cells.scatter
     try:
         answer = engine.ask(order)
     except ServerError as e:
@@ -149,6 +150,8 @@ def arguments() -> argparse.Namespace:
     for name, axis in AXES.items():
         text = f"by comma, of {', '.join(axis.values)} (default {','.join(axis.default)})"
         parser.add_argument(f"--{name}", type=names(axis.values), metavar="VALUES", help=text)
+    text = "fill the KV pool with other requests before each run, so that slots lie scattered (see --arena)"
+    parser.add_argument("--scatter", action="store_true", help=text)
     parser.add_argument("--full", action="store_true", help="all products of all values, not one change at a time")
     parser.add_argument("--workloads", type=names(MAKERS), default=list(MAKERS), metavar="NAMES",
                         help=f"by comma, of {', '.join(MAKERS)} (default: all)")  # fmt: skip
@@ -179,7 +182,9 @@ def ablate(args: argparse.Namespace, undo: ExitStack) -> bool:
         model = str(write_tiny_model(Path(undo.enter_context(tempfile.TemporaryDirectory())) / "tiny"))
     chosen = {name: getattr(args, name) for name in AXES}
     common = {"model_path": model, "load_format": args.load_format, **engine_defaults(SIZES[args.size]), **args.engine}
-    cells = Cells(chosen, args.full, SIZES[args.size], args.workloads, args.trace, args.rounds, common, records)
+    cells = Cells(
+        chosen, args.full, SIZES[args.size], args.workloads, args.trace, args.rounds, common, records, args.scatter
+    )
     console.print(Text(cells.estimate()), soft_wrap=True)
     measure(cells, args, undo)
     results = cells.results(size=args.size, engines_up_at_once=args.at_once)

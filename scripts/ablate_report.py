@@ -195,8 +195,9 @@ def markdown_table(rows: list[list[str]]) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    given = [AXES[name].gives for name in LADDER]
-    lines = [f"# What {', '.join(given[:-1])} and {given[-1]} give", "", "![](ablation.svg)", ""]
+    given = [AXES[name].gives for name in LADDER if len(results["chosen"][name]) > 1]
+    what = f"{', '.join(given[:-1])} and {given[-1]} give" if given[1:] else f"{(given or ['each setting'])[0]} gives"
+    lines = [f"# What {what}", "", "![](ablation.svg)", ""]
     found = list(compared(results))
     lines += (
         [f"- {answer(*pair)}" for pair in found]

@@ -34,14 +34,14 @@ def test_one_change_at_a_time_and_each_engine_once() -> None:
     assert list(map(label, found))[4:] == ["schedule lpm"]
     wide = select(ALL, full=False)
     assert {label(c) for c in wide} == {label(c) for c in found} | {
-        "page 16", "page 64", "eviction lfu", "schedule dfs-weight",
+        "arena 8192", "arena 32768", "page 16", "page 64", "eviction lfu", "schedule dfs-weight",
     }  # fmt: skip
 
 
 def test_all_products_without_those_that_are_the_same_engine() -> None:
     found = select(ALL, full=True)
     on, off = ([c for c in found if c["radix"] == r] for r in ("on", "off"))
-    assert (len(on), len(off)) == (3 * 3 * 2 * 3, 3)
+    assert (len(on), len(off)) == ((2 * 3 + 1) * 3 * 2 * 3, 3)
     assert {(c["grouping"], c["schedule"], c["eviction"]) for c in off} == {("off", "fcfs", "lru")}
     assert len({label(c) for c in found}) == len(found)
 
@@ -59,14 +59,11 @@ def test_the_ladder_gives_each_part_its_own_step() -> None:
     assert list(map(label, select(some, full=False))) == ["page 16", "page 64"]
 
 
-def test_a_further_part_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    axis = ablate_matrix.Axis({"off": {}, "on": {"arena": 64}}, ("off", "on"), packinfer=True, off="off", gives="x")
-    monkeypatch.setitem(AXES, "arena", axis)
-    monkeypatch.setattr(ablate_matrix, "LADDER", ["radix", "grouping", "arena"])
-    said = [(s.title(), label(s.before), label(s.after)) for s in steps({**DEFAULT, "arena": ["off", "on"]})]
-    assert said[-1] == ("x: on against off", "usual settings", "arena on")
+def test_an_arena_is_looked_at_with_grouping_on() -> None:
+    said = [(s.title(), label(s.before), label(s.after)) for s in steps({**DEFAULT, "arena": ["off", "8192"]})]
+    assert said[-1] == ("contiguity: 8192 against off", "usual settings", "arena 8192")
     assert said[0] == ("the radix cache: on against off", "radix off", "grouping off")
-    assert engine_arguments({**usual(), "arena": "on"})[1] == {"grouping": "multi", "arena": 64}
+    assert engine_arguments({**usual(), "arena": "8192"})[1] == {"grouping": "multi", "arena_tokens": 8192}
 
 
 def answer_of_an_engine(**more: object) -> dict:

@@ -107,6 +107,8 @@ def test_what_must_not_be_overlooked() -> None:
 def test_markdown_and_csv(tmp_path: Path) -> None:
     text = markdown(RESULTS)
     assert text.startswith("# What the radix cache and grouping give\n")
+    one = {**RESULTS, "chosen": {**CHOSEN, "radix": ["on"]}}
+    assert markdown(one).startswith("# What grouping gives\n")
     assert "| fork | usual settings | 160 (150 to 170) |" in text
     row = next(line for line in text.splitlines() if line.startswith("| fork | usual settings"))
     assert row.endswith("| 20% | 12% | 90% | 75% | 80% | 100 | 4 |")
