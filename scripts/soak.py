@@ -139,7 +139,7 @@ def play(backend: str, model: str, requests: int, seed: int) -> dict[str, Any]:
         said += engine.loop.run_until_complete(wave(orders))
         at += len(orders)
         print(f"{at} of {requests} requests", file=sys.stderr, flush=True)
-        if rng.random() < 0.2:
+        if at == len(orders) or rng.random() < 0.2:  # at least once
             engine.flush_cache()
     state = engine.get_server_info()["internal_states"][0]["packinfer"]
     engine.flush_cache()

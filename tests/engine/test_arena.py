@@ -43,7 +43,7 @@ def test_outputs_equal_stock_when_all_shared_kv_is_read_in_the_arena(case, model
 def test_soak():
     """A short form of scripts/soak.py."""
     run = subprocess.run(
-        [sys.executable, str(SCRIPTS / "soak.py"), "--requests", "150"], capture_output=True, text=True, timeout=600
+        [sys.executable, str(SCRIPTS / "soak.py"), "--requests", "60"], capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
