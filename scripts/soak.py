@@ -28,7 +28,7 @@ PROMPTS = 60
 ENGINE = {"max_total_tokens": 2600, "max_running_requests": 24, "chunked_prefill_size": 512}
 # SGLang's own setting for tests: some requests are retracted at every so many forward passes
 PACKINFER = {
-    "PACKINFER_CONFIG": '{"arena_tokens": 800}',
+    "PACKINFER_CONFIG": '{"arena_tokens": 500}',
     "SGLANG_TEST_RETRACT": "1",
     "SGLANG_TEST_RETRACT_INTERVAL": "37",
 }
@@ -199,7 +199,7 @@ def soak(requests: int, seed: int, folder: Path) -> list[str]:
         f"{verdicts['different']} answers differ from the stock backend's": not verdicts["different"],
         "not every request was answered": len(ours["said"]) == requests,
         "a flush leaves copies in the arena": after["used_tokens"] == after["spans"] == 0,
-        "nothing was copied, found and replaced": min(arena["copies"], arena["hits"], arena["replaced"]) > 0,
+        "nothing was copied and found": min(arena["copies"], arena["hits"]) > 0,
         "nothing was retracted, aborted or flushed": min(seen["retractions"], seen["flushes"], ours["aborted"]) > 0,
     }
     return [problem for problem, held in must.items() if not held]
