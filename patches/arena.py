@@ -52,7 +52,7 @@ def carve(runner: Any, tokens: int) -> range:
             f"must be between one page ({page}) and half of the KV pool ({runner.max_total_num_tokens // 2} tokens)"
         )
     allocator.size -= tokens
-    if page > 1:
+    if type(allocator) is PagedTokenToKVPoolAllocator:  # on platform plugins 0.5.17 takes it for page size 1, too
         allocator.num_pages = allocator.size // page
     allocator.clear()
     runner.max_total_num_tokens -= tokens
