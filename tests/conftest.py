@@ -13,8 +13,7 @@ numba.config.BOUNDSCHECK = 1
 numba.config.CACHE_DIR = str(Path(__file__).parents[1] / ".pytest_cache" / "numba")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several engines run at once, and OpenMP threads wait for each other by spinning: two engines with two threads each
-    # took ten times as long on two cores.
+    # Several engines run at once, and OpenMP threads wait for each other by spinning: they would take each other's cores.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
