@@ -187,11 +187,20 @@ class Regroup:
         for span in before.values():  # no longer read
             if span.slot >= 0:
                 self._extents.give_back(span.slot, span.tokens)
-        if self.force:
-            held = [self._req_to_token[pool_row, first:stop].long() for pool_row, first, stop in sources]
-            self._sources = torch.cat([torch.zeros(0, dtype=torch.int64, device=self._req_to_token.device), *held])
         pointed = np.array(spans, np.int32).reshape(-1, plan.spans.shape[1])
-        return dataclasses.replace(plan, spans=np.concatenate([pointed, plan.spans[kept.n_nodes :]]))
+        plan = dataclasses.replace(plan, spans=np.concatenate([pointed, plan.spans[kept.n_nodes :]]))
+        if self.force:
+            pool_rows = [pool_row for pool_row, *_ in rows.paths(list(range(kept.n_rows)))] if rows is not None else []
+            scattered = [(pool_rows[s[0]], s[1], s[1] + s[2]) for s in plan.spans.tolist() if sources and s[4] < 0]
+            self._sources = self._slots(sources)
+            # rows outside a group may hold what it copied, too, and read it where it was
+            self._sources = self._sources[~torch.isin(self._sources, self._slots(scattered))]
+        return plan
+
+    def _slots(self, held: list[tuple[int, int, int]]) -> torch.Tensor:
+        """[n] int64, on the device: the slots at positions [first, stop) of rows of SGLang's table."""
+        slots = [self._req_to_token[pool_row, first:stop].long() for pool_row, first, stop in held]
+        return torch.cat([torch.zeros(0, dtype=torch.int64, device=self._req_to_token.device), *slots])
 
     def _cover(
         self, ids: Sequence[int], ends: Sequence[int], start: int, end: int

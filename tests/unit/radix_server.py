@@ -72,8 +72,9 @@ class Server:
     """A pool, a tree and a batch; every slot is NaN until written, and holds other numbers each time."""
 
     def __init__(
-        self, slots: int, arena: int, *, force: bool = False, gain: float = 1e9, dim: int = 8, kernels: bool = False
-    ) -> None:
+        self, slots: int, arena: int, *, force: bool = False, gain: float = 1e9, dim: int = 8, kernels: bool = False,
+        grouping: str = "multi",
+    ) -> None:  # fmt: skip
         """``kernels``: decode by the Triton kernels, not by their reference."""
         self.dim = dim
         self.table = torch.zeros(POOL_ROWS, CONTEXT, dtype=torch.int32)
@@ -89,7 +90,7 @@ class Server:
         )
         self.stats = Stats()
         shape = AttentionShape(HEADS, HEADS, dim, 4)
-        settings = {"grouping": "multi", "verify": True, "req_to_token": self.table, "stats": self.stats}
+        settings = {"grouping": grouping, "verify": True, "req_to_token": self.table, "stats": self.stats}
         settings["regroup"] = self.arena
         self.decode: CpuDecode | CudaDecode
         if kernels:

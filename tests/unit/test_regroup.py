@@ -48,9 +48,15 @@ EVENTS = st.tuples(
 
 
 @settings(max_examples=60)
-@given(st.lists(EVENTS, min_size=5, max_size=50), st.integers(10, 60), st.integers(5, 60), st.booleans())
-def test_any_history(events: list[tuple[str, int, int]], slots: int, arena: int, force: bool) -> None:
-    server = Server(slots, arena, force=force)
+@given(
+    st.lists(EVENTS, min_size=5, max_size=50),
+    st.integers(10, 60),
+    st.integers(5, 60),
+    st.booleans(),
+    st.sampled_from(["multi", "single"]),
+)
+def test_any_history(events: list[tuple[str, int, int]], slots: int, arena: int, force: bool, grouping: str) -> None:
+    server = Server(slots, arena, force=force, grouping=grouping)
     for event, which, length in events:
         if event == "start":  # leaves the path of all zeros somewhere
             server.start([0] * (length // 2) + [which] * (length - length // 2))
@@ -108,6 +114,15 @@ def test_forced_everything_shared_is_read_in_the_arena() -> None:
         assert said["shared_tokens_read"] == said["contiguous_tokens_read"] == 20 * (step + 1)
         assert said["copied_bytes"] == 20 * (step + 1) * 2 * LAYERS * HEADS * 8 * 4
     assert said["copies"] == said["spans"] == 1 and said["hits"] == 1 and said["used_tokens"] == 20
+
+
+def test_forced_what_others_read_alone_stays() -> None:
+    """Of two branches only one is a group: the other reads the slots that both hold, which must not be NaN then."""
+    server = Server(200, 60, force=True, grouping="single")
+    for tokens in ([0] * 8 + [1] * 30 + [2], [0] * 8 + [1] * 30 + [3], [0] * 8 + [4]):
+        server.start(tokens)
+    server.step()
+    assert arena_spans(server) == [(0, 38, 200)]
 
 
 def test_forced_a_copy_that_differs_stops_the_server() -> None:
