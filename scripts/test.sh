@@ -20,6 +20,5 @@ if [[ $version == "$PACKINFER_SGLANG" ]]; then
   mypy || lint=failed
 fi
 
-# An engine under test keeps one core busy, and most tests of a file need what its first one built.
-python -m pytest --numprocesses 2 --dist loadfile --durations=25 --durations-min=20 "$@"
+python -m pytest --durations=25 --durations-min=20 "$@"
 [[ $lint == passed ]] || { echo "scripts/test.sh: the tests passed, but ruff or mypy failed (above)" >&2 && exit 1; }

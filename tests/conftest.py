@@ -12,11 +12,6 @@ from hypothesis import settings
 numba.config.BOUNDSCHECK = 1
 numba.config.CACHE_DIR = str(Path(__file__).parents[1] / ".pytest_cache" / "numba")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several engines run at once, and OpenMP threads wait for each other by spinning: they would take each other's cores.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-
 if not torch.cuda.is_available():
     # Without a GPU our Triton kernels run in Triton's interpreter, which is chosen when a kernel is defined. Only
     # ours: the servers that tests start are to see an environment as a user's.

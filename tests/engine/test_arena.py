@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 from array import array
 from pathlib import Path
@@ -36,14 +35,6 @@ def test_outputs_equal_stock_when_all_shared_kv_is_read_in_the_arena(case, model
     assert arena["hits"] > 10 and arena["copies"] > 10 and arena["refused"] == 0
     assert arena["contiguous_tokens_read"] == arena["shared_tokens_read"] > 10000
     assert 0 < arena["used_tokens"] <= 2000 and arena["spans"] <= arena["copies"]
-
-
-def test_soak():
-    """A short form of scripts/soak.py."""
-    run = subprocess.run(
-        [sys.executable, str(SCRIPTS / "soak.py"), "--requests", "60"], capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
 def runner(size: int = 1000, page_size: int = 1, paged: bool = False, **args: object) -> SimpleNamespace:
