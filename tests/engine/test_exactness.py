@@ -23,14 +23,10 @@ CASES = {
 }
 ENV = {
     "python-tree-core": {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"},
-    # the tree that 0.5.17 has for models with sliding windows
-    "unified-tree": {"SGLANG_ENABLE_UNIFIED_RADIX_TREE": "1"},
 }
 if SGLANG != "0.5.17":  # its paged allocator needs a GPU, and it has one tree core
     CASES["page-16"] = ({"page_size": 16}, ALL)
     CASES["python-tree-core"] = ({}, ALL)
-else:
-    CASES["unified-tree"] = ({}, ALL)
 
 
 def differences(said: list[dict], stock: list[dict]) -> tuple[list[int], int]:
