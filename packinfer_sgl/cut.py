@@ -345,14 +345,13 @@ def _in_shares(tiles, n_shares, share, timing):  # type: ignore[no-untyped-def]
 @njit
 def _order(pieces, tiles, n_classes):  # type: ignore[no-untyped-def]
     """Where each piece stands among the items, and ``class_indptr``."""
-    begins = np.ones(len(pieces), np.bool_)  # a program
     key = np.empty(len(pieces), np.int64)
     class_indptr = np.zeros(n_classes + 1, np.int32)
     for i, piece in enumerate(pieces):
-        begins[i] = i == 0 or pieces[i - 1].program != piece.program
+        begins = i == 0 or pieces[i - 1].program != piece.program  # a program
         tile_class = tiles[piece.tile].tile_class
-        key[i] = ((tile_class if begins[i] else n_classes) << 40) - piece.tokens
-        if begins[i]:
+        key[i] = ((tile_class if begins else n_classes) << 40) - piece.tokens
+        if begins:
             class_indptr[tile_class + 1] += 1
     at = np.empty(len(pieces), np.int64)
     at[key.argsort(kind="mergesort")] = np.arange(len(pieces))

@@ -74,7 +74,7 @@ class CostModel:
         return self.partial_us + 2 * shape.qo_heads * (shape.head_dim + 1) * 4 / self.partial_bytes_per_us
 
 
-# H200: fitted to kernels/packed.py (bf16, random slots; scripts/tune_kernels.py). CPU: kernels/reference.py on two
+# H200: fitted to kernels/packed.py (bf16, random slots; scripts/fit_costs.py). CPU: kernels/reference.py on two
 # cores, where gathering KV is what costs, whatever the number of queries.
 H200 = CostModel(
     bytes_per_us=4.81e06,

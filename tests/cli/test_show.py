@@ -48,9 +48,17 @@ def test_tree_shows_rows_tokens_and_nesting():
     assert indent[1] == indent[2] > indent[0] == indent[3]
 
 
+def shows(state, *rows):
+    """Each of ``rows`` (what, value) is a line of what is drawn, and no other line says it."""
+    text = "\n".join(drawn(state))
+    for what, value in rows:
+        (line,) = [line for line in text.splitlines() if what in line]
+        assert line.rstrip().endswith(value)
+
+
 def test_totals():
-    text = "\n".join(drawn(STATE))
-    for what, value in (
+    shows(
+        STATE,
         ("packed decode steps", "1,234"),
         ("steps on torch_native: extend", "7"),
         ("steps on torch_native: no_batch", "2"),
@@ -58,9 +66,7 @@ def test_totals():
         ("a prefix-unaware kernel reads", "60,000 (3.00x)"),
         ("the least possible", "15,000 (0.75x)"),
         ("planning, median", "87 us"),
-    ):
-        (line,) = [line for line in text.splitlines() if what in line]
-        assert line.rstrip().endswith(value)
+    )
 
 
 ARENA = {
@@ -70,16 +76,14 @@ ARENA = {
 
 
 def test_the_arena():
-    text = "\n".join(drawn({**STATE, "arena": ARENA}))
-    for what, value in (
+    shows(
+        {**STATE, "arena": ARENA},
         ("shared KV tokens read in one piece", "95.0%"),
         ("the arena now", "2,148 of 4,000 tokens, 2 spans"),
         ("copied to the arena", "7 spans, 30.5 MB"),
         ("spans found there by new plans", "90"),
         ("copies without room; replaced", "3; 5"),
-    ):
-        (line,) = [line for line in text.splitlines() if what in line]
-        assert line.rstrip().endswith(value)
+    )
     nothing = {**ARENA, "shared_tokens_read": 0, "contiguous_tokens_read": 0}
     assert "in one piece" in "\n".join(drawn({**STATE, "arena": nothing}))
     assert "arena" not in "\n".join(drawn(STATE))
