@@ -185,7 +185,8 @@ def test_a_real_run_is_finished_once(tmp_path: Path) -> None:
     questions = SIZES["cpu"].workloads["few-shot"]["questions"]
     for figures_ in (multi, off):
         assert figures_["output_tokens"] == 4 * questions and figures_["packed_steps"] > 0
-        assert 0 < figures_["hit_rate"] < 1 and figures_["ttft_p50_ms"] > figures_["tpot_p50_ms"] > 0
+        assert 0 <= figures_["hit_rate"] < 1  # 0 where SGLang admits all questions at once
+        assert figures_["ttft_p50_ms"] > figures_["tpot_p50_ms"] > 0
         assert figures_["kv_tokens_unique"] < figures_["kv_tokens_logical"] / 4
     assert multi["kv_tokens_unique"] <= multi["kv_tokens_read"] < off["kv_tokens_read"] / 3
     assert off["kv_tokens_read"] == off["kv_tokens_logical"] == multi["kv_tokens_logical"]
