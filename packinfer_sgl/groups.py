@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.prefix_tree import Int32, PrefixTree
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,15 @@ class CostModel:
     large_rows: int
     small_rows: int
 
-    def read_us(self, shape: AttentionShape, rows: int) -> tuple[float, float]:
-        """Time of reading a span once for ``rows`` queries: us per KV token, and us besides."""
-        query_rows = rows * shape.group_size
+    def read_us(self, shape: AttentionShape, queries: int) -> tuple[float, float]:
+        """Time of reading a span once for so many queries: us per KV token, and us besides."""
+        query_rows = queries * shape.group_size
         tile = self.small_rows if query_rows <= self.small_rows else self.large_rows
         tiles = -(-query_rows // tile)
         kv_bytes = 2 * shape.kv_heads * shape.head_dim * shape.kv_bytes
         moved = kv_bytes / self.bytes_per_us + (tiles - 1) * (kv_bytes / self.reread_bytes_per_us)
         multiplied = tiles * tile * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
         return max(moved, multiplied), tiles * shape.kv_heads * self.item_us
-
-    def tail_us_per_token(self, shape: AttentionShape) -> float:
-        """Time of one more KV token of a row that reads alone, in us."""
-        return self.read_us(shape, 1)[0]
 
     def partials_us(self, shape: AttentionShape) -> float:
         """Time of one partial result of one query (float32 output and ``lse2`` of all heads), in us."""
@@ -98,7 +94,9 @@ CPU = CostModel(
 )
 
 
-def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = "multi") -> PrefixTree:
+def prune(
+    tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = "multi", q_lens: Int32 | None = None
+) -> PrefixTree:
     """The tree of the spans that are worth a work item of their own; the cheapest choice under ``cost``.
 
     A node that is not kept is read by each of its children and by each row that hangs on it: their spans begin
@@ -107,21 +105,29 @@ def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = 
     Args:
         tree: who shares what.
         mode: ``multi`` keeps any set of nodes, ``single`` at most one on each row's path, ``off`` none.
+        q_lens: [n_rows] int32 query tokens of each row; default: one each (decode).
     """
     if mode == "off" or tree.n_nodes == 0:
         none = np.zeros(0, np.int32)
         return PrefixTree(tree.row_order, none, none, none, none, none, none, np.zeros(tree.n_rows, np.int32))
-    rows = (tree.row_hi - tree.row_lo).tolist()
-    prices = {r: cost.read_us(shape, r) for r in set(rows)}
+    queries, own_us = tree.row_hi - tree.row_lo, cost.read_us(shape, 1)[0] * (tree.row_hi - tree.row_lo)
+    if q_lens is not None:
+        at_place = q_lens[tree.row_order]
+        each, which = np.unique(at_place, return_inverse=True)
+        us_of = np.array([cost.read_us(shape, n)[0] for n in each.tolist()])[which]
+        queries, own_us = (
+            before[tree.row_hi] - before[tree.row_lo]
+            for before in (np.concatenate([[0], np.cumsum(x)]) for x in (at_place, us_of))
+        )
+    prices = {n: cost.read_us(shape, n) for n in set(queries.tolist())}
     kept, begin = _choose(
         tree.parent,
         tree.depth,
         tree.start,
         tree.end,
-        np.array(rows, np.int32),
-        np.array([prices[r] for r in rows]),
-        cost.tail_us_per_token(shape),
-        cost.partials_us(shape),
+        np.array([prices[n] for n in queries.tolist()]),
+        own_us,
+        queries * cost.partials_us(shape),
         mode == "multi",
     )
     nodes = _keep(tree.parent, tree.row_lo, tree.row_hi, tree.end, tree.n_rows, kept, begin)
@@ -129,19 +135,21 @@ def prune(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str = 
 
 
 @njit(cache=True)
-def _choose(parent, depth, start, end, rows, read_us, tail_us, partial_us, multi):  # type: ignore[no-untyped-def]
+def _choose(parent, depth, start, end, read_us, own_us, partials_us, multi):  # type: ignore[no-untyped-def]
     """Which nodes to keep ([n_nodes] bool), and where their spans then begin ([n_nodes] int32).
 
-    ``read_us``: [n_nodes, 2], ``CostModel.read_us`` of each node's rows. Place ``at[i] + k`` of a table stands for node
-    ``i`` with the ``k`` nodes above it declined, so that its span would begin where that of its ``k``-th ancestor does.
+    Of each node's rows ``read_us`` ([n_nodes, 2]) is ``CostModel.read_us`` of all their queries, ``own_us`` the time of
+    one KV token if each row reads it alone, ``partials_us`` that of one partial result of each query. Place
+    ``at[i] + k`` of a table stands for node ``i`` with the ``k`` nodes above it declined, so that its span would begin
+    where that of its ``k``-th ancestor does.
     """
     n = len(parent)
     at = (depth + 1).cumsum() - (depth + 1)
     places = 0 if n == 0 else at[-1] + depth[-1] + 1
-    alone = rows.copy()  # rows in no child
+    alone_us = own_us.copy()  # of the rows in no child
     for i in range(n):
         if parent[i] >= 0:
-            alone[parent[i]] -= rows[i]
+            alone_us[parent[i]] -= own_us[i]
     below_us = np.zeros(n)  # the least that all below costs if the node is kept
     declined_us = np.zeros(places)  # and if it is not
     keep = np.zeros(places, np.bool_)
@@ -152,9 +160,9 @@ def _choose(parent, depth, start, end, rows, read_us, tail_us, partial_us, multi
             begin = start[ancestor]
             ancestor = parent[ancestor]
             # the first kept node on a path makes the row's tail a partial, too
-            partials_us = rows[i] * partial_us * (2 if begin == 0 else 1)
-            keep_us = below_us[i] + (end[i] - begin) * read_us[i, 0] + read_us[i, 1] + partials_us
-            decline_us = declined_us[at[i] + k] + (end[i] - begin) * alone[i] * tail_us
+            keep_us = below_us[i] + (end[i] - begin) * read_us[i, 0] + read_us[i, 1]
+            keep_us += partials_us[i] * (2 if begin == 0 else 1)
+            decline_us = declined_us[at[i] + k] + (end[i] - begin) * alone_us[i]
             # mode single: a node is kept under declined ones only
             keep[at[i] + k] = keep_us <= decline_us and (multi or begin == 0)
             best_us = keep_us if keep[at[i] + k] else decline_us
@@ -164,7 +172,7 @@ def _choose(parent, depth, start, end, rows, read_us, tail_us, partial_us, multi
                 kept_above_us = best_us
         if above >= 0:
             if not multi:  # below the kept node every row reads alone
-                kept_above_us = below_us[i] + (end[i] - start[i]) * rows[i] * tail_us
+                kept_above_us = below_us[i] + (end[i] - start[i]) * own_us[i]
             below_us[above] += kept_above_us
 
     kept = np.zeros(n, np.bool_)

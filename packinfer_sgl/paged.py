@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -194,11 +193,9 @@ class PagedWrapper:
         unique = tree.unique_tokens(kv_lens)
         if (limit < kv_lens).any():  # what only some queries see may be shared, too
             unique = PrefixTree.from_slots(self._indptr, self._indices, self._page_size, kv_lens).unique_tokens(kv_lens)
-        # to the cost model the queries of a request are more heads over the same KV
-        queries = max(1, -(-len(row) // max(int(np.count_nonzero(kv_lens)), 1)))
-        wide, cost = replace(shape, qo_heads=shape.qo_heads * queries), self._kernels.cost(shape)
+        cost = self._kernels.cost(shape)
         for grouping, policy in self._kernels.attempts(shape):
-            kept = prune(tree, wide, cost, grouping)
+            kept = prune(tree, shape, cost, grouping, q_lens)
             plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, qo_indptr=self._qo_indptr, visible=visible)
             if self._kernels.fits(plan, shape):
                 break

@@ -28,8 +28,8 @@ def read_us(cost: CostModel, shape: AttentionShape, tokens: int, queries: int) -
     return tokens * max(moved, flops / cost.flops_per_us) + tiles * shape.kv_heads * cost.item_us
 
 
-def tail_us(cost: CostModel, shape: AttentionShape, tokens: int) -> float:
-    return read_us(cost, shape, tokens, 1) - read_us(cost, shape, 0, 1)
+def tail_us(cost: CostModel, shape: AttentionShape, tokens: int, queries: int) -> float:
+    return read_us(cost, shape, tokens, queries) - read_us(cost, shape, 0, queries)
 
 
 def partial_us(cost: CostModel, shape: AttentionShape) -> float:
@@ -37,17 +37,25 @@ def partial_us(cost: CostModel, shape: AttentionShape) -> float:
     return cost.partial_us + 2 * result_bytes / cost.partial_bytes_per_us  # written and read back
 
 
-def choice_us(tree: PrefixTree, kept: tuple[int, ...], shape: AttentionShape, cost: CostModel) -> float:
+def choice_us(
+    tree: PrefixTree,
+    kept: tuple[int, ...],
+    shape: AttentionShape,
+    cost: CostModel,
+    q_lens: np.ndarray | None = None,
+) -> float:
     """Cost of reading the ``kept`` nodes of ``tree`` once each, and all else row by row."""
+    queries = [1] * tree.n_rows if q_lens is None else q_lens.tolist()
     total = 0.0
     for node in kept:
         above = [other for other in kept if members(tree, other) > members(tree, node)]
         begin = max((int(tree.end[other]) for other in above), default=0)
-        total += read_us(cost, shape, int(tree.end[node]) - begin, len(members(tree, node)))
+        total += read_us(cost, shape, int(tree.end[node]) - begin, sum(queries[row] for row in members(tree, node)))
     for place in range(tree.n_rows):
         on_path = [int(tree.end[node]) for node in kept if tree.row_lo[node] <= place < tree.row_hi[node]]
-        total += partial_us(cost, shape) * (len(on_path) + 1 if on_path else 0)
-        total += tail_us(cost, shape, int(tree.tail_start[place]) - max(on_path, default=0))
+        own = queries[int(tree.row_order[place])]
+        total += own * partial_us(cost, shape) * (len(on_path) + 1 if on_path else 0)
+        total += tail_us(cost, shape, int(tree.tail_start[place]) - max(on_path, default=0), own)
     return total
 
 
@@ -122,19 +130,25 @@ def test_the_model_says_what_its_words_say(queries: int, shape: AttentionShape, 
     token_us, fixed_us = cost.read_us(shape, queries)
     assert fixed_us == pytest.approx(read_us(cost, shape, 0, queries), rel=1e-12)
     assert token_us * 1000 + fixed_us == pytest.approx(read_us(cost, shape, 1000, queries), rel=1e-12)
-    assert cost.tail_us_per_token(shape) * 1000 == pytest.approx(tail_us(cost, shape, 1000), rel=1e-9)
     assert cost.partials_us(shape) == pytest.approx(partial_us(cost, shape), rel=1e-12)
 
 
 @settings(max_examples=800)
-@given(trees(6), shapes(), cost_models(), st.sampled_from(["multi", "single"]))
-def test_no_choice_is_cheaper(tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str) -> None:
-    kept = chosen(tree, prune(tree, shape, cost, mode))
+@given(trees(6), shapes(), cost_models(), st.sampled_from(["multi", "single"]), st.data())
+def test_no_choice_is_cheaper(
+    tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str, data: st.DataObject
+) -> None:
+    q_lens = None  # decode
+    if data.draw(st.booleans()):
+        most = data.draw(st.sampled_from([3, 40, 500]))
+        lens = data.draw(st.lists(st.integers(1, most), min_size=tree.n_rows, max_size=tree.n_rows))
+        q_lens = np.array(lens, np.int32)
+    kept = chosen(tree, prune(tree, shape, cost, mode, q_lens))
     choices = allowed(tree, mode)
     assert tuple(sorted(kept)) in choices
-    us = choice_us(tree, kept, shape, cost)
-    assert us <= choice_us(tree, (), shape, cost) * (1 + 1e-9)
-    assert us == pytest.approx(min(choice_us(tree, s, shape, cost) for s in choices), rel=1e-9)
+    us = choice_us(tree, kept, shape, cost, q_lens)
+    assert us <= choice_us(tree, (), shape, cost, q_lens) * (1 + 1e-9)
+    assert us == pytest.approx(min(choice_us(tree, s, shape, cost, q_lens) for s in choices), rel=1e-9)
 
 
 @settings(max_examples=300)
