@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
-
 import numpy as np
 from numba import njit
 
+from packinfer_sgl.pieces import cut_pieces
 from packinfer_sgl.plan import Col, Plan, TilePolicy
 from packinfer_sgl.prefix_tree import Int32, PrefixTree
 
@@ -38,94 +37,38 @@ def make_plan(
     if qo_indptr is None:
         qo_indptr = np.arange(tree.n_rows + 1, dtype=np.int32)
     nodes = (tree.row_lo, tree.row_hi, tree.start, tree.end)
-    items, *others = _cut(
-        tree.row_order, nodes, tree.tail_start, kv_lens, qo_indptr, see_from, see_to, windows, policy.table, room_tokens
+    sees = (see_from, see_to, windows)
+    segments, spans, append_base, kv_capacity = _segments(
+        tree.row_order, nodes, tree.tail_start, kv_lens, windows, room_tokens
+    )
+    queries, place_of, tiles = _tiles(tree.row_order, segments, tree.n_nodes, qo_indptr, sees, policy.table)
+    pieces = cut_pieces(tiles, policy.table)
+    items, class_indptr, *slots, kv_tokens_read = _items(
+        tree.row_order, segments, tree.n_nodes, queries, place_of, tiles, pieces, sees, len(policy.table), room_tokens
+    )
+    return Plan(
+        items.view(np.int32).reshape(-1, len(Col)), class_indptr, *slots, spans, append_base, kv_capacity,
+        kv_tokens_read, int(kv_lens.sum()), kv_tokens_unique,
     )  # fmt: skip
-    arrays_and_tokens = (items.view(np.int32).reshape(-1, len(Col)), *others, int(kv_lens.sum()), kv_tokens_unique)
-    return Plan(*arrays_and_tokens)
 
 
 # Below, compiled by numba: loops over segments, tiles and items, which as array operations took five times as long.
-# All of them stand in this file: what is compiled is kept on disk for as long as this file does not change.
+# What is compiled is kept on disk for as long as its file does not change, so it calls nothing of other files.
 
 # KV positions [start, end) for the rows at places [lo, hi): the nodes, then tails. A position ``p`` of it is entry
 # ``to_slots + p`` of the slot list.
 SEGMENT = np.dtype([(name, np.int64) for name in ("lo", "hi", "start", "end", "to_slots")])
-# ``queries`` queries, from the ``first`` in place order, over KV positions: run A [a_from, a_to), run B [a_to, b_to).
+# ``queries`` queries, from the ``first`` in place order, over the segment's KV positions [a_from, a_to) as run A and
+# ``b_len`` entries of the slot list from ``b_at`` on as run B: the segment's next positions, or, if ``ride`` is set, the
+# tails of the queries' rows.
 TILE = np.dtype(
-    [(name, np.int64) for name in ("segment", "tile_class", "first", "queries", "a_from", "a_to", "b_to", "pieces")]
+    [(name, np.int64) for name in ("segment", "tile_class", "first", "queries", "a_from", "a_to", "b_at", "b_len")]
+    + [("ride", np.bool_), ("pieces", np.int64)]
 )
-# Tokens [begin, end) of a tile's run A, the ``nth`` piece of it, in a program that reads ``tokens`` from here on.
-PIECE = np.dtype([(name, np.int64) for name in ("tile", "nth", "begin", "end", "program", "tokens")])
 ITEM = np.dtype([(column.name.lower(), np.int32) for column in Col])
 
 
 @njit(cache=True)
-def _cut(  # type: ignore[no-untyped-def]
-    row_order, nodes, tail_start, kv_lens, qo_indptr, see_from, see_to, windows, policy, room_tokens
-):
-    """The arrays of a plan, then ``kv_capacity`` and ``kv_tokens_read``."""
-    segments, spans, append_base, kv_capacity = _segments(row_order, nodes, tail_start, kv_lens, windows, room_tokens)
-    n_nodes, n_rows = len(nodes[0]), len(row_order)
-    query_at = np.zeros(n_rows + 1, np.int64)  # of the first query of each place
-    queries = np.empty(qo_indptr[n_rows], np.int32)  # in place order
-    for place in range(n_rows):
-        begin, end = qo_indptr[row_order[place]], qo_indptr[row_order[place] + 1]
-        query_at[place + 1] = query_at[place] + end - begin
-        queries[query_at[place] : query_at[place + 1]] = np.arange(begin, end)
-    tiles = _tiles(segments, n_nodes, query_at, policy)
-    if windows:
-        tiles = _set_runs(tiles, segments, n_nodes, queries, see_from, see_to)
-    pieces = _pieces(tiles, policy)
-
-    slots = tiles.queries.sum()
-    query_rows, partial_rows = np.empty(slots, np.int32), np.empty(slots, np.int32)
-    win_lo, win_hi = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
-    merge_indptr = _merge_indptr(tiles, queries)
-    used = np.zeros(len(queries), np.int32)  # partial rows of each query that earlier tiles have taken
-    slot_of = np.empty(len(tiles), np.int64)  # of each tile, the first
-    slot = 0
-    for i, tile in enumerate(tiles):
-        slot_of[i] = slot
-        for query in queries[tile.first : tile.first + tile.queries]:
-            query_rows[slot] = query
-            if merge_indptr[query + 1] > merge_indptr[query]:
-                partial_rows[slot] = merge_indptr[query] + used[query]
-                used[query] += tile.pieces
-            else:
-                partial_rows[slot] = -1
-            if windows:
-                b_len = tile.b_to - tile.a_to
-                win_lo[slot] = min(max(see_from[query] - tile.a_to, 0), b_len)
-                win_hi[slot] = min(max(see_to[query] - tile.a_to, 0), b_len)
-            slot += 1
-
-    at, class_indptr = _order(pieces, tiles, len(policy))
-    items = np.empty(len(pieces), ITEM)
-    kv_tokens_read = 0
-    for i, piece in enumerate(pieces):
-        tile, item = tiles[piece.tile], items[at[i]]
-        segment = segments[tile.segment]
-        last = piece.nth == tile.pieces - 1
-        item.q_off, item.q_cnt, item.tile_class = slot_of[piece.tile], tile.queries, tile.tile_class
-        item.a_off, item.a_len, item.a_pos = segment.to_slots + piece.begin, piece.end - piece.begin, piece.begin
-        # run B rides with the last piece
-        item.b_off, item.b_len, item.piece = (
-            segment.to_slots + tile.a_to,
-            tile.b_to - tile.a_to if last else 0,
-            piece.nth,
-        )
-        is_open = room_tokens > 0 and last and tile.segment >= n_nodes
-        item.open_row = row_order[segment.lo] if is_open else -1
-        item.next = at[i + 1] if i + 1 < len(pieces) and pieces[i + 1].program == piece.program else -1
-        kv_tokens_read += item.a_len + item.b_len
-    return (
-        items, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, spans, append_base, kv_capacity,
-        kv_tokens_read,
-    )  # fmt: skip
-
-
-@njit
 def _segments(row_order, nodes, tail_start, kv_lens, windows, room_tokens):  # type: ignore[no-untyped-def]
     row_lo, row_hi, start, end = nodes
     n_nodes, n_rows = len(start), len(row_order)
@@ -156,8 +99,27 @@ def _segments(row_order, nodes, tail_start, kv_lens, windows, room_tokens):  # t
     return segments, spans, append_base, capacity
 
 
+@njit(cache=True)
+def _tiles(row_order, segments, n_nodes, qo_indptr, sees, policy):  # type: ignore[no-untyped-def]
+    """The queries in place order, the place of each, and their tiles."""
+    query_at = np.zeros(len(row_order) + 1, np.int64)  # of the first query of each place
+    queries = np.empty(qo_indptr[-1], np.int32)
+    place_of = np.empty(qo_indptr[-1], np.int32)
+    for place, row in enumerate(row_order):
+        begin, end = qo_indptr[row], qo_indptr[row + 1]
+        query_at[place + 1] = query_at[place] + end - begin
+        queries[query_at[place] : query_at[place + 1]] = np.arange(begin, end)
+        place_of[query_at[place] : query_at[place + 1]] = place
+    tiles = _whole_tiles(segments, query_at, policy)
+    see_from, see_to, windows = sees
+    if windows:
+        tiles = _ride(tiles, segments, n_nodes, queries, place_of, see_from, see_to, policy[0].ride_tokens)
+        tiles = _set_runs(tiles, segments, n_nodes, queries, see_from, see_to)
+    return queries, place_of, tiles
+
+
 @njit
-def _tiles(segments, n_nodes, query_at, policy):  # type: ignore[no-untyped-def]
+def _whole_tiles(segments, query_at, policy):  # type: ignore[no-untyped-def]
     """Each segment's queries in equal parts of the class's size; run A is the whole segment."""
     tile_class, count = np.zeros(len(segments), np.int64), np.zeros(len(segments), np.int64)
     for i, s in enumerate(segments):
@@ -174,9 +136,56 @@ def _tiles(segments, n_nodes, query_at, policy):  # type: ignore[no-untyped-def]
             tile = tiles[n]
             tile.segment, tile.tile_class = i, tile_class[i]
             tile.first, tile.queries = query_at[s.lo] + nth * step, min(step, queries - nth * step)
-            tile.a_from, tile.a_to, tile.b_to = s.start, s.end, s.end
+            tile.a_from, tile.a_to, tile.b_at, tile.b_len, tile.ride = s.start, s.end, s.to_slots + s.end, 0, False
             n += 1
     return tiles
+
+
+@njit
+def _ride(tiles, segments, n_nodes, queries, place_of, see_from, see_to, ride_tokens):  # type: ignore[no-untyped-def]
+    """Let short tails ride: where no node lies below a node, the tails of its rows become run B of its tiles.
+
+    The packed regions of PackInfer (https://arxiv.org/abs/2602.06072): suffixes of several requests side by side in
+    one tile over their common prefix, and no partial results. It takes queries that all see the whole node, and no tile
+    with more than ``ride_tokens`` of tails. Returns the tiles that are left.
+    """
+    rides = np.ones(n_nodes, np.bool_)
+    on_node = np.full(len(segments) - n_nodes, -1, np.int64)  # of each place, the lowest node
+    for i in range(n_nodes):  # deeper nodes come later and overwrite
+        s = segments[i]
+        for above in on_node[s.lo : s.hi]:
+            if above >= 0:
+                rides[above] = False
+        on_node[s.lo : s.hi] = i
+    for tile in tiles:
+        if tile.segment < n_nodes and rides[tile.segment]:
+            s = segments[tile.segment]
+            begin, end = _tails(tile, segments[n_nodes:], queries, place_of, see_to)
+            mine = queries[tile.first : tile.first + tile.queries]
+            rides[tile.segment] = (
+                end - begin <= ride_tokens and see_from[mine].max() == 0 and see_to[mine].min() >= s.end
+            )
+    n = 0
+    for tile in tiles:
+        node = tile.segment if tile.segment < n_nodes else on_node[tile.segment - n_nodes]
+        if node < 0 or not rides[node]:
+            tiles[n] = tile
+            n += 1
+        elif tile.segment < n_nodes:
+            tiles[n] = tile
+            begin, end = _tails(tile, segments[n_nodes:], queries, place_of, see_to)
+            tiles[n].b_at, tiles[n].b_len, tiles[n].ride = begin, end - begin, True
+            n += 1
+    return tiles[:n]
+
+
+@njit
+def _tails(tile, tails, queries, place_of, see_to):  # type: ignore[no-untyped-def]
+    """Entries of the slot list from the tail of the tile's first query to what its last query sees."""
+    last = tile.first + tile.queries - 1
+    first_tail, last_tail = tails[place_of[tile.first]], tails[place_of[last]]
+    end = max(see_to[queries[last]], last_tail.start)
+    return first_tail.start + first_tail.to_slots, end + last_tail.to_slots
 
 
 @njit
@@ -189,6 +198,10 @@ def _set_runs(tiles, segments, n_nodes, queries, see_from, see_to):  # type: ign
     n = 0
     for tile in tiles:
         s = segments[tile.segment]
+        if tile.ride:
+            tiles[n] = tile
+            n += 1
+            continue
         mine = queries[tile.first : tile.first + tile.queries]
         b_to = min(max(see_to[mine].max(), s.start), s.end)
         a_from = min(max(see_from[mine].min(), s.start), b_to)
@@ -197,149 +210,61 @@ def _set_runs(tiles, segments, n_nodes, queries, see_from, see_to):  # type: ign
             a_to = min(max(see_to[mine].min(), a_from), b_to)
         if b_to > a_from or tile.segment >= n_nodes:
             tiles[n] = tile
-            tiles[n].a_from, tiles[n].a_to, tiles[n].b_to = a_from, a_to, b_to
+            tiles[n].a_from, tiles[n].a_to = a_from, a_to
+            tiles[n].b_at, tiles[n].b_len = s.to_slots + a_to, b_to - a_to
             n += 1
     return tiles[:n]
 
 
-# candidate lengths of a piece
-CHUNKS = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
-
-
-@njit
-def _pieces(tiles, policy):  # type: ignore[no-untyped-def]
-    """Cut the tiles' KV tokens; sets ``pieces`` of each and returns all, in the order of the tiles."""
-    chunk, n_shares, share = np.empty(len(policy), np.int64), 0, 0.0
-    for tile_class in range(len(policy)):
-        mine = tiles[tiles.tile_class == tile_class]
-        chunk[tile_class] = _best_chunk(mine, policy[tile_class])
-        if 0 < len(mine) == len(tiles) and mine.b_to.sum() == mine.a_to.sum():
-            chunk[tile_class], n_shares, share = _best_alone(mine, policy[tile_class], chunk[tile_class])
-    if n_shares > 0:
-        return _in_shares(tiles, n_shares, share, policy[tiles[0].tile_class])
-    for tile in tiles:
-        tile.pieces = max(-(-(tile.a_to - tile.a_from) // chunk[tile.tile_class]), 1)
-    pieces = np.empty(tiles.pieces.sum(), PIECE)
-    n = 0
+@njit(cache=True)
+def _items(  # type: ignore[no-untyped-def]
+    row_order, segments, n_nodes, queries, place_of, tiles, pieces, sees, n_classes, room_tokens
+):
+    """``Plan.items`` to ``Plan.merge_indptr``, and ``kv_tokens_read``."""
+    see_from, see_to, windows = sees
+    slots = tiles.queries.sum()
+    query_rows, partial_rows = np.empty(slots, np.int32), np.empty(slots, np.int32)
+    win_lo, win_hi = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+    merge_indptr = _merge_indptr(tiles, queries)
+    used = np.zeros(len(queries), np.int32)  # partial rows of each query that earlier tiles have taken
+    slot_of = np.empty(len(tiles), np.int64)  # of each tile, the first
+    slot = 0
     for i, tile in enumerate(tiles):
-        length = -(-(tile.a_to - tile.a_from) // tile.pieces)
-        for nth in range(tile.pieces):
-            piece = pieces[n]
-            piece.tile, piece.nth, piece.program = i, nth, n
-            piece.begin = tile.a_from + nth * length
-            piece.end = min(piece.begin + length, tile.a_to)
-            piece.tokens = piece.end - piece.begin + (tile.b_to - tile.a_to if nth == tile.pieces - 1 else 0)
-            n += 1
-    return pieces
+        slot_of[i] = slot
+        segment = segments[tile.segment]
+        for at in range(tile.first, tile.first + tile.queries):
+            query = queries[at]
+            query_rows[slot] = query
+            if merge_indptr[query + 1] > merge_indptr[query]:
+                partial_rows[slot] = merge_indptr[query] + used[query]
+                used[query] += tile.pieces
+            else:
+                partial_rows[slot] = -1
+            if windows:
+                begin = see_from[query]
+                if tile.ride:
+                    segment = segments[n_nodes + place_of[at]]
+                    begin = segment.start
+                win_lo[slot] = min(max(begin + segment.to_slots - tile.b_at, 0), tile.b_len)
+                win_hi[slot] = min(max(see_to[query] + segment.to_slots - tile.b_at, 0), tile.b_len)
+            slot += 1
 
-
-@njit
-def _best_chunk(tiles, timing):  # type: ignore[no-untyped-def]
-    """The longest piece with which the tiles of a class are done first.
-
-    Work is spread over waves of ``parallel`` pieces. A last wave that is not full costs as much as a full one, so good
-    lengths are sharp minima, not a slope.
-    """
-    tokens = tiles.a_to - tiles.a_from
-    best_chunk, best_us = timing.chunk_tokens, np.inf
-    for chunk in CHUNKS:
-        if len(tiles) == 0 or np.isnan(timing.parallel):
-            break
-        pieces, partials, busy_us, longest_us = 0, 0, 0.0, 0.0
-        for i in range(len(tiles)):
-            n = max(-(-tokens[i] // chunk), 1)
-            piece_us = timing.fixed_us + timing.token_us * tokens[i] / n
-            pieces += n
-            busy_us += n * piece_us / timing.parallel
-            longest_us = max(longest_us, piece_us)
-            if n > 1:
-                partials += n * tiles[i].queries
-        waves = pieces / timing.parallel
-        us = max(busy_us * np.ceil(waves) / waves, longest_us) + partials * timing.partial_us
-        if us < best_us:
-            best_chunk, best_us = min(chunk, timing.chunk_tokens), us
-        if chunk >= tokens.max():
-            break
-    return best_chunk
-
-
-@njit
-def _best_alone(tiles, timing, chunk):  # type: ignore[no-untyped-def]
-    """How to cut the tiles of a class that runs alone: into pieces of at most ``chunk`` tokens, not at all, or into
-    equal shares, so that no program is left when others are done (Stream-K, https://arxiv.org/abs/2301.03598).
-
-    Returns:
-        The longest piece; the number of shares, or 0 for none; the tokens of a share, an item's fixed time counted as
-        tokens.
-    """
-    n = int(timing.shares)
-    if n == 0:
-        return chunk, 0, 0.0
-    best_us = _pieces_us(tiles, timing, chunk)
-    if timing.chunk_tokens >= (tiles.a_to - tiles.a_from).max():
-        uncut_us = _pieces_us(tiles, timing, timing.chunk_tokens)
-        if uncut_us <= best_us:
-            best_us, chunk = uncut_us, timing.chunk_tokens
-    fixed = timing.fixed_us / timing.token_us
-    share = ((tiles.a_to - tiles.a_from).sum() + (len(tiles) + n) * fixed) / n
-    token_us = timing.token_us * n / timing.parallel
-    shares_us = share / (1 - np.exp(-timing.drain)) * token_us + 2 * n * tiles.queries.max() * timing.partial_us
-    return (chunk, n, share) if shares_us < best_us and share <= timing.chunk_tokens else (chunk, 0, 0.0)
-
-
-@njit
-def _pieces_us(tiles, timing, chunk):  # type: ignore[no-untyped-def]
-    """When ``shares`` programs are done with pieces of at most ``chunk`` tokens, longest first."""
-    n = int(timing.shares)
-    tokens = tiles.a_to - tiles.a_from
-    count = np.maximum(-(-tokens // chunk), 1)
-    length = -np.sort(-np.repeat(tokens / count, count)) + timing.fixed_us / timing.token_us
-    launched = int(timing.launched)
-    ends = [0.0] * n  # in tokens that each program reads while all run
-    for i in range(min(len(length), launched)):  # a program begins when another ends
-        heapq.heapreplace(ends, ends[0] + length[i::launched].sum())
-    us, last = 0.0, 0.0
-    for i, end in enumerate(sorted(ends)):
-        running = (n - i) / n
-        # fewer programs draw less from memory, but not in proportion
-        us += (end - last) * running / (1 - np.exp(-timing.drain * running))
-        last = end
-    partials = (count * tiles.queries)[count > 1].sum()
-    return us * timing.token_us * n / timing.parallel + partials * timing.partial_us
-
-
-@njit
-def _in_shares(tiles, n_shares, share, timing):  # type: ignore[no-untyped-def]
-    """``_pieces`` into equal shares."""
-    pieces = np.empty(len(tiles) + n_shares, PIECE)
-    fixed = timing.fixed_us / timing.token_us
-    least = int(3 * fixed)  # tokens; a shorter piece costs more than it balances
-    done, nth_share, n = 0.0, 0, 0
-    program, program_share = -1, -1
-    for i, tile in enumerate(tiles):
-        begin, tile.pieces = tile.a_from, 0
-        while True:
-            left = tile.a_to - begin
-            while nth_share < n_shares - 1 and (nth_share + 1) * share - done < (fixed + min(left, least)) / 2:
-                nth_share += 1
-            room = (nth_share + 1) * share - done - fixed
-            length = left
-            if nth_share < n_shares - 1 and left > room + least:
-                length = max(int(room), least, 1)
-            if nth_share != program_share:
-                program, program_share = program + 1, nth_share
-            piece = pieces[n]
-            piece.tile, piece.nth, piece.program = i, tile.pieces, program
-            piece.begin, piece.end, piece.tokens = begin, begin + length, length
-            n, tile.pieces, done, begin = n + 1, tile.pieces + 1, done + fixed + length, begin + length
-            if begin == tile.a_to:
-                break
-            nth_share += 1
-    pieces = pieces[:n]
-    for i in range(n - 2, -1, -1):
-        if pieces[i].program == pieces[i + 1].program:
-            pieces[i].tokens += pieces[i + 1].tokens
-    return pieces
+    item_of, class_indptr = _order(pieces, tiles, n_classes)
+    items = np.empty(len(pieces), ITEM)
+    kv_tokens_read = 0
+    for i, piece in enumerate(pieces):
+        tile, item = tiles[piece.tile], items[item_of[i]]
+        segment = segments[tile.segment]
+        last = piece.nth == tile.pieces - 1
+        item.q_off, item.q_cnt, item.tile_class = slot_of[piece.tile], tile.queries, tile.tile_class
+        item.a_off, item.a_len, item.a_pos = segment.to_slots + piece.begin, piece.end - piece.begin, piece.begin
+        # run B comes with the last piece
+        item.b_off, item.b_len, item.piece = tile.b_at, tile.b_len if last else 0, piece.nth
+        is_open = room_tokens > 0 and last and tile.segment >= n_nodes
+        item.open_row = row_order[segment.lo] if is_open else -1
+        item.next = item_of[i + 1] if i + 1 < len(pieces) and pieces[i + 1].program == piece.program else -1
+        kv_tokens_read += item.a_len + item.b_len
+    return items, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, kv_tokens_read
 
 
 @njit

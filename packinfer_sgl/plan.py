@@ -66,11 +66,13 @@ class TilePolicy:
         chunk_tokens: longest KV piece of an item.
         timings: of each class: pieces are then cut so that each class fills its waves, or into equal shares of all
             tokens, and ``chunk_tokens`` only bounds them. None: as long as ``chunk_tokens`` allows.
+        ride_tokens: most tokens of private tails that one tile of a shared span may take along as its run B.
     """
 
     tile_queries: tuple[int, ...]
     chunk_tokens: int
     timings: tuple[PieceTiming, ...] | None = None
+    ride_tokens: int = 0
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -79,12 +81,14 @@ class TilePolicy:
         unknown = PieceTiming(nan, nan, nan, nan, shares=0, launched=0, drain=nan)
         timings = self.timings or [unknown] * len(self.tile_queries)
         classes = zip(self.tile_queries, timings, strict=True)
-        return np.array([(queries, self.chunk_tokens, *astuple(timing)) for queries, timing in classes], CLASS)
+        both = self.chunk_tokens, self.ride_tokens
+        return np.array([(queries, *both, *astuple(timing)) for queries, timing in classes], CLASS)
 
 
 # A tile class as the compiled functions of ``cut`` take it.
 CLASS = np.dtype(
-    [("tile_queries", np.int64), ("chunk_tokens", np.int64), *((f.name, np.float64) for f in fields(PieceTiming))]
+    [(name, np.int64) for name in ("tile_queries", "chunk_tokens", "ride_tokens")]
+    + [(f.name, np.float64) for f in fields(PieceTiming)]
 )
 
 

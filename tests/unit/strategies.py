@@ -131,13 +131,14 @@ class Case:
 def policies(draw: st.DrawFn) -> TilePolicy:
     small = draw(st.integers(1, 4))
     tile_queries = (draw(st.integers(small, 9)), small)
+    ride_tokens = draw(st.sampled_from([0, 0, 3, 10, 1000]))
     if draw(st.booleans()):
-        return TilePolicy(tile_queries, draw(st.sampled_from([1, 2, 3, 5, 8, 1000])))
+        return TilePolicy(tile_queries, draw(st.sampled_from([1, 2, 3, 5, 8, 1000])), ride_tokens=ride_tokens)
     parallel, fixed_us = draw(st.integers(1, 3)), draw(st.sampled_from([0.1, 0.4, 1.0]))
     large, small_ = (
         PieceTiming(parallel, fixed_us, 1.0, 0.0, shares, 6, 2.0) for shares in (0, draw(st.integers(0, 5)))
     )
-    return TilePolicy(tile_queries, 1000, (large, small_))
+    return TilePolicy(tile_queries, 1000, (large, small_), ride_tokens)
 
 
 DECODE = ("decode",)

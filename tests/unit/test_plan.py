@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,9 +85,15 @@ def check_coverage(case: Case, plan: Plan) -> None:
         run_a = entries[item[Col.A_OFF] : item[Col.A_OFF] + item[Col.A_LEN]]
         run_b = entries[item[Col.B_OFF] : item[Col.B_OFF] + item[Col.B_LEN]]
         positions = [entry[0] for entry in [*run_a, *run_b]]
-        assert positions == list(range(item[Col.A_POS], item[Col.A_POS] + len(positions)))
         slots = range(item[Col.Q_OFF], item[Col.Q_OFF] + item[Col.Q_CNT])
         wanted = [case.seen(int(plan.query_rows[slot])) for slot in slots]
+        rows = {case.query_row[plan.query_rows[slot]] for slot in slots}
+        in_a_row = positions
+        if len(rows) > 1 and run_b and item[Col.B_OFF] >= min(plan.append_base[row] + starts[row] for row in rows):
+            # tails that ride stand side by side, as many as the policy allows
+            in_a_row = [entry[0] for entry in run_a]
+            assert len(run_b) <= case.policy.ride_tokens
+        assert in_a_row == list(range(item[Col.A_POS], item[Col.A_POS] + len(in_a_row)))
         if positions:  # what nobody in the tile sees is cut off at both ends
             assert min(r.start for r in wanted) <= positions[0] and positions[-1] < max(r.stop for r in wanted)
         else:  # an empty item is a tail's: a node of which a tile sees nothing has none for it
@@ -196,6 +203,22 @@ def test_queries_that_see_nothing(case: Case) -> None:
     plan = case.plan()
     check_coverage(case, plan)
     check_destinations(case, plan)
+
+
+def test_short_tails_ride_on_the_tiles_of_their_prefix() -> None:
+    """Three suffixes behind four tokens: two tiles of four queries, each over the prefix and what it sees of them."""
+    rows = [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 6, 7, 8], [0, 1, 2, 3, 9, 10, 11]]
+    windows = [(0, 5), (0, 6), (0, 5), (0, 6), (0, 7), (0, 5), (0, 6), (0, 7)]
+    case = Case(
+        rows=rows, tree=tree_of(rows), kept=tree_of(rows), policy=TilePolicy((4, 1), 1000, ride_tokens=6),
+        qo_indptr=np.array([0, 2, 5, 8], np.int32), query_row=[0, 0, 1, 1, 1, 2, 2, 2], windows=windows, room=0,
+    )  # fmt: skip
+    plan = case.plan()
+    check_coverage(case, plan)
+    columns = [Col.Q_CNT, Col.A_OFF, Col.A_LEN, Col.B_OFF, Col.B_LEN]
+    assert sorted(plan.items[:, columns].tolist()) == [[4, 0, 4, 4, 4], [4, 0, 4, 6, 6]] and plan.n_partials == 0
+    apart = replace(case, policy=TilePolicy((4, 1), 1000, ride_tokens=5)).plan()
+    assert len(apart.items) == 5 and apart.n_partials == 16
 
 
 @pytest.mark.parametrize("qo_indptr", [None, np.array([0, 1, 2], np.int32)])

@@ -1,0 +1,153 @@
+"""KV pieces: how the tokens of each query tile are divided, so that no program works long after the others.
+
+Compiled by numba: loops over tiles and pieces, which as array operations took five times as long. What is compiled is
+kept on disk for as long as its file does not change, so functions of this file call none of another.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from numba import njit
+
+# Tokens [begin, end) of a tile's run A, the ``nth`` piece of it, in a program that reads ``tokens`` from here on.
+PIECE = np.dtype([(name, np.int64) for name in ("tile", "nth", "begin", "end", "program", "tokens")])
+# candidate lengths of a piece
+CHUNKS = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
+
+
+@njit(cache=True)
+def cut_pieces(tiles, policy):  # type: ignore[no-untyped-def]
+    """Cut the tiles' KV tokens; sets ``pieces`` of each and returns all, in the order of the tiles."""
+    chunk, n_shares, share = np.empty(len(policy), np.int64), 0, 0.0
+    for tile_class in range(len(policy)):
+        mine = tiles[tiles.tile_class == tile_class]
+        chunk[tile_class] = _best_chunk(mine, policy[tile_class])
+        if 0 < len(mine) == len(tiles) and mine.b_len.sum() == 0:
+            chunk[tile_class], n_shares, share = _best_alone(mine, policy[tile_class], chunk[tile_class])
+    if n_shares > 0:
+        return _in_shares(tiles, n_shares, share, policy[tiles[0].tile_class])
+    for tile in tiles:
+        tile.pieces = max(-(-(tile.a_to - tile.a_from) // chunk[tile.tile_class]), 1)
+    pieces = np.empty(tiles.pieces.sum(), PIECE)
+    n = 0
+    for i, tile in enumerate(tiles):
+        length = -(-(tile.a_to - tile.a_from) // tile.pieces)
+        for nth in range(tile.pieces):
+            piece = pieces[n]
+            piece.tile, piece.nth, piece.program = i, nth, n
+            piece.begin = tile.a_from + nth * length
+            piece.end = min(piece.begin + length, tile.a_to)
+            piece.tokens = piece.end - piece.begin + (tile.b_len if nth == tile.pieces - 1 else 0)
+            n += 1
+    return pieces
+
+
+@njit
+def _best_chunk(tiles, timing):  # type: ignore[no-untyped-def]
+    """The longest piece with which the tiles of a class are done first.
+
+    Work is spread over waves of ``parallel`` pieces. A last wave that is not full costs as much as a full one, so good
+    lengths are sharp minima, not a slope.
+    """
+    tokens = tiles.a_to - tiles.a_from
+    best_chunk, best_us = timing.chunk_tokens, np.inf
+    for chunk in CHUNKS:
+        if len(tiles) == 0 or np.isnan(timing.parallel):
+            break
+        pieces, partials, busy_us, longest_us = 0, 0, 0.0, 0.0
+        for i in range(len(tiles)):
+            n = max(-(-tokens[i] // chunk), 1)
+            piece_us = timing.fixed_us + timing.token_us * tokens[i] / n
+            pieces += n
+            busy_us += n * piece_us / timing.parallel
+            longest_us = max(longest_us, piece_us)
+            if n > 1:
+                partials += n * tiles[i].queries
+        waves = pieces / timing.parallel
+        us = max(busy_us * np.ceil(waves) / waves, longest_us) + partials * timing.partial_us
+        if us < best_us:
+            best_chunk, best_us = min(chunk, timing.chunk_tokens), us
+        if chunk >= tokens.max():
+            break
+    return best_chunk
+
+
+@njit
+def _best_alone(tiles, timing, chunk):  # type: ignore[no-untyped-def]
+    """How to cut the tiles of a class that runs alone: into pieces of at most ``chunk`` tokens, not at all, or into
+    equal shares, so that no program is left when others are done (Stream-K, https://arxiv.org/abs/2301.03598).
+
+    Returns:
+        The longest piece; the number of shares, or 0 for none; the tokens of a share, an item's fixed time counted as
+        tokens.
+    """
+    n = int(timing.shares)
+    if n == 0:
+        return chunk, 0, 0.0
+    best_us = _pieces_us(tiles, timing, chunk)
+    if timing.chunk_tokens >= (tiles.a_to - tiles.a_from).max():
+        uncut_us = _pieces_us(tiles, timing, timing.chunk_tokens)
+        if uncut_us <= best_us:
+            best_us, chunk = uncut_us, timing.chunk_tokens
+    fixed = timing.fixed_us / timing.token_us
+    share = ((tiles.a_to - tiles.a_from).sum() + (len(tiles) + n) * fixed) / n
+    token_us = timing.token_us * n / timing.parallel
+    shares_us = share / (1 - np.exp(-timing.drain)) * token_us + 2 * n * tiles.queries.max() * timing.partial_us
+    return (chunk, n, share) if shares_us < best_us and share <= timing.chunk_tokens else (chunk, 0, 0.0)
+
+
+@njit
+def _pieces_us(tiles, timing, chunk):  # type: ignore[no-untyped-def]
+    """When ``shares`` programs are done with pieces of at most ``chunk`` tokens, longest first."""
+    n = int(timing.shares)
+    tokens = tiles.a_to - tiles.a_from
+    count = np.maximum(-(-tokens // chunk), 1)
+    length = -np.sort(-np.repeat(tokens / count, count)) + timing.fixed_us / timing.token_us
+    launched = int(timing.launched)
+    ends = [0.0] * n  # in tokens that each program reads while all run
+    for i in range(min(len(length), launched)):  # a program begins when another ends
+        heapq.heapreplace(ends, ends[0] + length[i::launched].sum())
+    us, last = 0.0, 0.0
+    for i, end in enumerate(sorted(ends)):
+        running = (n - i) / n
+        # fewer programs draw less from memory, but not in proportion
+        us += (end - last) * running / (1 - np.exp(-timing.drain * running))
+        last = end
+    partials = (count * tiles.queries)[count > 1].sum()
+    return us * timing.token_us * n / timing.parallel + partials * timing.partial_us
+
+
+@njit
+def _in_shares(tiles, n_shares, share, timing):  # type: ignore[no-untyped-def]
+    """``_pieces`` into equal shares."""
+    pieces = np.empty(len(tiles) + n_shares, PIECE)
+    fixed = timing.fixed_us / timing.token_us
+    least = int(3 * fixed)  # tokens; a shorter piece costs more than it balances
+    done, nth_share, n = 0.0, 0, 0
+    program, program_share = -1, -1
+    for i, tile in enumerate(tiles):
+        begin, tile.pieces = tile.a_from, 0
+        while True:
+            left = tile.a_to - begin
+            while nth_share < n_shares - 1 and (nth_share + 1) * share - done < (fixed + min(left, least)) / 2:
+                nth_share += 1
+            room = (nth_share + 1) * share - done - fixed
+            length = left
+            if nth_share < n_shares - 1 and left > room + least:
+                length = max(int(room), least, 1)
+            if nth_share != program_share:
+                program, program_share = program + 1, nth_share
+            piece = pieces[n]
+            piece.tile, piece.nth, piece.program = i, tile.pieces, program
+            piece.begin, piece.end, piece.tokens = begin, begin + length, length
+            n, tile.pieces, done, begin = n + 1, tile.pieces + 1, done + fixed + length, begin + length
+            if begin == tile.a_to:
+                break
+            nth_share += 1
+    pieces = pieces[:n]
+    for i in range(n - 2, -1, -1):
+        if pieces[i].program == pieces[i + 1].program:
+            pieces[i].tokens += pieces[i + 1].tokens
+    return pieces
