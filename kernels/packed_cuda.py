@@ -59,6 +59,12 @@ class Capacity:
         need = Capacity.of(plan)
         return all(getattr(self, f.name) >= getattr(need, f.name) for f in fields(self))
 
+    def grown(self, plan: Plan) -> Capacity:
+        """What ``plan`` needs and a quarter more, so that slightly larger plans fit, too; nowhere less than before."""
+        need = Capacity.of(plan)
+        sizes = {f.name: getattr(need, f.name) * 5 // 4 for f in fields(self)}
+        return Capacity(**{name: max(size, getattr(self, name)) for name, size in sizes.items()})
+
 
 class PackedCuda:
     """A plan on the GPU, at fixed addresses: ``load`` it, then ``run`` it for each layer, captured in a graph or not.

@@ -97,7 +97,7 @@ def _item_class(plan: Plan, items: np.ndarray, a_len: np.ndarray) -> ItemClass:
         out_to=as_index(plan.query_rows[slot][direct]),
         part_from=as_index(np.flatnonzero(partial)),
         part_to=as_index(partial_row[partial]),
-        windowed=bool(b_len.any()),
+        windowed=bool(b_len.any() and hidden.all(2).any()),
     )
 
 

@@ -1,4 +1,4 @@
-"""The attention backend: a stock backend of SGLang whose decode runs on the packed kernels."""
+"""The attention backend: a stock backend of SGLang whose decode and extend batches run on the packed kernels."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from packinfer_sgl.config import Config
 from packinfer_sgl.cpu_decode import CpuDecode
+from packinfer_sgl.cpu_extend import CpuExtend
 from packinfer_sgl.cuda_decode import CudaDecode
+from packinfer_sgl.cuda_extend import CudaExtend
 from packinfer_sgl.groups import CPU, AttentionShape
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
 from packinfer_sgl.kernels.tiles import TILES, tile_policy
 from packinfer_sgl.metrics import STATS
 from packinfer_sgl.plan import TilePolicy
-from packinfer_sgl.radix import running_rows
+from packinfer_sgl.radix import BatchRows, running_rows
 from packinfer_sgl.reasons import BatchReason, LayerReason
 from packinfer_sgl.regroup import Regroup
 
@@ -46,7 +49,7 @@ class UnsupportedModel(RuntimeError):
 
 
 class PackInferMixin:
-    """Decode by work items over the batch's prefix tree; everything else by ``super()``, the stock backend.
+    """Decode and extend by work items over the batch's prefix tree; all else by ``super()``, the stock backend.
 
     The class is ``type("PackInfer" + Base, (PackInferMixin, Base), {})`` over the ``__dict__`` of a built stock
     backend, so that its flags, buffers and metadata keep working (see ``wrap``).
@@ -54,12 +57,13 @@ class PackInferMixin:
 
     _packinfer_decode: CpuDecode | CudaDecode | None = None  # on CUDA built when the size of its buffers is known
     _packinfer_make: Callable[[int], CpuDecode | CudaDecode]
+    _packinfer_extend: CpuExtend | CudaExtend | None
     _packinfer_layers: dict[int, LayerReason | None]
     _packinfer_heads: tuple[int, int, int]  # of the layers that are packed
-    _packinfer_on: bool = False  # this step's decode is packed
+    _packinfer_step: CpuDecode | CudaDecode | CpuExtend | CudaExtend | None = None  # runs this forward pass, if packed
     _packinfer_verify: bool
     _packinfer_check: bool = False  # this step is eager, and compared with the stock backend
-    _packinfer_rows: int = 0  # rows of an eager step that are no padding
+    _packinfer_tokens: int = 0  # query tokens of an eager step that are no padding
     _packinfer_regroup: Regroup | None
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -68,16 +72,16 @@ class PackInferMixin:
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Before an eager forward pass."""
-        self._packinfer_on = False
+        self._packinfer_step = None
         super().init_forward_metadata(forward_batch)  # type: ignore[misc]
-        self._packinfer_on = self._packinfer_plan(forward_batch)
+        self._packinfer_step = self._packinfer_plan(forward_batch)
         self._packinfer_check = self._packinfer_verify
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Before a graph is captured or replayed; some stock backends come here before an eager pass, too."""
         super().init_forward_metadata_out_graph(forward_batch, in_capture)  # type: ignore[misc]
         decode = self._packinfer_decode
-        self._packinfer_on = self._packinfer_check = False
+        self._packinfer_step, self._packinfer_check = None, False
         if not isinstance(decode, CudaDecode):
             return
         replayed = not in_capture and hasattr(forward_batch, "num_padding")
@@ -86,7 +90,7 @@ class PackInferMixin:
             if replayed and not forward_batch.actual_forward_mode.is_idle():
                 STATS.count_fallback(reason)
         elif in_capture:
-            self._packinfer_on = True
+            self._packinfer_step = decode
             decode.step_for_capture(forward_batch.req_pool_indices)
         elif replayed:
             # The captured graph runs the packed kernels whatever the batch is: without rows nothing is shared. An idle
@@ -100,37 +104,61 @@ class PackInferMixin:
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Captured with the graph, and run at each replay."""
         super().init_forward_metadata_in_graph(forward_batch)  # type: ignore[misc]
-        if self._packinfer_on and isinstance(self._packinfer_decode, CudaDecode):
-            self._packinfer_decode.append(forward_batch.seq_lens, forward_batch.out_cache_loc)
+        if isinstance(self._packinfer_step, CudaDecode):
+            self._packinfer_step.append(forward_batch.seq_lens, forward_batch.out_cache_loc)
 
-    def _packinfer_plan(self, batch: ForwardBatch) -> bool:
-        """Plan an eager decode batch; False if the stock backend runs it."""
+    def _packinfer_plan(self, batch: ForwardBatch) -> CpuDecode | CudaDecode | CpuExtend | CudaExtend | None:
+        """Plan an eager batch; returns what will run it, None for the stock backend."""
         if batch.forward_mode.is_idle():
-            return False
+            return None
         rows = running_rows()
-        reason = _batch_reason(batch, rows is not None)
-        if reason is None and self._packinfer_decode is None:  # not for a prefill: graphs may need larger buffers
+        extend = self._packinfer_extend if _is_plain_extend(batch.forward_mode) else None
+        if extend is not None:
+            reason = _extend_reason(batch, rows) or self._packinfer_plan_extend(extend, batch, rows)
+        else:
+            reason = _batch_reason(batch, rows is not None) or self._packinfer_plan_decode(batch, rows)
+        if reason is None:
+            return extend or self._packinfer_decode
+        STATS.count_fallback(reason)
+        return None
+
+    def _packinfer_plan_decode(self, batch: ForwardBatch, rows: BatchRows | None) -> BatchReason | None:
+        """Why the stock backend runs this decode batch after all, or None."""
+        if self._packinfer_decode is None:  # not for a prefill: graphs may need larger buffers
             self._packinfer_decode = self._packinfer_make(EAGER_ROWS)
         decode = self._packinfer_decode
-        if reason is None and isinstance(decode, CudaDecode) and batch.batch_size > decode.max_rows:
-            reason = BatchReason.TOO_MANY_ROWS
-        if reason is not None:
-            STATS.count_fallback(reason)
-            return False
+        if isinstance(decode, CudaDecode) and batch.batch_size > decode.max_rows:
+            return BatchReason.TOO_MANY_ROWS
         # data-parallel attention pads the batches of its ranks to one size
         n = batch.batch_size if batch._original_batch_size is None else batch._original_batch_size
-        self._packinfer_rows = n
-        if n != len(rows.reqs):
+        self._packinfer_tokens = n
+        if rows is not None and n != len(rows.reqs):
             rows = None
         if isinstance(decode, CudaDecode):
             decode.step(rows, batch.req_pool_indices[:n], batch.seq_lens_cpu[:n].numpy())
             decode.append(batch.seq_lens, batch.out_cache_loc)
         else:
             decode.step(rows, batch.req_pool_indices, batch.seq_lens, batch.out_cache_loc)
-        return True
+        return None
 
-    def forward_decode(
+    def _packinfer_plan_extend(
+        self, extend: CpuExtend | CudaExtend, batch: ForwardBatch, rows: BatchRows
+    ) -> BatchReason | None:
+        """Why the stock backend runs this extend batch after all, or None."""
+        q_lens = np.array(batch.extend_seq_lens_cpu, np.int32)
+        kv_lens = q_lens + np.array(batch.extend_prefix_lens_cpu, np.int32)
+        self._packinfer_tokens = int(q_lens.sum())
+        return None if extend.step(rows, batch.req_pool_indices, q_lens, kv_lens) else BatchReason.EXTEND
+
+    def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **more: Any) -> Any:
+        return self._packinfer_forward(super().forward_decode, q, k, v, layer, forward_batch, *args, **more)  # type: ignore[misc]
+
+    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **more: Any) -> Any:
+        return self._packinfer_forward(super().forward_extend, q, k, v, layer, forward_batch, *args, **more)  # type: ignore[misc]
+
+    def _packinfer_forward(
         self,
+        stock: Callable[..., torch.Tensor],
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -139,27 +167,27 @@ class PackInferMixin:
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        more = bool(kwargs) or k is None
-        if not self._packinfer_on or more or self._packinfer_layer_reason(layer) is not None:
-            if self._packinfer_on and more:
+        """Attention of one layer, by the plan of this forward pass or by ``stock``."""
+        step, more = self._packinfer_step, bool(kwargs) or k is None
+        if step is None or more or self._packinfer_layer_reason(layer) is not None:
+            if step is not None and more:
                 STATS.set_layer(layer.layer_id, LayerReason.EXTRA_ARGUMENTS)
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)  # type: ignore[misc]
-        assert self._packinfer_decode is not None
+            return stock(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if save_kv_cache:  # else the model has written it, together with the rotary embedding
             _write_kv(self.token_to_kv_pool, layer, forward_batch.out_cache_loc, k, v)  # type: ignore[attr-defined]
         q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         k_buffer = self.token_to_kv_pool.get_key_buffer(layer.layer_id)  # type: ignore[attr-defined]
         v_buffer = self.token_to_kv_pool.get_value_buffer(layer.layer_id)  # type: ignore[attr-defined]
-        regroup = self._packinfer_regroup if self._packinfer_check else None
-        with regroup.sources_hidden(k_buffer, v_buffer) if regroup is not None else nullcontext():
-            out = self._packinfer_decode.run(
+        hides = self._packinfer_check and step is self._packinfer_decode and self._packinfer_regroup is not None
+        with self._packinfer_regroup.sources_hidden(k_buffer, v_buffer) if hides else nullcontext():
+            out = step.run(
                 q, k_buffer, v_buffer, forward_batch.seq_lens, sm_scale=layer.scaling, logits_soft_cap=layer.logit_cap
             )
         out = out.view(len(q), -1)
         if self._packinfer_check:
-            stock = super().forward_decode(q, k, v, layer, forward_batch, False)  # type: ignore[misc]
-            n = self._packinfer_rows
-            _check_output(out[:n], stock.view_as(out)[:n], layer.layer_id)
+            expected = stock(q, k, v, layer, forward_batch, False)
+            n = self._packinfer_tokens
+            _check_output(out[:n], expected.view_as(out)[:n], layer.layer_id)
         return out
 
     def _packinfer_layer_reason(self, layer: RadixAttention) -> LayerReason | None:
@@ -177,6 +205,23 @@ def _mode_reason(mode: ForwardMode) -> BatchReason | None:
     if mode.is_decode():
         return None
     return BatchReason.SPECULATIVE if mode.is_target_verify() else BatchReason.EXTEND
+
+
+def _is_plain_extend(mode: ForwardMode) -> bool:
+    """Prefill, chunked prefill, or decodes among them."""
+    return mode.name in ("EXTEND", "MIXED")
+
+
+def _extend_reason(batch: ForwardBatch, rows: BatchRows | None) -> BatchReason | None:
+    if batch.spec_info is not None:
+        return BatchReason.SPECULATIVE
+    if batch.encoder_lens is not None:
+        return BatchReason.ENCODER_DECODER
+    if batch.multi_item_delimiter_indices is not None:
+        return BatchReason.MULTI_ITEM
+    if batch.attn_cp_metadata is not None or batch.attn_dcp_metadata is not None:
+        return BatchReason.CONTEXT_PARALLEL
+    return None if rows is not None and len(rows.reqs) == batch.batch_size else BatchReason.NO_BATCH
 
 
 def _batch_reason(batch: ForwardBatch, known: bool) -> BatchReason | None:
@@ -304,14 +349,19 @@ def wrap(
     settings = {"grouping": config.grouping, "verify": config.verify, "stats": STATS}
     settings["req_to_token"] = runner.req_to_token_pool.req_to_token
     settings["regroup"] = backend._packinfer_regroup = STATS.arena = _regroup(runner, shape, config, arena)
+    extend = {key: value for key, value in settings.items() if key != "regroup"}
     if torch.device(runner.device).type == "cpu":
         backend._packinfer_decode = CpuDecode(shape, CPU, CPU_TILES, **settings)
+        backend._packinfer_extend = CpuExtend(shape, always=config.extend == "on", **extend)
     else:
         backend.needs_cpu_seq_lens = True  # plans are made on the host
+        backend._packinfer_extend = CudaExtend(shape, **extend) if config.extend == "on" else None
         pool_tokens = runner.token_to_kv_pool.size
         backend._packinfer_make = lambda max_rows: CudaDecode(
             shape, max_rows=max_rows, pool_tokens=pool_tokens, **settings
         )
+    if config.extend == "off":
+        backend._packinfer_extend = None
     return backend
 
 

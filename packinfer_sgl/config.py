@@ -36,6 +36,13 @@ class Config:
         unit="mode",
         choices=("off", "single", "multi"),
     )
+    extend: str = _setting(
+        "auto",
+        "which prefills, chunks and mixed batches are packed: auto = where that is expected to be faster (on GPUs "
+        "none: not measured yet), on = all, off = none",
+        unit="mode",
+        choices=("auto", "on", "off"),
+    )
     verify: bool = _setting(
         False,
         "debugging: check that grouped requests hold the same KV slots and, outside of CUDA graphs, each layer against "

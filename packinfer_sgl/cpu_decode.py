@@ -60,11 +60,11 @@ class CpuDecode:
         lens = kv_lens.numpy()
         if self._planner.step(rows, lens, lambda: self._tree_by_slots(pool_rows, lens)):
             plan = self._planner.plan
-            self._kv_slots = self._snapshot(plan, pool_rows)
+            self._kv_slots = snapshot_slots(plan, self.req_to_token, pool_rows)
             # the slot of position p lies at append_base + p; the new token's position is the length - 1
             self._append_base = torch.from_numpy(plan.append_base).long() - 1
             if self.verify:
-                self._check_slots(self._planner.tree, pool_rows)
+                check_shared_slots(self._planner.tree, self.req_to_token, pool_rows)
             token_bytes = self.shape.kv_heads * self.shape.head_dim * 4
             self._packed = PackedReference(plan, token_bytes=token_bytes, room_tokens=ROOM_TOKENS)
         else:
@@ -85,28 +85,36 @@ class CpuDecode:
         """Attention of one layer, [n, qo_heads, head_dim]. See ``PackedReference.run``."""
         return self._packed.run(q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)[0]
 
-    def _snapshot(self, plan: Plan, pool_rows: torch.Tensor) -> torch.Tensor:
-        """[plan.kv_capacity] int64: the spans' slots; room is filled with the span's first slot, whose KV is finite."""
-        row, start, length, offset, copied = torch.from_numpy(plan.spans).long().unbind(1)
-        ends = torch.cat([offset[1:], offset.new_tensor([plan.kv_capacity])])
-        span = torch.repeat_interleave(torch.arange(len(row)), ends - offset)
-        within = torch.arange(plan.kv_capacity) - offset[span]
-        within = torch.where(within < length[span], within, 0)
-        own = self.req_to_token[pool_rows.long()[row[span]], start[span] + within].long()
-        return torch.where(copied[span] < 0, own, copied[span] + within)
-
     def _tree_by_slots(self, pool_rows: torch.Tensor, kv_lens: np.ndarray) -> PrefixTree:
         tables = [self.req_to_token[r, :n].numpy() for r, n in zip(pool_rows.tolist(), kv_lens.tolist())]
         indptr = np.concatenate([[0], np.cumsum(kv_lens)]).astype(np.int32)
         return PrefixTree.from_slots(indptr, np.concatenate(tables).astype(np.int32), 1, kv_lens.astype(np.int32))
 
-    def _check_slots(self, tree: PrefixTree, pool_rows: torch.Tensor) -> None:
-        table = self.req_to_token[pool_rows.long()[torch.from_numpy(tree.row_order).long()]]
-        check_shared_slots(tree, table)
+
+def snapshot_slots(plan: Plan, req_to_token: torch.Tensor, pool_rows: torch.Tensor) -> torch.Tensor:
+    """[plan.kv_capacity] int64: the spans' slots; room is filled with the span's first slot, whose KV is finite.
+
+    Args:
+        req_to_token: [pool rows, max context] int32.
+        pool_rows: [n] row of it of each request.
+    """
+    row, start, length, offset, copied = torch.from_numpy(plan.spans).long().unbind(1)
+    ends = torch.cat([offset[1:], offset.new_tensor([plan.kv_capacity])])
+    span = torch.repeat_interleave(torch.arange(len(row)), ends - offset)
+    within = torch.arange(plan.kv_capacity) - offset[span]
+    within = torch.where(within < length[span], within, 0)
+    own = req_to_token[pool_rows.long()[row[span]], start[span] + within].long()
+    return torch.where(copied[span] < 0, own, copied[span] + within)
 
 
-def check_shared_slots(tree: PrefixTree, table: torch.Tensor) -> None:
-    """Raise RuntimeError unless the rows of each node hold equal slots; ``table`` has the rows in place order."""
+def check_shared_slots(tree: PrefixTree, req_to_token: torch.Tensor, pool_rows: torch.Tensor) -> None:
+    """Raise RuntimeError unless the rows of each node hold equal slots.
+
+    Args:
+        req_to_token, pool_rows: as for ``snapshot_slots``, on the CPU or on the GPU.
+    """
+    order = torch.from_numpy(tree.row_order).long().to(pool_rows.device)
+    table = req_to_token[pool_rows.long()[order]]
     for i in range(tree.n_nodes):
         held = table[tree.row_lo[i] : tree.row_hi[i], tree.start[i] : tree.end[i]]
         if not bool((held == held[0]).all()):

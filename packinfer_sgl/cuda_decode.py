@@ -90,9 +90,7 @@ class CudaDecode:
         """
         if self._planner.step(rows, lens, lambda: _nothing_shared(len(lens))):
             if self.verify:
-                tree = self._planner.tree
-                order = torch.from_numpy(tree.row_order).long().to(pool_rows.device)
-                check_shared_slots(tree, self.req_to_token[pool_rows.long()[order]])
+                check_shared_slots(self._planner.tree, self.req_to_token, pool_rows)
             self._load(self._planner.plan, pool_rows)
 
     def step_for_capture(self, pool_rows: torch.Tensor) -> None:

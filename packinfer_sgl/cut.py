@@ -43,13 +43,13 @@ def make_plan(
     )
     queries, place_of, tiles = _tiles(tree.row_order, segments, tree.n_nodes, qo_indptr, sees, policy.table)
     pieces = cut_pieces(tiles, policy.table)
-    items, class_indptr, *slots, kv_tokens_read = _items(
+    items, *others, kv_tokens_read = _items(
         tree.row_order, segments, tree.n_nodes, queries, place_of, tiles, pieces, sees, len(policy.table), room_tokens
     )
-    return Plan(
-        items.view(np.int32).reshape(-1, len(Col)), class_indptr, *slots, spans, append_base, kv_capacity,
-        kv_tokens_read, int(kv_lens.sum()), kv_tokens_unique,
-    )  # fmt: skip
+    items = items.view(np.int32).reshape(-1, len(Col))
+    tokens = (kv_capacity, kv_tokens_read, int(kv_lens.sum()), kv_tokens_unique)
+    arrays_and_tokens = (items, *others, spans, append_base, *tokens)
+    return Plan(*arrays_and_tokens)
 
 
 # Below, compiled by numba: loops over segments, tiles and items, which as array operations took five times as long.
@@ -59,8 +59,8 @@ def make_plan(
 # ``to_slots + p`` of the slot list.
 SEGMENT = np.dtype([(name, np.int64) for name in ("lo", "hi", "start", "end", "to_slots")])
 # ``queries`` queries, from the ``first`` in place order, over the segment's KV positions [a_from, a_to) as run A and
-# ``b_len`` entries of the slot list from ``b_at`` on as run B: the segment's next positions, or, if ``ride`` is set, the
-# tails of the queries' rows.
+# ``b_len`` entries of the slot list from ``b_at`` on as run B: the segment's next positions, or, with ``ride``, tails
+# of the queries' rows.
 TILE = np.dtype(
     [(name, np.int64) for name in ("segment", "tile_class", "first", "queries", "a_from", "a_to", "b_at", "b_len")]
     + [("ride", np.bool_), ("pieces", np.int64)]

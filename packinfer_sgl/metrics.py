@@ -20,6 +20,10 @@ _TOTALS = {
     "kv_tokens_logical": "KV tokens a prefix-unaware kernel would have read in those steps, one layer",
     "kv_tokens_unique": "least KV tokens that any kernel could have read",
     "kv_tokens_read": "KV tokens that the work items read",
+    "packed_extends": "extend batches (prefill, chunked prefill, mixed) that ran on the packed kernels",
+    "extend_kv_tokens_logical": "KV tokens a prefix-unaware kernel would have read in those batches, one layer",
+    "extend_kv_tokens_unique": "least KV tokens that any kernel could have read in those batches",
+    "extend_kv_tokens_read": "KV tokens that the work items of those batches read, once for each query tile",
 }
 _ARENA_TOTALS = {
     "copies": "shared spans copied to the arena",
@@ -36,7 +40,8 @@ _ARENA_TOTALS = {
 class Stats:
     """Counters since the process started, and the groups of the last packed step.
 
-    ``kv_tokens_*`` count the KV tokens of one layer, summed over packed steps. ``verify_error`` is the largest relative
+    ``kv_tokens_*`` count the KV tokens of one layer, summed over packed decode steps, ``extend_kv_tokens_*`` those over
+    packed extend batches, whose planning took ``extend_plan_us_total``. ``verify_error`` is the largest relative
     difference of a row from the stock backend that the setting ``verify`` saw.
     """
 
@@ -50,6 +55,11 @@ class Stats:
     kv_tokens_logical: int = 0
     kv_tokens_unique: int = 0
     kv_tokens_read: int = 0
+    packed_extends: int = 0
+    extend_kv_tokens_logical: int = 0
+    extend_kv_tokens_unique: int = 0
+    extend_kv_tokens_read: int = 0
+    extend_plan_us_total: float = 0.0
     plans: int = 0
     plan_us: deque[float] = field(default_factory=lambda: deque(maxlen=256))
     plan_us_total: float = 0.0
@@ -73,6 +83,15 @@ class Stats:
         self.kv_tokens_logical += plan.kv_tokens_logical + grown_tokens
         self.kv_tokens_unique += plan.kv_tokens_unique + grown_tokens
         self.kv_tokens_read += plan.kv_tokens_read + grown_tokens
+        self._export()
+
+    def count_extend(self, plan: Plan, took_us: float) -> None:
+        """An extend batch will run on ``plan``, made in ``took_us`` microseconds."""
+        self.packed_extends += 1
+        self.extend_kv_tokens_logical += plan.kv_tokens_logical
+        self.extend_kv_tokens_unique += plan.kv_tokens_unique
+        self.extend_kv_tokens_read += plan.kv_tokens_read
+        self.extend_plan_us_total += took_us
         self._export()
 
     def count_fallback(self, reason: BatchReason) -> None:
@@ -100,6 +119,11 @@ class Stats:
             "kv_tokens_logical": self.kv_tokens_logical,
             "kv_tokens_unique": self.kv_tokens_unique,
             "kv_tokens_read": self.kv_tokens_read,
+            "packed_extends": self.packed_extends,
+            "extend_kv_tokens_logical": self.extend_kv_tokens_logical,
+            "extend_kv_tokens_unique": self.extend_kv_tokens_unique,
+            "extend_kv_tokens_read": self.extend_kv_tokens_read,
+            "extend_plan_us_total": round(self.extend_plan_us_total, 1),
             "plans": self.plans,
             "plan_us_p50": round(statistics.median(self.plan_us), 1) if self.plan_us else None,
             "plan_us_total": round(self.plan_us_total, 1),

@@ -14,9 +14,13 @@ from packinfer_sgl.plan import Plan, TilePolicy
 from packinfer_sgl.prefix_tree import Int32
 
 # With more queries to a tile the logits leave the CPU's cache: 64 measured best from 8 to 64 queries a request.
-TILES = TilePolicy(tile_queries=(64, 1), chunk_tokens=1024)
+TILES = TilePolicy(tile_queries=(64, 1), chunk_tokens=1024, ride_tokens=256)
 # The reference copies keys and values before it multiplies: what sharing saves is the copy, whatever the products.
 COST = replace(CPU, flops_per_us=math.inf)
+
+
+def cost_of(shape: AttentionShape) -> CostModel:
+    return replace(COST, large_rows=TILES.tile_queries[0] * shape.group_size)
 
 
 class OnCpu:
@@ -37,7 +41,7 @@ class OnCpu:
         """Any batch will do."""
 
     def cost(self, shape: AttentionShape) -> CostModel:
-        return replace(COST, large_rows=TILES.tile_queries[0] * shape.group_size)
+        return cost_of(shape)
 
     def attempts(self, shape: AttentionShape) -> tuple[tuple[str, TilePolicy], ...]:
         """Grouping and tiles, in the order in which they are tried until a plan fits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -153,9 +153,7 @@ class OnCuda:
             return self._packed
         capacity = self._capacity
         if capacity is None:
-            # with room, so that a batch that grows by a token each step does not allocate each time
-            need = {name: size + size // 4 for name, size in asdict(Capacity.of(plan)).items()}
-            capacity = Capacity(**{name: max(size, getattr(have, name, 0)) for name, size in need.items()})
+            capacity = (have or Capacity.of(plan)).grown(plan)
         self._packed, self._layer = None, layer  # the old ones make room first
         return PackedCuda(
             capacity, qo_heads=shape.qo_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, device=self.device

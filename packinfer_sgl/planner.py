@@ -1,4 +1,4 @@
-"""Decode steps: one plan for as long as the batch stays the same, tails growing token by token."""
+"""Plans of SGLang's batches: one for as long as a decode batch stays the same, one for each extend batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from packinfer_sgl.cut import make_plan
 from packinfer_sgl.groups import AttentionShape, CostModel, prune
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan, TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.prefix_tree import Int32, PrefixTree
 from packinfer_sgl.regroup import Paths, Regroup
 
 
@@ -113,3 +113,56 @@ class DecodePlanner:
             plan = self.regroup.point(plan, kept, rows)
         self._rows, self.plan, self.tree, self._steps_left = rows, plan, tree, self.room_tokens
         self.stats.count_plan(plan, kept, (time.perf_counter() - started) * 1e6)
+
+
+class ExtendPlanner:
+    """Plans extend batches: prefill, chunked prefill, and decodes among them (mixed batches, one new token each).
+
+    Each batch goes to whom a cost model expects to be faster, the packed kernels or the stock backend.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        cost: CostModel,
+        policy: TilePolicy,
+        *,
+        grouping: str,
+        stats: Stats,
+        packed_us: Callable[[Plan], float],
+        stock_us: Callable[[Int32, Int32], float],
+    ) -> None:
+        """
+        Args:
+            grouping: see ``config.Config``.
+            packed_us: expected time of a plan in one layer.
+            stock_us: expected time of the stock backend, by new tokens and KV tokens of each row ([n_rows] int32).
+        """
+        self.shape, self.cost, self.policy, self.grouping, self.stats = shape, cost, policy, grouping, stats
+        self.packed_us, self.stock_us = packed_us, stock_us
+
+    def plan(self, rows: Rows, q_lens: Int32, kv_lens: Int32) -> tuple[Plan, PrefixTree] | None:
+        """The plan of a batch and who shares what in it, or None if the stock backend is expected to be faster.
+
+        Args:
+            rows: the scheduler's batch.
+            q_lens: [n_rows] new tokens of each row, its last.
+            kv_lens: [n_rows] KV tokens of each row, the new ones included.
+        """
+        started = time.perf_counter()
+        tree = rows.prefix_tree()
+        if tree is None:  # a cache without paths
+            tree = PrefixTree.from_neighbours(range(len(kv_lens)), [0] * (len(kv_lens) - 1))
+        kept = prune(tree, self.shape, self.cost, self.grouping, q_lens)
+        qo_indptr = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+        row = np.repeat(np.arange(len(q_lens)), q_lens)
+        position = kv_lens[row] - qo_indptr[row + 1] + np.arange(len(row), dtype=np.int32)
+        visible = (np.zeros(len(row), np.int32), position + 1)
+        unique = tree.unique_tokens(kv_lens)
+        plan = make_plan(
+            kept, kv_lens, self.policy, kv_tokens_unique=unique, qo_indptr=qo_indptr, visible=visible
+        )  # fmt: skip
+        if self.packed_us(plan) > self.stock_us(q_lens, kv_lens):
+            return None
+        self.stats.count_extend(plan, (time.perf_counter() - started) * 1e6)
+        return plan, tree

@@ -8,11 +8,13 @@ from enum import Enum
 class BatchReason(str, Enum):
     """Reasons that hold for every layer of one batch."""
 
-    EXTEND = "extend"  # prefill, chunked prefill and mixed batches: the stock backend's work
+    EXTEND = "extend"  # prefill, chunked prefill or a mixed batch that the stock backend is expected to run faster
     SPECULATIVE = "speculative"
     ENCODER_DECODER = "encoder_decoder"
     NO_BATCH = "no_batch"  # a forward that SGLang did not build from its scheduler's batch (warm-up, capture)
     TOO_MANY_ROWS = "too_many_rows"  # more rows than the buffers hold
+    CONTEXT_PARALLEL = "context_parallel"  # an extend whose tokens are split over ranks
+    MULTI_ITEM = "multi_item"  # an extend that scores several items of a request apart from each other
 
 
 class LayerReason(str, Enum):

@@ -1,0 +1,84 @@
+"""Packed extend on the GPU: the plan of a batch and its slots, in buffers that grow with the batches."""
+
+from __future__ import annotations
+
+import torch
+
+from packinfer_sgl.cpu_decode import check_shared_slots
+from packinfer_sgl.groups import H200, AttentionShape
+from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.kernels.tiles import tile_policy
+from packinfer_sgl.metrics import Stats
+from packinfer_sgl.plan import Plan
+from packinfer_sgl.planner import ExtendPlanner, Rows
+from packinfer_sgl.prefix_tree import Int32
+
+PARTIAL_BYTES = 1 << 27  # most memory for partial results; a batch that needs more is the stock backend's
+
+
+class CudaExtend:
+    """Turns extend batches into work for the Triton kernels."""
+
+    def __init__(
+        self, shape: AttentionShape, *, grouping: str, verify: bool, req_to_token: torch.Tensor, stats: Stats
+    ) -> None:
+        """
+        Args:
+            req_to_token: [pool rows, max context] int32 on the GPU, SGLang's table of slots.
+            grouping, verify: see ``config.Config``.
+        """
+        self.shape, self.verify, self.req_to_token = shape, verify, req_to_token
+        self._planner = ExtendPlanner(
+            shape,
+            H200,
+            tile_policy(shape, req_to_token.device),
+            grouping=grouping,
+            stats=stats,
+            packed_us=self.packed_us,
+            stock_us=lambda q_lens, kv_lens: 0.0,
+        )
+        self._packed: PackedCuda | None = None
+
+    def packed_us(self, plan: Plan) -> float:
+        """What is too large counts as endless; the times of stock backends are not measured yet."""
+        row_bytes = self.shape.qo_heads * (self.shape.head_dim + 1) * 4
+        return 0.0 if plan.n_partials * row_bytes <= PARTIAL_BYTES else float("inf")
+
+    def step(self, rows: Rows, pool_rows: torch.Tensor, q_lens: Int32, kv_lens: Int32) -> bool:
+        """Prepare this batch on the current stream; False if the stock backend runs it. As ``CpuExtend.step``."""
+        planned = self._planner.plan(rows, q_lens, kv_lens)
+        if planned is None:
+            return False
+        plan, tree = planned
+        if self.verify:
+            check_shared_slots(tree, self.req_to_token, pool_rows)
+        packed = self._buffers(plan)
+        packed.load(plan)
+        packed.snapshot(self.req_to_token, pool_rows)
+        return True
+
+    def _buffers(self, plan: Plan) -> PackedCuda:
+        have = self._packed.capacity if self._packed is not None else Capacity.of(plan)
+        if self._packed is None or not have.holds(plan):
+            shape, self._packed = self.shape, None  # the old ones make room first
+            self._packed = PackedCuda(
+                have.grown(plan), qo_heads=shape.qo_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+                device=self.req_to_token.device,
+            )  # fmt: skip
+        return self._packed
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_lens: torch.Tensor,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float,
+    ) -> torch.Tensor:
+        """Attention of one layer, [n_tokens, qo_heads, head_dim]. See ``PackedCuda.run``."""
+        assert self._packed is not None
+        return self._packed.run(
+            q, k, v, kv_lens, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, windowed=True
+        )[0]  # fmt: skip
