@@ -28,7 +28,7 @@ class ItemClass:
         queries: [n, Q] int64 row of q; padded with the item's first query.
         entry: [n, L] int64 entry of the KV slot list; padded with an entry of the same item, so no other is read.
         hidden: [n, 1 or Q, L] bool, True where the query must not see the token; None if all see all.
-        kv_pos: [n, L] int64 KV position of each token.
+        kv_pos: [n, L] int64 KV position of each token, unless tails ride in run B (``TilePolicy.ride_tokens``).
         open_row: [n] int64 row whose current length hides what lies beyond, or -1; None if no item grows.
         out_from: [m] int64 flat index (item * Q + query) of the results that write the output themselves.
         out_to: [m] int64 their row of the output.
@@ -190,7 +190,7 @@ class PackedReference:
             k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] (any strides), float.
             sm_scale: factor of the logits before the softmax.
             logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
-            mask: custom mask; the plan must then let every query see all of its row.
+            mask: custom mask, of what the plan lets a query see; no tails may ride in that plan.
             out: [n_queries, qo_heads, head_dim] where to write; default: a new tensor of q's dtype.
 
         Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -195,6 +196,8 @@ class PagedWrapper:
             unique = PrefixTree.from_slots(self._indptr, self._indices, self._page_size, kv_lens).unique_tokens(kv_lens)
         cost = self._kernels.cost(shape)
         for grouping, policy in self._kernels.attempts(shape):
+            if self._mask is not None:  # it is looked up by KV position, of which riding tails have no run
+                policy = replace(policy, ride_tokens=0)
             kept = prune(tree, shape, cost, grouping, q_lens)
             plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, qo_indptr=self._qo_indptr, visible=visible)
             if self._kernels.fits(plan, shape):

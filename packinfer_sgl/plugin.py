@@ -133,7 +133,9 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         "sglang_version": version("sglang"),
         "platform": type(current_platform).__name__,
         "hooks": [c.target for c in checks],
-        "config": {"grouping": config.grouping, "verify": config.verify, "arena_tokens": config.arena_tokens},
+        "config": {
+            name: getattr(config, name) for name in ("grouping", "extend", "verify", "arena_tokens")
+        },  # fmt: skip
     }
     for layer, why in reasons.items():
         if why is not None:

@@ -36,10 +36,11 @@ def totals(state: State) -> Table:
     table = Table("since the start", "", show_edge=False)
     table.columns[1].justify = "right"
     table.add_row("packed decode steps", f"{state['packed_steps']:,}")
+    table.add_row("packed extend batches", f"{state['packed_extends']:,}")
     for reason, steps in sorted(state["fallback_steps"].items()):
-        table.add_row(f"steps on {state['base_backend']}: {reason}", f"{steps:,}")
+        table.add_row(f"batches on {state['base_backend']}: {reason}", f"{steps:,}")
     read, logical = state["kv_tokens_read"], state["kv_tokens_logical"]
-    table.add_row("KV tokens read", f"{read:,}")
+    table.add_row("KV tokens read in decode", f"{read:,}")
     table.add_row("a prefix-unaware kernel reads", f"{logical:,} ({ratio(logical, read)})")
     table.add_row("the least possible", f"{state['kv_tokens_unique']:,} ({ratio(state['kv_tokens_unique'], read)})")
     if state["plan_us_p50"] is not None:

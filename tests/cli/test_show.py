@@ -9,6 +9,7 @@ from packinfer_sgl.show import ratio, view
 STATE = {
     "base_backend": "torch_native",
     "packed_steps": 1234,
+    "packed_extends": 56,
     "fallback_steps": {"extend": 7, "no_batch": 2},
     "rows": 9,
     "rows_grouped": 8,
@@ -24,7 +25,15 @@ STATE = {
         {"parent": 0, "rows": 2, "start": 2048, "end": 2100},
     ],
 }
-IDLE = {"packed_steps": 0, "rows": 0, "rows_grouped": 0, "tree": [], "private_tokens": 0, "plan_us_p50": None}
+IDLE = {
+    "packed_steps": 0,
+    "packed_extends": 0,
+    "rows": 0,
+    "rows_grouped": 0,
+    "tree": [],
+    "private_tokens": 0,
+    "plan_us_p50": None,
+}
 NOTHING_READ = dict.fromkeys(("kv_tokens_logical", "kv_tokens_unique", "kv_tokens_read"), 0)
 
 
@@ -60,9 +69,10 @@ def test_totals():
     shows(
         STATE,
         ("packed decode steps", "1,234"),
-        ("steps on torch_native: extend", "7"),
-        ("steps on torch_native: no_batch", "2"),
-        ("KV tokens read", "20,000"),
+        ("packed extend batches", "56"),
+        ("batches on torch_native: extend", "7"),
+        ("batches on torch_native: no_batch", "2"),
+        ("KV tokens read in decode", "20,000"),
         ("a prefix-unaware kernel reads", "60,000 (3.00x)"),
         ("the least possible", "15,000 (0.75x)"),
         ("planning, median", "87 us"),

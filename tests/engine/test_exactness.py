@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from itertools import zip_longest
 
@@ -21,6 +22,7 @@ CASES = {
     "no-radix-cache": ({"disable_radix_cache": True}, ALL),
     "retraction": ({"max_total_tokens": 2600}, ["busy"]),
 }
+EXTEND = {"chunked-prefill": "on", "mixed-chunk": "on", "page-16": "on", "no-radix-cache": "on", "no-overlap": "off"}
 ENV = {
     "python-tree-core": {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"},
 }
@@ -63,12 +65,19 @@ def check(said: dict[str, list[dict]], stock: dict[str, list[dict]]) -> None:
 def test_outputs_equal_stock(case, model, stock):
     flags, rounds = CASES[case]
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL, **flags}
+    config = {"verify": True, "extend": EXTEND.get(case, "auto")}
     result = run_engine(
-        {"engine": engine, "rounds": rounds}, {"PACKINFER_CONFIG": '{"verify": true}', **ENV.get(case, {})}
+        {"engine": engine, "rounds": rounds}, {"PACKINFER_CONFIG": json.dumps(config), **ENV.get(case, {})}
     )
     check(result["said"], stock)
     state = result["packinfer"]
     assert state["active"] and state["packed_steps"] > 30
+    if config["extend"] == "on":
+        assert state["fallback_steps"] == {} and state["packed_extends"] > 10
+    elif config["extend"] == "off":
+        assert state["fallback_steps"].keys() == {"extend"} and state["packed_extends"] == 0
+    else:
+        assert state["fallback_steps"].keys() == {"extend"} and state["packed_extends"] > 0
     if case == "no-radix-cache":
         assert state["kv_tokens_read"] == state["kv_tokens_logical"]
     else:

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from packinfer_sgl import config
 from packinfer_sgl.config import Config, ConfigError, flag
 
-DEFAULTS = {"base_backend": "auto", "grouping": "multi", "verify": False, "arena_tokens": 0, "wrap": False}
+DEFAULTS = {
+    "base_backend": "auto",
+    "grouping": "multi",
+    "extend": "auto",
+    "verify": False,
+    "arena_tokens": 0,
+    "wrap": False,
+}
 
 
 def message(text: str) -> str:
@@ -41,6 +48,8 @@ def test_every_setting_is_described() -> None:
         ('{"grouping": ""}', ["grouping", "off, single, multi"]),
         ('{"grouping": "single\\nmulti"}', ["grouping", "off, single, multi"]),
         ('{"grouping": 1}', ["grouping", "1", "str"]),
+        ('{"extend": true}', ["extend", "True", "str"]),
+        ('{"extend": "all"}', ["extend", "'all'", "auto, on, off"]),
         ('{"grouping": null}', ["grouping", "None", "str"]),
         ('{"grouping": ["multi"]}', ["grouping", "str"]),
         ('{"verify": 1}', ["verify", "1", "bool"]),
@@ -54,9 +63,9 @@ def test_every_setting_is_described() -> None:
         ('{"base_backend": true}', ["base_backend", "True", "str"]),
         ('{"base_backend": ""}', ["base_backend", "''", "stock backend", "auto"]),
         ('{"base_backend": "packinfer"}', ["base_backend", "'packinfer'", "stock backend", "auto"]),
-        ('{"group": "multi"}', ["'group'", "base_backend, grouping, verify"]),
-        ('{"base-backend": "triton"}', ["'base-backend'", "base_backend, grouping, verify"]),
-        ('{"a\\nb": 1, "grouping": "off"}', ["base_backend, grouping, verify"]),
+        ('{"group": "multi"}', ["'group'", "base_backend, extend, grouping, verify"]),
+        ('{"base-backend": "triton"}', ["'base-backend'", "base_backend, extend, grouping, verify"]),
+        ('{"a\\nb": 1, "grouping": "off"}', ["base_backend, extend, grouping, verify"]),
         ("{grouping: off}", ["PACKINFER_CONFIG", "JSON"]),
         ('{"grouping": "off"', ["PACKINFER_CONFIG", "JSON"]),
         ("\n\n\n{,}\n", ["PACKINFER_CONFIG", "JSON"]),
@@ -98,12 +107,15 @@ def test_any_text_is_a_config_or_one_line(text: str) -> None:
 @given(
     st.sampled_from(["auto", "triton", "fa3"]),
     st.sampled_from(["off", "single", "multi"]),
+    st.sampled_from(["auto", "on", "off"]),
     st.booleans(),
     st.integers(0, 1 << 30),
     st.booleans(),
 )
-def test_json_round_trip(base_backend: str, grouping: str, verify: bool, arena_tokens: int, wrap: bool) -> None:
-    written = Config("auto" if wrap else base_backend, grouping, verify, arena_tokens, wrap)
+def test_json_round_trip(
+    base_backend: str, grouping: str, extend: str, verify: bool, arena_tokens: int, wrap: bool
+) -> None:
+    written = Config("auto" if wrap else base_backend, grouping, extend, verify, arena_tokens, wrap)
     assert Config.from_json(written.to_json()) == written
 
 
@@ -123,6 +135,7 @@ def test_flag_names() -> None:
     assert [flag(f.name) for f in dataclasses.fields(Config)] == [
         "--packinfer-base-backend",
         "--packinfer-grouping",
+        "--packinfer-extend",
         "--packinfer-verify",
         "--packinfer-arena-tokens",
         "--packinfer-wrap",

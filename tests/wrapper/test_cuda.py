@@ -37,7 +37,9 @@ def all_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost model declines most spans of small batches; here every span is grouped, and cut into short pieces."""
     monkeypatch.setattr(paged, "prune", lambda tree, *_: tree)
     monkeypatch.setattr(
-        paged_cuda, "tile_policy", lambda *args: replace(tile_policy(*args), chunk_tokens=20, timings=None)
+        paged_cuda,
+        "tile_policy",
+        lambda *args: replace(tile_policy(*args), chunk_tokens=20, timings=None, ride_tokens=9),
     )
 
 
@@ -207,7 +209,7 @@ def test_rows_past_the_plan_come_out_as_zero() -> None:
 @pytest.mark.usefixtures("all_shared")
 def test_a_plan_beyond_the_buffers_shares_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_cuda, "PARTIAL_BYTES", 0)
-    monkeypatch.setattr(paged, "prune", lambda tree, *args: prune_of(tree, args[-1]))
+    monkeypatch.setattr(paged, "prune", lambda tree, *args: prune_of(tree, args[2]))
     for batch in batches(True):
         planned = graph_wrapper(True, 3, 40)
         check(batch, HALF, 0, planned)
