@@ -1,16 +1,24 @@
-"""Packed decode attention against what SGLang users run today, on one GPU, without a model.
+"""Packed attention against what SGLang users run today, on one GPU, without a model.
 
-    python scripts/bench_kernels.py [--only D1,D2] [--slots random,contiguous] [--baselines fa3,fi,cascade,triton]
+    python scripts/bench_kernels.py [--only D1,P] [--slots random,contiguous] [--baselines fa3,fi,cascade]
                                     [--trees kernel_trees.json] [--out DIR]    # results.json, results.md, plots
+
+Workloads: decode (D, E), prompts over cached prefixes and without (P), prompts beside decodes (M), and, if asked for,
+one request's chunk over its cached tokens (C256@0 to C4096@32k). FlashInfer compiles its kernels when they are first
+called, some for minutes: ``--baselines`` can leave out those of decode and prefill (``fi``), ``cascade``, ``batch``
+(BatchAttention) and ``pod`` (BatchPOD).
 
 Every method is checked against float32 attention before it is timed. A time is the median over replays of a CUDA graph
 that walks through copies of the inputs larger than the L2 cache; the methods of a workload take turns. ``floor`` is
-the time to read the unique KV once, ``bound`` how much less KV than a prefix-unaware kernel any kernel must read.
+the time to move unique KV, queries and outputs once, or that of the products where it is longer ("compute").
+``bound`` is how much less KV than a prefix-unaware kernel any kernel must read: what sharing can save at most, and
+more than it can save where products set the floor.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -20,44 +28,41 @@ from importlib.metadata import version
 from pathlib import Path
 
 import flashinfer
-import numpy as np
 import torch
 import triton
 from kernel_baselines import Method, baselines
-from kernel_report import show, write
+from kernel_report import floor, show, write
 from kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload, workloads
 from rich.console import Console
 
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.groups import H200, prune
+from packinfer_sgl.groups import H200
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
 from packinfer_sgl.kernels.tiles import tile_policy
 from packinfer_sgl.plan import Col
-from packinfer_sgl.prefix_tree import PrefixTree
 
 ROUNDS = 5
+FAMILIES = "fa3,fi,cascade,batch,triton,pod"
 
 
 def ours(x: Inputs) -> tuple[Method, dict]:
     work = x.work
-    ends = [np.cumsum([work.node_tokens[n] for n in path]).tolist() for path in work.paths]
-    device = torch.device("cuda")
+    device = torch.device(x.device)
     policy = tile_policy(work.shape, device)
     started = time.perf_counter()
-    tree = PrefixTree.from_paths([tuple(p) for p in work.paths], [tuple(e) for e in ends])
-    kept = prune(tree, work.shape, H200)
-    plan = make_plan(kept, work.kv_lens, policy, kv_tokens_unique=work.unique_tokens)
+    kept = work.pruned(H200)
+    plan = work.plan(kept, policy)
     plan_us = (time.perf_counter() - started) * 1e6
     packed = PackedCuda(
         Capacity.of(plan), qo_heads=work.qo_heads, kv_heads=work.kv_heads, head_dim=HEAD_DIM, device=device
     )
     packed.load(plan)
     packed.snapshot(x.table(1), torch.arange(len(x.rows), device=device))
-    lens = torch.from_numpy(work.kv_lens).cuda().long()
-    lse2 = torch.empty(len(x.rows), work.qo_heads, device=device)
+    lens = x.i32(work.kv_lens).long()
+    lse2 = torch.empty(sum(work.new), work.qo_heads, device=device)
+    windowed = work.kind != "decode"
 
     def call(i: int) -> None:
-        packed.run(x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, out=x.out[i], lse2=lse2)
+        packed.run(x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, windowed=windowed, out=x.out[i], lse2=lse2)
 
     classes = [plan.items[plan.items[:, Col.TILE_CLASS] == i] for i in range(len(policy.tile_queries))]
     info = {
@@ -101,7 +106,8 @@ class Timed:
 
 def error(outs: list, reference: torch.Tensor) -> float:
     """Relative error of the worst query; NaN counts as 9."""
-    difference = (outs[0].float().view_as(reference) - reference).flatten(1).norm(dim=1)
+    out = torch.cat(outs[0]) if isinstance(outs[0], tuple) else outs[0]
+    difference = (out.float().view_as(reference) - reference).flatten(1).norm(dim=1)
     return float(torch.nan_to_num(difference / reference.flatten(1).norm(dim=1), nan=9.0).max())
 
 
@@ -131,9 +137,11 @@ def bench(work: Workload, contiguous: bool, families: set[str]) -> dict:
     times = {name: (statistics.median(t.us), min(t.us), max(t.us)) for name, t in timed.items()}
     return {
         "workload": work.name,
+        "kind": work.kind,
         "heads": [work.qo_heads, work.kv_heads],
         "slots": "contiguous" if contiguous else "random",
         "floor_us": work.floor_us,
+        "compute_bound": work.flops_us > work.bytes_us,
         "bound": float(work.kv_lens.sum() / work.unique_tokens),
         "plan": info,
         "us": times,
@@ -143,16 +151,15 @@ def bench(work: Workload, contiguous: bool, families: set[str]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="beginnings of workload names, by comma")
+    parser.add_argument("--only", default="D,E,P,M", help="beginnings of workload names, by comma")
     parser.add_argument("--slots", default="random,contiguous")
-    parser.add_argument("--baselines", default="fa3,fi,cascade,triton")
+    parser.add_argument("--baselines", default=FAMILIES)
     parser.add_argument("--trees", type=Path, help="JSON file of tree shapes, run with each of its head configurations")
     parser.add_argument("--out", type=Path, help="folder for results and plots")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no workload after this time")
     args = parser.parse_args()
     started = time.perf_counter()
-    only = tuple(args.only.split(",")) if args.only else ("",)
-    todo = [w for w in workloads() if w.name.startswith(only)]
+    todo = [w for w in workloads() if w.name.startswith(tuple(args.only.split(",")))]
     if args.trees:
         trees = json.loads(args.trees.read_text())
         todo = [
@@ -164,30 +171,29 @@ def main() -> None:
     machine = {"gpu": torch.cuda.get_device_name(), **versions, "sglang": version("sglang")}
     file: dict = {"machine": machine, "results": []}
     console = Console(highlight=False)
-    for work in todo:
-        for slots in args.slots.split(","):
-            if time.perf_counter() - started > args.seconds:
-                print("out of time before", work.name, slots)
-                break
-            r = bench(work, slots == "contiguous", set(args.baselines.split(",")))
-            if "packinfer" in r["failed"]:
-                sys.exit(f"bench_kernels: {work.name}, {slots} slots: packinfer: {r['failed']['packinfer']}")
-            file["results"].append(r)
-            torch.cuda.empty_cache()
-            ours_us = r["us"].get("packinfer", (float("nan"),) * 3)
-            others = {name: us for name, us in r["us"].items() if name != "packinfer"}
-            best = min(others, key=lambda name: others[name][0]) if others else "none"
-            ratio = others[best][0] / ours_us[0] if others else float("nan")
-            print(
-                f"{work.name} {work.qo_heads}/{work.kv_heads} {slots}: {ours_us[0]:.1f} "
-                f"({ours_us[1]:.1f}-{ours_us[2]:.1f}), floor {r['floor_us']:.1f}, bound {r['bound']:.1f}x, "
-                f"best {best} {others[best][0] if others else 0:.1f} -> {ratio:.2f}x | "
-                + ", ".join(f"{n} {us[0]:.0f}" for n, us in others.items()) + f" | {r['plan']} {r['failed'] or ''}",
-                flush=True,
-            )  # fmt: skip
-            if args.out:  # after each, so that a run that is cut off keeps what it has
-                args.out.mkdir(parents=True, exist_ok=True)
-                (args.out / "results.json").write_text(json.dumps(file, indent=1) + "\n")
+    for work, slots in itertools.product(todo, args.slots.split(",")):
+        if time.perf_counter() - started > args.seconds:
+            print("out of time before", work.name, slots)
+            break
+        r = bench(work, slots == "contiguous", set(args.baselines.split(",")))
+        if "packinfer" in r["failed"]:
+            sys.exit(f"bench_kernels: {work.name}, {slots} slots: packinfer: {r['failed']['packinfer']}")
+        file["results"].append(r)
+        torch.cuda.empty_cache()
+        ours_us = r["us"].get("packinfer", (float("nan"),) * 3)
+        others = {name: us for name, us in r["us"].items() if name != "packinfer"}
+        best = min(others, key=lambda name: others[name][0]) if others else "none"
+        ratio = others[best][0] / ours_us[0] if others else float("nan")
+        print(
+            f"{work.name} {work.qo_heads}/{work.kv_heads} {slots}: {ours_us[0]:.1f} "
+            f"({ours_us[1]:.1f}-{ours_us[2]:.1f}), floor {floor(r)}, bound {r['bound']:.1f}x, "
+            f"best {best} {others[best][0] if others else 0:.1f} -> {ratio:.2f}x | "
+            + ", ".join(f"{n} {us[0]:.0f}" for n, us in others.items()) + f" | {r['plan']} {r['failed'] or ''}",
+            flush=True,
+        )  # fmt: skip
+        if args.out:  # after each, so that a run that is cut off keeps what it has
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "results.json").write_text(json.dumps(file, indent=1) + "\n")
     show(file, console)
     if args.out:
         write(file, args.out, console)

@@ -23,12 +23,10 @@ from kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload
 from rich.console import Console
 from rich.table import Table
 
-from packinfer_sgl.cut import make_plan
 from packinfer_sgl.groups import H200
 from packinfer_sgl.kernels import tiles
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
 from packinfer_sgl.plan import Col, Plan, TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
@@ -39,11 +37,9 @@ SLOT_BYTES = 2 * HEAD_DIM * 2  # K and V of a token and KV head, bf16
 
 def plan_of(work: Workload) -> Plan:
     """Every node is read once, nothing is cut."""
-    ends = [tuple(np.cumsum([work.node_tokens[n] for n in path]).tolist()) for path in work.paths]
-    tree = PrefixTree.from_paths([tuple(p) for p in work.paths], ends)
     group = work.shape.group_size
     policy = TilePolicy((LARGE.rows // group, SMALL.rows // group), 1 << 30)
-    return make_plan(tree, work.kv_lens, policy, kv_tokens_unique=work.unique_tokens)
+    return work.plan(work.tree(), policy)
 
 
 def only(plan: Plan, tile_class: int) -> Plan:

@@ -8,25 +8,23 @@ import numpy as np
 import torch
 from kernel_workloads import HEAD_DIM, Inputs
 
-Method = tuple[Callable[[int], object], list]  # call(copy), and the outputs of each copy
-
-
-def i32(values: object) -> torch.Tensor:
-    return torch.tensor(np.asarray(values), dtype=torch.int32).cuda()
+# call(copy), and the output of each copy: a tensor, or several that follow each other
+Method = tuple[Callable[[int], object], list]
+DTYPES = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
 
 
 def fa3(x: Inputs, page_size: int) -> Method:
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
     work = x.work
-    table, lens, cu = x.table(page_size), i32(work.kv_lens), i32(np.arange(len(x.rows) + 1))
+    table, lens, cu = x.table(page_size), x.i32(work.kv_lens), x.i32(work.qo_indptr)
     outs: list = [None] * x.copies
 
     def call(i: int) -> None:
         k, v = x.caches(i, page_size)
         outs[i] = flash_attn_with_kvcache(
-            x.q[i], k, v, cache_seqlens=lens, page_table=table, cu_seqlens_q=cu, max_seqlen_q=1,
-            softmax_scale=x.sm_scale, causal=True, num_splits=0,
+            x.q[i], k, v, cache_seqlens=lens, page_table=table, cu_seqlens_q=cu,
+            max_seqlen_q=max(work.new), softmax_scale=x.sm_scale, causal=True, num_splits=0,
         )  # fmt: skip
 
     return call, outs
@@ -38,44 +36,99 @@ def fa3_twice(x: Inputs, page_size: int) -> Method:
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
     work = x.work
-    n_nodes, n = len(work.node_tokens), len(x.rows)
-    roots = list(dict.fromkeys(path[0] for path in work.paths))
+    n_nodes = len(work.node_tokens)
+    sharers = [r for r, path in enumerate(work.paths) if path]
+    assert sharers == list(range(sharers[0], sharers[-1] + 1)), "those with a prefix must be neighbours"
+    begin, end = work.qo_indptr[[sharers[0], sharers[-1] + 1]].tolist()
+    roots = list(dict.fromkeys(work.paths[r][0] for r in sharers))
     rest = [[*(x.spans[i] for i in path[1:]), x.spans[n_nodes + r]] for r, path in enumerate(work.paths)]
-    under = [sum(path[0] == root for path in work.paths) for root in roots]
+    under = [sum(work.new[r] for r in sharers if work.paths[r][0] == root) for root in roots]
     top_table, rest_table = x.table(page_size, [[x.spans[i]] for i in roots]), x.table(page_size, rest)
-    top_lens, rest_lens = i32([work.node_tokens[i] for i in roots]), i32([sum(map(len, row)) for row in rest])
-    top_cu, rest_cu = i32(np.cumsum([0, *under])), i32(np.arange(n + 1))
+    top_lens, rest_lens = x.i32([work.node_tokens[i] for i in roots]), x.i32([sum(map(len, row)) for row in rest])
+    top_cu, rest_cu = x.i32(np.cumsum([0, *under])), x.i32(work.qo_indptr)
     outs: list = [None] * x.copies
 
     def call(i: int) -> None:
         k, v = x.caches(i, page_size)
         common = {"softmax_scale": x.sm_scale, "num_splits": 0, "return_softmax_lse": True}
         a, lse_a, *_ = flash_attn_with_kvcache(
-            x.q[i], k, v, cache_seqlens=top_lens, page_table=top_table, cu_seqlens_q=top_cu,
+            x.q[i][begin:end], k, v, cache_seqlens=top_lens, page_table=top_table, cu_seqlens_q=top_cu,
             max_seqlen_q=max(under), causal=False, **common,
         )  # fmt: skip
         b, lse_b, *_ = flash_attn_with_kvcache(
             x.q[i], k, v, cache_seqlens=rest_lens, page_table=rest_table, cu_seqlens_q=rest_cu,
-            max_seqlen_q=1, causal=True, **common,
+            max_seqlen_q=max(work.new), causal=True, **common,
         )  # fmt: skip
-        outs[i] = merge_state_v2(a, lse_a.T.contiguous(), b, lse_b.T.contiguous())[0]
+        both, _ = merge_state_v2(a, lse_a.T.contiguous(), b[begin:end], lse_b[:, begin:end].T.contiguous())
+        outs[i] = b[:begin], both, b[end:]
 
     return call, outs
 
 
-def workspace() -> torch.Tensor:
-    return torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+def workspace(x: Inputs) -> torch.Tensor:
+    return torch.zeros(256 << 20, dtype=torch.uint8, device=x.device)
 
 
 def flashinfer_decode(x: Inputs, page_size: int) -> Method:
     import flashinfer
 
     work = x.work
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(), "NHD", use_tensor_cores=True)
-    dtypes = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
-    wrapper.plan(*x.paged(page_size), work.qo_heads, work.kv_heads, HEAD_DIM, page_size, sm_scale=x.sm_scale, **dtypes)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(x), "NHD", use_tensor_cores=True)
+    wrapper.plan(*x.paged(page_size), work.qo_heads, work.kv_heads, HEAD_DIM, page_size, sm_scale=x.sm_scale, **DTYPES)
     outs = [torch.empty_like(q) for q in x.q]
     return (lambda i: wrapper.run(x.q[i], x.caches(i, page_size), out=outs[i])), outs
+
+
+def flashinfer_prefill(x: Inputs, page_size: int, backend: str) -> Method:
+    import flashinfer
+
+    work = x.work
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(x), "NHD", backend=backend)
+    wrapper.plan(
+        x.i32(work.qo_indptr), *x.paged(page_size), work.qo_heads, work.kv_heads, HEAD_DIM, page_size,
+        causal=True, sm_scale=x.sm_scale, **DTYPES,
+    )  # fmt: skip
+    outs = [torch.empty_like(q) for q in x.q]
+    return (lambda i: wrapper.run(x.q[i], x.caches(i, page_size), out=outs[i])), outs
+
+
+def flashinfer_batch_attention(x: Inputs, page_size: int) -> Method:
+    """All requests in one persistent launch."""
+    import flashinfer
+
+    work = x.work
+    indptr, indices, _ = x.paged(page_size)
+    wrapper = flashinfer.BatchAttention("NHD", x.device)
+    wrapper.plan(
+        x.i32(work.qo_indptr), indptr, indices, x.i32(work.kv_lens), work.qo_heads, work.kv_heads, HEAD_DIM, HEAD_DIM,
+        page_size, causal=True, sm_scale=x.sm_scale, **DTYPES,
+    )  # fmt: skip
+    outs = [torch.empty_like(q) for q in x.q]
+    lse = torch.empty(x.q[0].shape[:2], dtype=torch.float32, device=x.device)
+    return (lambda i: wrapper.run(x.q[i], x.caches(i, page_size), out=outs[i], lse=lse)), outs
+
+
+def flashinfer_pod(x: Inputs, page_size: int) -> Method:
+    """Prompts and decodes side by side on each multiprocessor."""
+    import flashinfer
+
+    work = x.work
+    n = len(work.new) - work.new.count(1)
+    assert set(work.new[n:]) == {1}, "decodes must come last"
+    cut, rows = int(work.qo_indptr[n]), [[row] for row in x.rows]
+    wrapper = flashinfer.BatchPODWithPagedKVCacheWrapper(workspace(x), "NHD")
+    wrapper.plan(
+        x.i32(work.qo_indptr[: n + 1]), *x.paged(page_size, rows[:n]),
+        x.i32(work.qo_indptr[n:] - cut), *x.paged(page_size, rows[n:]),
+        work.qo_heads, work.kv_heads, HEAD_DIM, page_size, sm_scale=x.sm_scale, **DTYPES,
+    )  # fmt: skip
+    outs: list = [None] * x.copies
+
+    def call(i: int) -> None:
+        kv = x.caches(i, page_size)
+        outs[i] = wrapper.run(x.q[i][:cut], kv, x.q[i][cut:], kv, causal_p=True)
+
+    return call, outs
 
 
 def flashinfer_cascade(x: Inputs, page_size: int, backend: str) -> Method:
@@ -83,19 +136,21 @@ def flashinfer_cascade(x: Inputs, page_size: int, backend: str) -> Method:
 
     work = x.work
     n_nodes, depth = len(work.node_tokens), len(work.paths[0])
-    levels = []  # of each level: (queries under each node, its spans)
+    levels: list[tuple[list[int], list]] = []  # of each level: (queries under each node, its spans)
     for level in range(depth):
-        nodes = list(dict.fromkeys(path[level] for path in work.paths))
-        levels.append(([sum(p[level] == i for p in work.paths) for i in nodes], [[x.spans[i]] for i in nodes]))
-    levels.append(([1] * len(x.rows), [[x.spans[n_nodes + r]] for r in range(len(x.rows))]))
+        under: dict[int, int] = {}
+        for path, new in zip(work.paths, work.new):
+            under[path[level]] = under.get(path[level], 0) + new
+        levels.append((list(under.values()), [[x.spans[i]] for i in under]))
+    levels.append((work.new, [[x.spans[n_nodes + r]] for r in range(len(x.rows))]))
     tables = [x.paged(page_size, spans) for _, spans in levels]
-    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(depth + 1, workspace(), "NHD")
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(depth + 1, workspace(x), "NHD")
     for level_wrapper in wrapper._batch_prefill_wrappers:
         level_wrapper._backend = backend
     wrapper.plan(
-        [i32(np.cumsum([0, *under])) for under, _ in levels], *(list(t) for t in zip(*tables)),
+        [x.i32(np.cumsum([0, *queries])) for queries, _ in levels], *(list(t) for t in zip(*tables)),
         work.qo_heads, work.kv_heads, HEAD_DIM, page_size,
-        causal=True, sm_scale=x.sm_scale, q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+        causal=True, sm_scale=x.sm_scale, **DTYPES,
     )  # fmt: skip
     outs: list = [None] * x.copies
 
@@ -111,9 +166,9 @@ def sglang_triton(x: Inputs, page_size: int) -> Method:
     work, n, splits = x.work, len(x.rows), 8
     indptr, indices, _ = x.paged(1)
     outs = [torch.empty_like(q) for q in x.q]
-    logits = torch.empty(n, work.qo_heads, splits, HEAD_DIM, dtype=torch.float32, device="cuda")
-    lse = torch.empty(n, work.qo_heads, splits, dtype=torch.float32, device="cuda")
-    kv_splits = torch.full((n,), splits, dtype=torch.int32, device="cuda")
+    logits = torch.empty(n, work.qo_heads, splits, HEAD_DIM, dtype=torch.float32, device=x.device)
+    lse = torch.empty(n, work.qo_heads, splits, dtype=torch.float32, device=x.device)
+    kv_splits = torch.full((n,), splits, dtype=torch.int32, device=x.device)
 
     def call(i: int) -> None:
         decode_attention_fwd(
@@ -124,8 +179,10 @@ def sglang_triton(x: Inputs, page_size: int) -> Method:
 
 
 def baselines(x: Inputs, families: set[str]) -> dict[str, Callable[[], Method]]:
-    shared = bool(x.work.node_tokens)
-    even = x.contiguous and all(t % 64 == 0 for t in x.work.node_tokens)
+    work = x.work
+    shared, decode = bool(work.node_tokens), work.kind == "decode"
+    levels = {len(path) for path in work.paths}
+    even = x.contiguous and all(t % 64 == 0 for t in work.node_tokens)
     methods: dict[str, Callable[[], Method]] = {}
     if "fa3" in families:
         for page_size in (1, 64) if even else (1,):
@@ -133,12 +190,19 @@ def baselines(x: Inputs, families: set[str]) -> dict[str, Callable[[], Method]]:
             if shared:
                 methods[f"fa3 twice page {page_size}"] = lambda p=page_size: fa3_twice(x, p)
     for page_size in (1, 16) if even else (1,):
-        if "fi" in families:
+        if "fi" in families and decode:
             methods[f"flashinfer page {page_size}"] = lambda p=page_size: flashinfer_decode(x, p)
-        if "cascade" in families and shared:
-            for backend in ("fa2", "fa3"):
+        for backend in ("fa2", "fa3"):
+            if "fi" in families and not decode:
+                name = f"prefill {backend} page {page_size}"
+                methods[name] = lambda p=page_size, b=backend: flashinfer_prefill(x, p, b)
+            if "cascade" in families and shared and len(levels) == 1:
                 name = f"cascade {backend} page {page_size}"
                 methods[name] = lambda p=page_size, b=backend: flashinfer_cascade(x, p, b)
-    if "triton" in families:
+        if "batch" in families and not decode:
+            methods[f"batch attention page {page_size}"] = lambda p=page_size: flashinfer_batch_attention(x, p)
+        if "pod" in families and work.kind == "mixed":
+            methods[f"pod page {page_size}"] = lambda p=page_size: flashinfer_pod(x, p)
+    if "triton" in families and decode:
         methods["sglang triton"] = lambda: sglang_triton(x, 1)
     return methods

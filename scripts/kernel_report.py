@@ -14,29 +14,33 @@ from rich.console import Console
 from rich.table import Table
 
 OURS = "packinfer"
-FAMILIES = ("FA3", "FA3 twice + merge", "FlashInfer decode", "FlashInfer cascade", "SGLang triton")
-HEADER = (
-    "workload", "heads", "floor", "bound", "packinfer, random slots", "contiguous", *FAMILIES,
-    "random / packinfer", "any / packinfer",
-)  # fmt: skip
+# beginnings of the methods' names in ``kernel_baselines``, and whose they are
+FAMILIES = {
+    "fa3 page": "FA3",
+    "fa3 twice": "FA3 twice + merge",
+    "flashinfer": "FlashInfer decode",
+    "prefill": "FlashInfer prefill",
+    "cascade": "FlashInfer cascade",
+    "batch attention": "FlashInfer BatchAttention",
+    "pod": "FlashInfer BatchPOD",
+    "sglang": "SGLang triton",
+}
+MARKERS = dict(zip(FAMILIES.values(), "sD^>vPXx"))
+SECTIONS = {"decode": "Decode", "extend": "Extend and mixed", "mixed": "Extend and mixed"}
 LEGEND = (
     "Microseconds a call, medians with extremes over the turns; a family's best over page sizes and both slot layouts. "
-    "floor: unique KV read once; bound: logical over unique KV tokens. The ratios: the best baseline with random slots "
-    "and that with any, over packinfer with random slots."
+    "floor: unique KV, queries and outputs moved once, or the products, where they take longer (compute); bound: "
+    "logical over unique KV tokens, out of reach where the products set the floor. The ratios: the best baseline with "
+    "random slots and that with any, over packinfer with random slots."
 )
 
 
 def family(method: str) -> str:
-    """Of a method's name as ``kernel_baselines`` gives it."""
-    if method.startswith("fa3 twice"):
-        return "FA3 twice + merge"
-    names = {
-        "fa3": "FA3",
-        "flashinfer": "FlashInfer decode",
-        "cascade": "FlashInfer cascade",
-        "sglang": "SGLang triton",
-    }
-    return names[method.split()[0]]
+    return next(name for beginning, name in FAMILIES.items() if method.startswith(beginning))
+
+
+def floor(result: dict[str, Any]) -> str:
+    return f"{result['floor_us']:.1f}" + ", compute" * result["compute_bound"]
 
 
 def cases(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -57,8 +61,8 @@ def cases(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         others = [us for method, (us, _, _) in main["us"].items() if method != OURS]
         ours = main["us"][OURS]
         found.append({
-            "workload": workload, "heads": "/".join(map(str, heads)), "floor_us": main["floor_us"],
-            "bound": main["bound"], "ours": ours, "best": best,
+            "workload": workload, "section": SECTIONS[main["kind"]], "heads": "/".join(map(str, heads)),
+            "floor_us": main["floor_us"], "floor": floor(main), "bound": main["bound"], "ours": ours, "best": best,
             "contiguous_us": by_slots["contiguous"]["us"].get(OURS, [None])[0] if "contiguous" in by_slots else None,
             "ratio": min(others) / ours[0] if others else None,
             "ratio_any": min(best.values()) / ours[0] if best else None,
@@ -66,14 +70,32 @@ def cases(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table_row(case: dict[str, Any]) -> list[str]:
-    show = lambda value, form="{:.1f}": "-" if value is None else form.format(value)  # noqa: E731
-    return [
-        case["workload"], case["heads"], show(case["floor_us"]), show(case["bound"], "{:.1f}x"),
-        "{:.1f} ({:.1f} to {:.1f})".format(*case["ours"]), show(case["contiguous_us"]),
-        *(show(case["best"].get(name)) for name in FAMILIES),
-        show(case["ratio"], "{:.2f}"), show(case["ratio_any"], "{:.2f}"),
+def sections(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        section: some
+        for section in dict.fromkeys(SECTIONS.values())
+        if (some := [case for case in found if case["section"] == section])
+    }
+
+
+def table(found: list[dict[str, Any]]) -> list[list[str]]:
+    """Header and rows, with the families that some case was measured with."""
+    families = [name for name in MARKERS if any(name in case["best"] for case in found)]
+    header = [
+        "workload", "heads", "floor", "bound", "packinfer, random slots", "contiguous", *families,
+        "random / packinfer", "any / packinfer",
     ]  # fmt: skip
+    show = lambda value, form="{:.1f}": "-" if value is None else form.format(value)  # noqa: E731
+    rows = [
+        [
+            case["workload"], case["heads"], case["floor"], show(case["bound"], "{:.1f}x"),
+            "{:.1f} ({:.1f} to {:.1f})".format(*case["ours"]), show(case["contiguous_us"]),
+            *(show(case["best"].get(name)) for name in families),
+            show(case["ratio"], "{:.2f}"), show(case["ratio_any"], "{:.2f}"),
+        ]
+        for case in found
+    ]  # fmt: skip
+    return [header, *rows]
 
 
 def summary(found: list[dict[str, Any]]) -> list[str]:
@@ -94,47 +116,56 @@ def summary(found: list[dict[str, Any]]) -> list[str]:
 
 
 def markdown(file: dict[str, Any]) -> str:
-    found = cases(file["results"])
-    lines = ["# Packed decode kernels", "", LEGEND, "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
-    lines += [f"| {' | '.join(table_row(case))} |" for case in found]
-    lines += ["", *(f"- {line}" for line in summary(found)), *(f"- {k}: {v}" for k, v in file["machine"].items())]
+    lines = ["# Packed attention kernels", "", LEGEND, ""]
+    for section, found in sections(cases(file["results"])).items():
+        rows = table(found)
+        header, *rest = (f"| {' | '.join(row)} |" for row in rows)
+        lines += [f"## {section}", "", header, "|" + "---|" * len(rows[0]), *rest, ""]
+        lines += [*(f"- {line}" for line in summary(found)), ""]
+    lines += ["## Machine", "", *(f"- {k}: {v}" for k, v in file["machine"].items())]
     failed = [f"- {r['workload']} {r['slots']}: {m}: {why}" for r in file["results"] for m, why in r["failed"].items()]
     return "\n".join(lines + (["", "## Failed", "", *failed] if failed else [])) + "\n"
 
 
 def show(file: dict[str, Any], console: Console) -> None:
-    found = cases(file["results"])
-    table = Table(*HEADER, show_edge=False)
-    for case in found:
-        table.add_row(*table_row(case))
-    console.print("", table, *summary(found), sep="\n")
+    for section, found in sections(cases(file["results"])).items():
+        header, *rows = table(found)
+        drawn = Table(*header, title=section, show_edge=False)
+        for row in rows:
+            drawn.add_row(*row)
+        console.print("", drawn, *summary(found), sep="\n")
 
 
 def plot(file: dict[str, Any], out: Path) -> None:
-    """A row of marks for each case: how many times the floor each family takes."""
+    """Of each section a row of marks for each case: how many times the floor each family takes."""
+    for section, found in sections(cases(file["results"])).items():
+        name = "kernels" if section == SECTIONS["decode"] else "kernels_extend"
+        draw(found, f"{section} attention on {file['machine']['gpu']}", out / name)
+
+
+def draw(found: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    found = cases(file["results"])
-    figure = Figure(figsize=(11, 1.6 + 0.32 * len(found)), layout="constrained")
+    figure = Figure(figsize=(11, 1.9 + 0.32 * len(found)), layout="constrained")
     axes = figure.subplots()
     rows = range(len(found))
-    for name, marker in zip(FAMILIES, "sD^vx"):
+    axes.axvline(1, color="grey", linewidth=1)
+    for i, (name, marker) in enumerate(MARKERS.items()):
         points = [(case["best"][name] / case["floor_us"], y) for y, case in zip(rows, found) if name in case["best"]]
         if points:
-            axes.plot(*zip(*points), marker, label=name, markersize=6)
+            axes.plot(*zip(*points), marker, color=f"C{i}", label=name, markersize=6)
     ours = [case["ours"][0] / case["floor_us"] for case in found]
     axes.plot(ours, rows, "*", color="black", label=OURS, markersize=11)
     axes.set_yticks(rows, [f"{case['workload']}  {case['heads']}" for case in found])
     axes.invert_yaxis()
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("time of a call / time to read the unique KV once (less is better)")
+    axes.set_xlabel("time of a call / floor: unique KV moved once, or the products if longer (less is better)")
     axes.grid(axis="x", alpha=0.4)
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.6 / figure.get_figheight()), ncols=3)
-    gpu = file["machine"]["gpu"]
-    axes.set_title(f"Decode attention on {gpu}: packinfer with random slots, each other with those it is fastest with")
+    axes.set_title(f"{title}\npackinfer with random slots, each other with those it is fastest with")
     for suffix in ("png", "svg"):
-        figure.savefig(out / f"kernels.{suffix}", dpi=120)
+        figure.savefig(f"{path}.{suffix}", dpi=120)
 
 
 def write(file: dict[str, Any], out: Path, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Decode batches for scripts/bench_kernels.py, and their inputs in device memory."""
+"""Batches for scripts/bench_kernels.py (decode, extend, both at once), and their inputs in device memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from packinfer_sgl.groups import AttentionShape
+from packinfer_sgl.cut import make_plan
+from packinfer_sgl.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.plan import Plan, TilePolicy
+from packinfer_sgl.prefix_tree import PrefixTree
 
 HEAD_DIM = 128
 BYTES_PER_US = 4.3e6  # what a large copy reaches on an H200
+FLOPS_PER_US = 7.9e8  # what a large bf16 product reaches there
 L2_BYTES = 60 << 20
+SCORES = 1 << 24  # of one head, that the reference holds at once
 
 
 @dataclass
 class Workload:
-    """Requests at decode: ``paths[r]`` are the shared nodes of request ``r``, ``tails[r]`` its private KV tokens."""
+    """A batch: ``paths[r]`` are the shared nodes of request ``r``, ``tails[r]`` its private KV tokens.
+
+    The last ``new[r]`` tokens of a tail are new: each is a query that sees its request's KV up to itself. At decode
+    there is one, which is what an empty ``new`` stands for.
+    """
 
     name: str
     qo_heads: int
@@ -24,23 +33,63 @@ class Workload:
     node_tokens: list[int]
     paths: list[list[int]]
     tails: list[int]
+    new: list[int] = field(default_factory=list)
     shape: AttentionShape = field(init=False)
 
     def __post_init__(self) -> None:
+        self.new = self.new or [1] * len(self.paths)
         self.shape = AttentionShape(self.qo_heads, self.kv_heads, HEAD_DIM, 2)
+
+    @property
+    def kind(self) -> str:
+        """``decode`` where every request has one new token, ``extend`` where every one has more, else ``mixed``."""
+        decodes = self.new.count(1)
+        return "decode" if decodes == len(self.new) else "mixed" if decodes else "extend"
 
     @property
     def kv_lens(self) -> np.ndarray:
         return np.array([sum(self.node_tokens[n] for n in p) + t for p, t in zip(self.paths, self.tails)], np.int32)
 
     @property
+    def qo_indptr(self) -> np.ndarray:
+        return np.cumsum([0, *self.new]).astype(np.int32)
+
+    @property
+    def visible(self) -> tuple[np.ndarray, np.ndarray]:
+        """First KV position that each query sees, and the one after its last."""
+        to = np.concatenate([np.arange(end - new, end) + 1 for end, new in zip(self.kv_lens, self.new)])
+        return np.zeros(len(to), np.int32), to.astype(np.int32)
+
+    @property
     def unique_tokens(self) -> int:
         return sum(self.node_tokens) + sum(self.tails)
 
     @property
-    def floor_us(self) -> float:
+    def bytes_us(self) -> float:
+        """Time to move unique KV, queries and outputs once."""
         kv = self.unique_tokens * self.kv_heads * HEAD_DIM * 4
-        return (kv + 4 * len(self.paths) * self.qo_heads * HEAD_DIM) / BYTES_PER_US
+        return (kv + 4 * sum(self.new) * self.qo_heads * HEAD_DIM) / BYTES_PER_US
+
+    @property
+    def flops_us(self) -> float:
+        """Time of the products of each query with what it sees."""
+        return int(self.visible[1].sum(dtype=np.int64)) * self.qo_heads * HEAD_DIM * 4 / FLOPS_PER_US
+
+    @property
+    def floor_us(self) -> float:
+        return max(self.bytes_us, self.flops_us)
+
+    def tree(self) -> PrefixTree:
+        ends = [tuple(np.cumsum([self.node_tokens[n] for n in path]).tolist()) for path in self.paths]
+        return PrefixTree.from_paths([tuple(path) for path in self.paths], ends)
+
+    def pruned(self, cost: CostModel) -> PrefixTree:
+        """The spans that packinfer reads once."""
+        return prune(self.tree(), self.shape, cost)
+
+    def plan(self, tree: PrefixTree, policy: TilePolicy) -> Plan:
+        queries = {} if self.kind == "decode" else {"qo_indptr": self.qo_indptr, "visible": self.visible}
+        return make_plan(tree, self.kv_lens, policy, kv_tokens_unique=self.unique_tokens, **queries)
 
 
 def tree_workload(name: str, heads: tuple[int, int], nodes: list[int], tokens: list[int], jitter: int = 0) -> Workload:
@@ -54,6 +103,10 @@ def tree_workload(name: str, heads: tuple[int, int], nodes: list[int], tokens: l
 
 
 def workloads() -> list[Workload]:
+    return [*decodes(), *extends(), *chunks()]
+
+
+def decodes() -> list[Workload]:
     rng = np.random.default_rng(7)
     flat = lambda name, lens: Workload(name, 32, 8, [], [[]] * len(lens), [int(x) for x in lens])  # noqa: E731
     return [
@@ -72,11 +125,42 @@ def workloads() -> list[Workload]:
     ]
 
 
+def extends() -> list[Workload]:
+    """Prompts (P), and prompts beside decodes (M)."""
+    # from here on, the generator draws the token counts of the first measurements of these batches
+    rng = np.random.Generator(np.random.PCG64(7).advance(420))
+    draw = lambda low, high, n: rng.integers(low, high + 1, n).tolist()  # noqa: E731
+    suffixes, prompts = draw(20, 200, 64), draw(20, 512, 64)
+    answers, new, decoded = draw(256, 768, 60), draw(20, 200, 16), draw(64, 512, 96)
+    under = lambda n: [[0] for _ in range(n)]  # noqa: E731
+    return [
+        Workload("P1 4k prefix, 64 x 20-200 new", 32, 8, [4096], under(64), suffixes, suffixes),
+        Workload("P2 64 x 20-512 new", 32, 8, [], [[]] * 64, prompts, prompts),
+        Workload("P3 8k prefix, 16 x 16 new", 32, 8, [8192], under(16), [16] * 16, [16] * 16),
+        Workload(
+            "M1 2k chunk at 8k, 60 decodes under 4k", 32, 8, [4096], [[], *under(60)], [8192 + 2048, *answers],
+            [2048, *[1] * 60],
+        ),
+        Workload(
+            "M2 4k prefix, 16 x 20-200 new, 96 decodes", 32, 8, [4096], under(112), [*new, *decoded], [*new, *[1] * 96]
+        ),
+    ]  # fmt: skip
+
+
+def chunks() -> list[Workload]:
+    """One request of which a chunk is new."""
+    return [
+        Workload(f"C{chunk}@{at}", 32, 8, [], [[]], [cached + chunk], [chunk])
+        for at, cached in (("0", 0), ("8k", 8192), ("32k", 32768))
+        for chunk in (256, 512, 1024, 2048, 4096)
+    ]
+
+
 class Inputs:
     """A workload in device memory: copies of q, K and V that together exceed the L2 cache, and its slots."""
 
-    def __init__(self, work: Workload, contiguous: bool, align: int = 64) -> None:
-        self.work, rng = work, np.random.default_rng(1)
+    def __init__(self, work: Workload, contiguous: bool, align: int = 64, device: str = "cuda") -> None:
+        self.work, self.device, rng = work, device, np.random.default_rng(1)
         spans = [*work.node_tokens, *work.tails]
         room = [-(-t // align) * align for t in spans]  # every span begins a page, whatever the page size
         offsets = np.cumsum([0, *room])
@@ -86,9 +170,8 @@ class Inputs:
         self.contiguous, self.offsets = contiguous, offsets
         kv_bytes = self.n_slots * work.kv_heads * HEAD_DIM * 4
         self.copies = min(24, max(2, -(-7 * L2_BYTES // kv_bytes)))
-        make = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-        n = len(work.paths)
-        self.q = [make(n, work.qo_heads, HEAD_DIM) for _ in range(self.copies)]
+        make = lambda *size: torch.randn(*size, device=device, dtype=torch.bfloat16)  # noqa: E731
+        self.q = [make(sum(work.new), work.qo_heads, HEAD_DIM) for _ in range(self.copies)]
         self.k = [make(self.n_slots, work.kv_heads, HEAD_DIM) for _ in range(self.copies)]
         self.v = [make(self.n_slots, work.kv_heads, HEAD_DIM) for _ in range(self.copies)]
         self.out = [torch.empty_like(q) for q in self.q]
@@ -99,16 +182,25 @@ class Inputs:
         ]
         self.sm_scale = HEAD_DIM**-0.5
 
+    def i32(self, values: object) -> torch.Tensor:
+        return torch.tensor(np.asarray(values), dtype=torch.int32, device=self.device)
+
     def reference(self) -> torch.Tensor:
         """Attention of copy 0 in float32, request by request."""
         outs = []
         group = self.work.qo_heads // self.work.kv_heads
+        indptr, see_to = self.work.qo_indptr.tolist(), self.i32(self.work.visible[1])
         for r, slots in enumerate(self.rows):
-            at = torch.from_numpy(slots).long().cuda()
+            at = self.i32(slots).long()
             k, v = (x[0][at].float().repeat_interleave(group, 1).transpose(0, 1) for x in (self.k, self.v))
-            p = ((k @ self.q[0][r].float()[:, :, None])[..., 0] * self.sm_scale).softmax(-1)
-            outs.append((p[:, None] @ v)[:, 0])
-        return torch.stack(outs)
+            position = torch.arange(len(slots), device=self.device)
+            step = max(1, SCORES // len(slots))
+            for begin in range(indptr[r], indptr[r + 1], step):
+                end = min(begin + step, indptr[r + 1])
+                scores = self.q[0][begin:end].float().transpose(0, 1) @ k.transpose(1, 2) * self.sm_scale
+                scores.masked_fill_(position >= see_to[begin:end, None], -torch.inf)
+                outs.append((scores.softmax(-1) @ v).transpose(0, 1))
+        return torch.cat(outs)
 
     def page_lists(self, page_size: int, rows: list[list[np.ndarray]] | None = None) -> list[np.ndarray]:
         """Page numbers of each request (or of each list of spans); spans lie contiguous if pages have many tokens."""
@@ -117,22 +209,20 @@ class Inputs:
         return [np.concatenate([span[::page_size] // page_size for span in row]) for row in rows]
 
     def paged(self, page_size: int, rows: list[list[np.ndarray]] | None = None) -> tuple[torch.Tensor, ...]:
-        """FlashInfer's indptr, indices and last page lengths, on the GPU."""
+        """FlashInfer's indptr, indices and last page lengths, on the device."""
         lists = self.page_lists(page_size, rows)
         tokens = [sum(map(len, row)) for row in rows] if rows else [len(row) for row in self.rows]
         indptr = np.cumsum([0, *map(len, lists)])
         last = [(t - 1) % page_size + 1 for t in tokens]
-        return tuple(
-            torch.tensor(np.asarray(x), dtype=torch.int32).cuda() for x in (indptr, np.concatenate(lists), last)
-        )
+        return self.i32(indptr), self.i32(np.concatenate(lists)), self.i32(last)
 
     def table(self, page_size: int, rows: list[list[np.ndarray]] | None = None) -> torch.Tensor:
-        """FA3's page table [n, pages], on the GPU."""
+        """FA3's page table [n, pages], on the device."""
         lists = self.page_lists(page_size, rows)
         table = torch.zeros(len(lists), max(map(len, lists)), dtype=torch.int32)
         for i, row in enumerate(lists):
             table[i, : len(row)] = torch.from_numpy(row)
-        return table.cuda()
+        return table.to(self.device)
 
     def caches(self, i: int, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         n = self.n_slots // page_size

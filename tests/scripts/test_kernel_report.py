@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import kernel_report
-from kernel_report import cases, family, markdown, summary
+from kernel_report import cases, family, floor, markdown, sections, summary, table
 
 
-def result(slots: str, ours: float, bound: float = 4.0, name: str = "D1", **us: float) -> dict:
+def result(slots: str, ours: float, bound: float = 4.0, name: str = "D1", kind: str = "decode", **us: float) -> dict:
     methods = {method.replace("_", " "): [value, value - 1, value + 1] for method, value in us.items()}
     return {
-        "workload": name, "heads": [32, 8], "slots": slots, "floor_us": 10.0, "bound": bound, "plan": {},
+        "workload": name, "kind": kind, "heads": [32, 8], "slots": slots, "floor_us": 10.0,
+        "compute_bound": kind != "decode", "bound": bound, "plan": {},
         "us": {"packinfer": [ours, ours - 1, ours + 1], **methods}, "failed": {},
     }  # fmt: skip
 
@@ -30,8 +31,11 @@ FILE = {
 
 
 def test_families() -> None:
-    names = ("fa3 page 64", "fa3 twice page 1", "flashinfer page 16", "cascade fa3 page 1", "sglang triton")
-    assert tuple(map(family, names)) == kernel_report.FAMILIES
+    names = (
+        "fa3 page 64", "fa3 twice page 1", "flashinfer page 16", "prefill fa3 page 1", "cascade fa3 page 1",
+        "batch attention page 1", "pod page 16", "sglang triton",
+    )  # fmt: skip
+    assert list(map(family, names)) == list(kernel_report.FAMILIES.values())
 
 
 def test_ratios_with_random_and_with_any_slots() -> None:
@@ -51,6 +55,29 @@ def test_means_and_what_is_slower() -> None:
     ]
 
 
+EXTENDS = [
+    result("random", 60, name="P1", kind="extend", fa3_page_1=90, prefill_fa2_page_1=75),
+    result("random", 80, name="M1", kind="mixed", fa3_page_1=40, pod_page_1=100),
+]
+
+
+def test_extends_are_a_section_with_their_own_families() -> None:
+    found = sections(cases([*EXTENDS, *FILE["results"]]))
+    assert {section: [case["workload"] for case in some] for section, some in found.items()} == {
+        "Decode": ["D1", "D5"],
+        "Extend and mixed": ["P1", "M1"],
+    }
+    header, prompt, mixed = table(found["Extend and mixed"])
+    assert header[6:9] == ["FA3", "FlashInfer prefill", "FlashInfer BatchPOD"]
+    assert prompt[6:] == ["90.0", "75.0", "-", "1.25", "1.25"] and mixed[6:] == ["40.0", "-", "100.0", "0.50", "0.50"]
+    assert summary(found["Extend and mixed"]) == ["2 cases that share: geometric mean 0.79, 1 below 1; 0.50 M1 32/8"]
+    assert "\n## Decode\n" not in markdown({**FILE, "results": EXTENDS})
+
+
+def test_a_floor_set_by_products_says_so() -> None:
+    assert (floor(EXTENDS[0]), floor(FILE["results"][0])) == ("10.0, compute", "10.0")
+
+
 def test_a_workload_that_failed_is_told(tmp_path: Path) -> None:
     broken = {**result("random", 1, name="D9"), "us": {}, "failed": {"packinfer": "wrong by 0.5"}}
     text = markdown({**FILE, "results": [*FILE["results"], broken]})
@@ -62,10 +89,11 @@ def test_a_workload_that_failed_is_told(tmp_path: Path) -> None:
 
 
 def test_report_from_results(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps(FILE))
+    (tmp_path / "results.json").write_text(json.dumps({**FILE, "results": [*FILE["results"], *EXTENDS]}))
     done = subprocess.run([sys.executable, kernel_report.__file__, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "kernels.png", "kernels.svg"}
+    plots = {"kernels.png", "kernels.svg", "kernels_extend.png", "kernels_extend.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", *plots}
     assert "<svg" in (tmp_path / "kernels.svg").read_text()
     missing = subprocess.run([sys.executable, kernel_report.__file__, tmp_path / "no"], capture_output=True, text=True)
     assert missing.returncode == 1 and missing.stderr.startswith("kernel_report: ") and missing.stderr.count("\n") == 1

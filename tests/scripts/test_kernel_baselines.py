@@ -1,0 +1,62 @@
+"""What the kernel benchmark asks of FA3 and FlashInfer is its workloads' attention, by their conventions."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import fake_attention
+import pytest
+import torch
+from kernel_baselines import baselines
+from kernel_report import family
+from kernel_workloads import Inputs
+from test_kernel_workloads import WORKLOADS, small
+
+FAMILIES = {"fa3", "fi", "cascade", "batch", "pod"}
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pytest.importorskip("flashinfer", reason="FlashInfer is not installed")
+    monkeypatch.setattr("kernel_baselines.workspace", lambda x: None)
+    monkeypatch.setattr(fake_attention.Wrapper, "flashinfer", real, raising=False)
+    wrappers = {wrapper.name: wrapper for wrapper in fake_attention.WRAPPERS}
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(**wrappers))
+    fa3 = SimpleNamespace(flash_attn_with_kvcache=fake_attention.flash_attn_with_kvcache)
+    monkeypatch.setitem(sys.modules, "sgl_kernel", SimpleNamespace(merge_state_v2=fake_attention.merge))
+    monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", fa3)
+
+
+PREFILL = {"FA3", "FlashInfer prefill", "FlashInfer BatchAttention"}
+CASCADES = {"FA3 twice + merge", "FlashInfer cascade"}
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize(
+    ("name", "families"),
+    [
+        ("D2", {"FA3", "FlashInfer decode"} | CASCADES),
+        ("D3", {"FA3", "FlashInfer decode"} | CASCADES),
+        ("P1", PREFILL | CASCADES),
+        ("P2", PREFILL),
+        ("M1", PREFILL | {"FlashInfer BatchPOD", "FA3 twice + merge"}),
+        ("M2", PREFILL | CASCADES | {"FlashInfer BatchPOD"}),
+        ("C1024@8k", PREFILL),
+    ],
+)
+def test_baselines_are_right(name: str, families: set[str], contiguous: bool) -> None:
+    work = small(WORKLOADS[name])
+    x = Inputs(work, contiguous, device="cpu")
+    reference = x.reference()
+    methods = baselines(x, FAMILIES)
+    assert {family(method) for method in methods} == families
+    paged = contiguous and all(t % 64 == 0 for t in work.node_tokens)
+    assert any(method.endswith("page 16") for method in methods) == paged
+    for method, make in methods.items():
+        call, outs = make()
+        call(1)
+        call(0)
+        out = torch.cat(outs[0]) if isinstance(outs[0], tuple) else outs[0]
+        wrong = (out.float() - reference).norm() / reference.norm()
+        assert wrong < 0.005, (method, wrong)
