@@ -85,7 +85,7 @@ class Workload:
 
     def pruned(self, cost: CostModel) -> PrefixTree:
         """The spans that packinfer reads once."""
-        return prune(self.tree(), self.shape, cost)
+        return prune(self.tree(), self.shape, cost, q_lens=np.array(self.new, np.int32))
 
     def plan(self, tree: PrefixTree, policy: TilePolicy) -> Plan:
         queries = {} if self.kind == "decode" else {"qo_indptr": self.qo_indptr, "visible": self.visible}
