@@ -51,6 +51,8 @@ def _attend(
     length,
     win_lo,
     win_hi,
+    live,
+    mask_rows,
     scale2,
     cap2,
     stride_page,
@@ -59,6 +61,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
     MASK: tl.constexpr,
+    CUSTOM_MASK: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -66,7 +69,8 @@ def _attend(
 
     ``next_slot`` are the slots of the first block, and are returned as those of the block after the last.
 
-    MASK 0: every block is full; 1: tokens from ``length`` on are hidden; 2: query rows see [win_lo, win_hi) only.
+    MASK 0: every block is full; 1: tokens from ``length`` on are hidden; 2: query rows see [win_lo, win_hi) only. With
+    CUSTOM_MASK a ``live`` row sees of those only tokens with a flag at ``mask_rows``.
     """
     at = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HEAD_DIM)
@@ -96,9 +100,13 @@ def _attend(
             s = tl.where((pos < length)[None, :], s, -float("inf"))
         if MASK == 2:
             s = tl.where((pos[None, :] >= win_lo[:, None]) & (pos[None, :] < win_hi[:, None]), s, -float("inf"))
+        if CUSTOM_MASK:
+            wanted = live[:, None] & (pos < length)[None, :]
+            s = tl.where(tl.load(mask_rows[:, None] + pos[None, :], mask=wanted, other=0) != 0, s, -float("inf"))
         # scaling after the maximum makes one fused multiply-add of scale and shift for each element
         new_top = tl.maximum(top, tl.max(s, 1) if SOFT_CAP else tl.max(s, 1) * scale2)
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top) if MASK == 2 else new_top
+        blind: tl.constexpr = CUSTOM_MASK or MASK == 2  # a row may not have seen anything yet
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top) if blind else new_top
         p = tl.exp2(s - shift[:, None] if SOFT_CAP else s * scale2 - shift[:, None])
         keep = tl.exp2(top - shift)
         total = total * keep + tl.sum(p, 1)
@@ -124,6 +132,8 @@ def packed_attention_kernel(
     win_lo_ptr,
     win_hi_ptr,
     kv_lens_ptr,
+    mask_ptr,
+    mask_rows_ptr,
     stride_q_token,
     stride_q_head,
     stride_out_token,
@@ -143,6 +153,7 @@ def packed_attention_kernel(
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CUSTOM_MASK: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PEEL: tl.constexpr,
     STAGES: tl.constexpr,
@@ -151,7 +162,8 @@ def packed_attention_kernel(
     """Items ``counts[first_count]`` to ``counts[last_count] - 1``, each with those that follow it; all KV heads of an
     item next to each other.
 
-    PEEL runs full blocks without masks and the rest apart. WINDOW adds run B.
+    PEEL runs full blocks without masks and the rest apart. WINDOW adds run B. With CUSTOM_MASK a query sees of its KV
+    what the flags from ``mask_ptr[mask_rows_ptr[query]]`` on say, one byte for each KV position.
     """
     if PDL:
         gdc_launch_dependents()
@@ -188,20 +200,23 @@ def packed_attention_kernel(
             total = tl.zeros([BLOCK_M], tl.float32)
             k_head = k_ptr + kv_head * stride_kv_head
             v_head = v_ptr + kv_head * stride_kv_head
+            mask_rows = mask_ptr + query
+            if CUSTOM_MASK:
+                mask_rows = mask_ptr + tl.load(mask_rows_ptr + query, mask=live, other=0) + a_pos
             if PEEL:
                 full = a_len // BLOCK_N * BLOCK_N
                 acc, top, total, slot = _attend(
-                    q, acc, top, total, k_head, v_head, a_slots, slot, 0, full, a_len, nth, nth, scale2, cap2,
-                    stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 0, SOFT_CAP, STAGES,
+                    q, acc, top, total, k_head, v_head, a_slots, slot, 0, full, a_len, nth, nth, live, mask_rows,
+                    scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 0, CUSTOM_MASK, SOFT_CAP, STAGES,
                 )  # fmt: skip
                 acc, top, total, slot = _attend(
-                    q, acc, top, total, k_head, v_head, a_slots, slot, full, a_len, a_len, nth, nth, scale2, cap2,
-                    stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, SOFT_CAP, 1,
+                    q, acc, top, total, k_head, v_head, a_slots, slot, full, a_len, a_len, nth, nth, live, mask_rows,
+                    scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, CUSTOM_MASK, SOFT_CAP, 1,
                 )  # fmt: skip
             else:
                 acc, top, total, slot = _attend(
-                    q, acc, top, total, k_head, v_head, a_slots, slot, 0, a_len, a_len, nth, nth, scale2, cap2,
-                    stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, SOFT_CAP, STAGES,
+                    q, acc, top, total, k_head, v_head, a_slots, slot, 0, a_len, a_len, nth, nth, live, mask_rows,
+                    scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, CUSTOM_MASK, SOFT_CAP, STAGES,
                 )  # fmt: skip
             if WINDOW:
                 b_len = tl.load(item_ptr + B_LEN)
@@ -210,8 +225,9 @@ def packed_attention_kernel(
                 b_slots = slots_ptr + tl.load(item_ptr + B_OFF)
                 slot = tl.load(b_slots + tl.arange(0, BLOCK_N))
                 acc, top, total, slot = _attend(
-                    q, acc, top, total, k_head, v_head, b_slots, slot, 0, b_len, b_len, lo, hi,
-                    scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 2, SOFT_CAP, STAGES,
+                    q, acc, top, total, k_head, v_head, b_slots, slot, 0, b_len, b_len, lo, hi, live,
+                    mask_rows + a_len, scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 2, CUSTOM_MASK,
+                    SOFT_CAP, STAGES,
                 )  # fmt: skip
             result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             lse2 = top + tl.log2(total)

@@ -172,6 +172,7 @@ class PackedCuda:
         logits_soft_cap: float = 0.0,
         page_size: int = 1,
         windowed: bool = False,
+        mask: tuple[torch.Tensor, torch.Tensor] | None = None,
         out: torch.Tensor | None = None,
         lse2: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +187,8 @@ class PackedCuda:
             sm_scale: factor of the logits before the softmax.
             logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
             windowed: whether the plan has run B.
+            mask: what queries see of what the plan lets them see: [n] bool, and [n_queries] int64 of each query the
+                flag for KV position 0. No tails may ride in the plan (``TilePolicy.ride_tokens``).
 
         Returns:
             out as q, and lse2 [n_queries, qo_heads] float32.
@@ -204,6 +207,7 @@ class PackedCuda:
             q.stride(0), q.stride(1), out.stride(0), out.stride(1), stride_page, stride_slot, stride_head,
             sm_scale * LOG2_E, logits_soft_cap * LOG2_E,
         )  # fmt: skip
+        flags = (view["counts"], view["counts"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
         for i, tile in enumerate(self.tiles):
             grid, heads = (self._sms * tile.programs,), (i, i + 1, self.kv_heads, n_heads)
             kind = {
@@ -212,17 +216,18 @@ class PackedCuda:
                 # the first launch needs all that came before it on the stream
                 "launch_pdl": self._pdl and i > 0,
             }  # fmt: skip
-            if self._is_hopper and tile.gather_registers and not windowed:
+            if self._is_hopper and tile.gather_registers and not windowed and mask is None:
                 packed_attention_hopper_kernel[grid](
                     *tensors, *numbers, *heads, **kind, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
                     maxnreg=tile.registers,
                 )  # fmt: skip
             else:
                 packed_attention_kernel[grid](
-                    *tensors, view["win_lo"], view["win_hi"], kv_lens, *numbers, *heads, **kind, BLOCK_M=tile.rows,
-                    WINDOW=windowed, PDL=self._pdl, num_warps=tile.warps, num_stages=tile.stages,
-                    # full blocks apart from the rest pay where blocks are many; tails are short
-                    PEEL=i == 0, maxnreg=255 if tile.gather_registers else tile.registers,
+                    *tensors, view["win_lo"], view["win_hi"], kv_lens, *flags, *numbers, *heads, **kind,
+                    BLOCK_M=tile.rows, WINDOW=windowed, CUSTOM_MASK=mask is not None, PDL=self._pdl,
+                    num_warps=tile.warps, num_stages=tile.stages,
+                    # full blocks apart from the rest pay where blocks are many, tails are short; with flags it spills more
+                    PEEL=i == 0 and mask is None, maxnreg=255 if tile.gather_registers else tile.registers,
                 )  # fmt: skip
         # a multiprocessor holds 32 programs at once: where there are more, each merges several heads
         crowded = n * n_heads > 32 * self._sms

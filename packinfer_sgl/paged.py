@@ -171,7 +171,7 @@ class PagedWrapper:
         if mask is not None:
             cells = self._q_lens.astype(np.int64) * self._kv_lens
             row_start = (np.cumsum(cells) - cells)[row] + nth * self._kv_lens[row].astype(np.int64)
-            self._mask = MaskRows(mask, torch.from_numpy(row_start))
+            self._mask = MaskRows(mask, torch.from_numpy(row_start).to(self.device))
         plan = self._make_plan(row, nth, causal and mask is None)
         self._kernels.load(plan, tables, self._page_size, shape, windowed)
         self._plan = plan
@@ -357,15 +357,18 @@ def as_number(scale: Scale | None, name: str) -> float:
     return 1.0 if scale is None else float(scale)
 
 
-def as_flags(mask: torch.Tensor | None, packed: torch.Tensor | None, n: int) -> torch.Tensor | None:
+def as_flags(
+    mask: torch.Tensor | None, packed: torch.Tensor | None, n: int, device: torch.device
+) -> torch.Tensor | None:
     """A copy of FlashInfer's custom mask, [n] bool, from whichever of its two forms is given."""
     if packed is not None:
-        check_device(packed, torch.device("cpu"), "packed_custom_mask")
+        check_device(packed, device, "packed_custom_mask")
         check_tensor(packed, (-(-n // 8),), torch.uint8, "packed_custom_mask")
-        return torch.from_numpy(np.unpackbits(packed.numpy(), count=n, bitorder="little").astype(bool))
+        bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)
+        return (bits & 1).bool().view(-1)[:n]
     if mask is None:
         return None
     mask = mask.reshape(-1)
-    check_device(mask, torch.device("cpu"), "custom_mask")
+    check_device(mask, device, "custom_mask")
     check_tensor(mask, (n,), torch.bool, "custom_mask")
     return mask.clone()

@@ -9,6 +9,7 @@ import torch
 
 from packinfer_sgl.groups import H200, AttentionShape, CostModel
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.kernels.reference import MaskRows
 from packinfer_sgl.kernels.tiles import TILES, tile_policy
 from packinfer_sgl.plan import Plan, TilePolicy
 from packinfer_sgl.prefix_tree import Int32
@@ -66,8 +67,8 @@ class OnCuda:
 
     def check_masks(self, **masks: torch.Tensor | None) -> None:
         for name, mask in masks.items():
-            if mask is not None:
-                raise NotImplementedError(f"{name} is not supported on CUDA")
+            if mask is not None and self.graph:
+                raise NotImplementedError(f"{name} is not supported with use_cuda_graph")
 
     def check_batch(self, tables: tuple[Int32, ...], n_pages: int, baked: dict[str, object]) -> None:
         """Raise ValueError for a batch that the buffers, or a graph that was captured over them, cannot take.
@@ -167,7 +168,7 @@ class OnCuda:
         *,
         sm_scale: float,
         logits_soft_cap: float,
-        mask: None,
+        mask: MaskRows | None,
         out: torch.Tensor,
     ) -> torch.Tensor:
         """Attention into ``out``; returns lse2, of which rows past the plan's are undefined. May be captured."""
@@ -189,9 +190,10 @@ class OnCuda:
             if self._page_size == 1:  # the dimension of size 1 has any stride
                 k, v = k[:, 0], v[:, 0]
             nothing_grows = self._packed.kv_slots  # lengths of rows that grow while the plan lives: there are none
+            flags = None if mask is None else (mask.mask, mask.row_start)
             return self._packed.run(
                 q, k, v, nothing_grows, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap,
-                page_size=self._page_size, windowed=self._windowed, out=out,
+                page_size=self._page_size, windowed=self._windowed, mask=flags, out=out,
             )[1]  # fmt: skip
 
     def _pinned(self, values: Int32) -> torch.Tensor:

@@ -34,10 +34,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
 
     On the CPU products, softmax and merging are float32. On CUDA Triton kernels run, for float16 or bfloat16 queries
     and KV of one type, ``head_dim`` 64, 128 or 256 and up to 16 query heads per KV head; queries, output, K and V need
-    a contiguous last dimension, and K and V equal strides; custom masks, logits factors (``sm_scale`` with the scales)
-    that are not above 0 and scales in GPU memory are refused. All tensors are on the wrapper's device, except that
-    page tables may lie on any: :meth:`plan` reads them on the host, and uploads on the current stream. :meth:`run`
-    never waits for the GPU.
+    a contiguous last dimension, and K and V equal strides; custom masks with ``use_cuda_graph``, logits factors
+    (``sm_scale`` with the scales) that are not above 0 and scales in GPU memory are refused. All tensors are on the
+    wrapper's device, except that page tables may lie on any: :meth:`plan` reads them on the host, and uploads on the
+    current stream. :meth:`run` never waits for the GPU.
 
     With ``use_cuda_graph`` a graph that captured :meth:`run` (after a first run, which compiles the kernels) replays
     whatever :meth:`plan` took in last. The batch size and the number of pages are bounded by the buffers, the number
@@ -305,7 +305,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
             ``head_dim_qk``, if given.
         custom_mask : Optional[torch.Tensor]
             Which tokens each query sees: for each request and query a flag for each KV token, flattened, shape
-            ``[sum(qo_len * kv_len)]``, bool; CPU only. ``causal`` is then without effect, ``window_left`` holds.
+            ``[sum(qo_len * kv_len)]``, bool. ``causal`` is then without effect, ``window_left`` holds.
         packed_custom_mask : Optional[torch.Tensor]
             The whole ``custom_mask`` with 8 flags to a byte, the first in the lowest bit, uint8. Wins over it.
         causal : bool
@@ -336,8 +336,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         check_equal(seq_lens_q, q_lens, "seq_lens_q")
         check_at_most(max_token_per_sequence, q_lens, "max_token_per_sequence")
         check_at_most(max_sequence_kv, kv_lens, "max_sequence_kv")
-        mask = as_flags(custom_mask, packed_custom_mask, int((q_lens.astype(np.int64) * kv_lens).sum()))
-        self._build(causal, window_left, mask)
+        cells = int((q_lens.astype(np.int64) * kv_lens).sum())
+        self._build(causal, window_left, as_flags(custom_mask, packed_custom_mask, cells, self.device))
 
     begin_forward = plan
 

@@ -69,6 +69,9 @@ def main() -> None:
             packed.snapshot(case.req_to_token, case.pool_rows)
             packed.append(case.kv_lens, case.kv_lens)
             packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed)
+        what = {"head_dim": head_dim, "windowed": True}
+        mask = torch.ones(40, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64)
+        packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=True, mask=mask)
         what = {"head_dim": head_dim, "windowed": False}
         SlotCopier([case.k, case.v]).copy(case.req_to_token[0, :5], 7)
 

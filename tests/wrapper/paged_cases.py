@@ -93,7 +93,7 @@ class Layer:
         return "cuda" if self.cuda and torch.cuda.is_available() else "cpu"
 
 
-def random_batch(rng: random.Random, *, decode: bool, page_size: int = 0, masks: bool = True) -> Batch:
+def random_batch(rng: random.Random, *, decode: bool, page_size: int = 0) -> Batch:
     """Requests that share page prefixes at several levels, some equal, some empty, lengths at all page edges."""
     page_size = page_size or rng.choice([1, 1, 2, 3, 4, 8, 16, 32, 64])
     most = max(1, 48 // page_size)
@@ -118,7 +118,7 @@ def random_batch(rng: random.Random, *, decode: bool, page_size: int = 0, masks:
         batch = replace(batch, causal=True)
     if rng.random() < 0.35:
         batch = replace(batch, window_left=rng.choice([0, 1, 5, 20, 1000]))
-    if masks and not decode and rng.random() < 0.3:
+    if not decode and rng.random() < 0.3:
         batch = replace(batch, mask=[random_mask(rng, *size) for size in zip(q_lens, batch.kv_lens, strict=True)])
     return batch
 
@@ -232,9 +232,9 @@ def make_wrapper(batch: Batch, layer: Layer, wrapper: Wrapper | None = None, *, 
         mask = torch.cat([m.flatten() for m in batch.mask])
         if packed:
             bits = torch.cat([mask, torch.zeros(-len(mask) % 8, dtype=torch.bool)]).view(-1, 8)
-            options["packed_custom_mask"] = (bits * 2 ** torch.arange(8)).sum(1).to(torch.uint8)
+            options["packed_custom_mask"] = (bits * 2 ** torch.arange(8)).sum(1).to(layer.device, torch.uint8)
         else:
-            options["custom_mask"] = mask
+            options["custom_mask"] = mask.to(layer.device)
     wrapper = wrapper or BatchPrefillWithPagedKVCacheWrapper(workspace, layer.layout)
     wrapper.plan(indptr(batch.q_lens), *kv, *heads, causal=batch.causal, **options)
     return wrapper

@@ -49,13 +49,13 @@ def all_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_batches(decode: bool, head_dim: int) -> None:
     for seed in range(5):
         rng = random.Random(f"{decode} {head_dim} {seed}")
-        batch = cases.random_batch(rng, decode=decode, masks=False)
+        batch = cases.random_batch(rng, decode=decode)
         layer = replace(cases.random_layer(rng), q_dtype=torch.float16, kv_dtype=torch.float16, cuda=True)
         kv_heads = rng.choice([1, 2])
         check(batch, replace(layer, qo_heads=kv_heads * rng.choice([1, 3]), kv_heads=kv_heads, head_dim=head_dim), seed)
 
 
-@pytest.mark.parametrize("name", [name for name, batch in EDGES.items() if batch.mask is None])
+@pytest.mark.parametrize("name", EDGES)
 @pytest.mark.usefixtures("all_shared")
 def test_edges(name: str) -> None:
     check(EDGES[name], HALF, 0)
@@ -86,7 +86,7 @@ def test_random_batches(page_size: int, layer: Layer, sharing: str, request: pyt
     for seed in range(40):
         decode = seed % 2 == 0
         rng = random.Random(f"{page_size} {sharing} {seed}")
-        batch = cases.random_batch(rng, decode=decode, page_size=page_size, masks=False)
+        batch = cases.random_batch(rng, decode=decode, page_size=page_size)
         check(batch, layer, seed, reused[decode])
         reused[decode] = reused[decode] or cases.make_wrapper(batch, layer)
 
@@ -264,26 +264,27 @@ def test_buffers_that_do_not_fit_each_other_are_found() -> None:
         graph_wrapper(False, 3, 9, qo_indptr_buf=torch.zeros(3, dtype=torch.int32, device=DEVICE))
     with pytest.raises(NotImplementedError, match="custom_mask_buf"):
         graph_wrapper(False, 3, 9, custom_mask_buf=torch.zeros(3, device=DEVICE))
+    batch = Batch(4, [[0, 1], [2]], [1, 3], [2, 2])
+    batch = replace(batch, mask=[torch.ones(2, n, dtype=torch.bool) for n in batch.kv_lens])
+    for packed in (False, True):
+        with pytest.raises(NotImplementedError, match="custom_mask is not supported with use_cuda_graph"):
+            cases.make_wrapper(batch, HALF, graph_wrapper(False, 2, 9), packed=packed)
 
 
 def test_what_the_kernels_cannot_do_is_refused_by_name() -> None:
     batch = Batch(4, [[0, 1], [2]], [1, 3], [2, 2])
-    masks = [torch.ones(2, n, dtype=torch.bool) for n in batch.kv_lens]
     refused = [
         ("q_data_type", batch, replace(HALF, q_dtype=torch.float32, kv_dtype=torch.float32)),
         ("kv_data_type", batch, replace(HALF, kv_dtype=torch.bfloat16)),
         ("kv_data_type", batch, replace(HALF, kv_dtype=torch.float32)),
         ("head_dim=32", batch, replace(HALF, head_dim=32)),
         ("num_qo_heads=17", batch, replace(HALF, qo_heads=17)),
-        ("custom_mask", replace(batch, mask=masks), HALF),
     ]
     planned = cases.make_wrapper(batch, HALF)
     q, (k, v, cache) = cases.make_q(batch, HALF, 0), cases.make_kv(batch, HALF, 0)
     for match, other, layer in refused:
         with pytest.raises(NotImplementedError, match=match):
             cases.make_wrapper(other, layer, planned)
-    with pytest.raises(NotImplementedError, match="packed_custom_mask"):
-        cases.make_wrapper(replace(batch, mask=masks), HALF, planned, packed=True)
     k, v = cache.unbind(1)
     apart = torch.stack([q, q], -1)[..., 0]
     for match, arguments, options in (
