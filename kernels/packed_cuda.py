@@ -226,7 +226,7 @@ class PackedCuda:
                     *tensors, view["win_lo"], view["win_hi"], kv_lens, *flags, *numbers, *heads, **kind,
                     BLOCK_M=tile.rows, WINDOW=windowed, CUSTOM_MASK=mask is not None, PDL=self._pdl,
                     num_warps=tile.warps, num_stages=tile.stages,
-                    # full blocks apart from the rest pay where blocks are many; tails are short, and with flags it spills
+                    # full blocks apart from the rest pay where they are many; tails are short, and flags spill
                     PEEL=i == 0 and mask is None, maxnreg=255 if tile.gather_registers else tile.registers,
                 )  # fmt: skip
         # a multiprocessor holds 32 programs at once: where there are more, each merges several heads
