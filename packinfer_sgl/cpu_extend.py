@@ -17,7 +17,7 @@ from packinfer_sgl.planner import ExtendPlanner, Rows
 from packinfer_sgl.prefix_tree import Int32
 
 # Measured on one core with SGLang's torch_native, which computes the queries of cached tokens, too: rates of both, and
-# what a layer, an item and (of torch_native) a request cost besides. Packed must win clearly: the fit is off by a fifth.
+# what a layer, an item and (torch_native) a request cost besides. Packed must win clearly: the fit is off by a fifth.
 PACKED_FLOPS_PER_US, STOCK_FLOPS_PER_US = 3.7e4, 4.5e4
 LAYER_US, ITEM_US, REQUEST_US = 500.0, 200.0, 250.0
 CLEARLY = 1.25

@@ -188,11 +188,20 @@ def soak(requests: int, seed: int, folder: Path) -> list[str]:
             return [f"the {backend} engine died (exit {child.returncode}); its last words are above"]
         results[backend] = json.loads(lines[0].removeprefix("RESULT "))
     stock, ours = results["torch_native"]["said"], results["packinfer"]
-    verdicts = Counter(wrong(answer, stock[answer["prompt"]]) for answer in ours["said"])
+    verdicts: Counter[str | None] = Counter()
+    for i, answer in enumerate(ours["said"]):
+        expected = stock[answer["prompt"]]
+        verdicts[verdict := wrong(answer, expected)] += 1
+        if verdict == "different":
+            of = f"{len(answer['ids'])} of {answer['tokens']} tokens{'' if answer['whole'] else ', aborted'}"
+            at = next((n for n, pair in enumerate(zip(answer["ids"], expected["ids"])) if pair[0] != pair[1]), None)
+            at_token = f"token {at}: {answer['ids'][at]}, stock {expected['top'][at]}" if at is not None else "too few"
+            print(f"answer {i} to prompt {answer['prompt']}, {of}; {at_token}")
     state, after = ours["state"], ours["after_flush"]
     arena, seen = state["arena"], {"retractions": 0, "flushes": 0, "steps": 0, **state.get("soak", {})}
     print(f"{len(ours['said'])} answers: {verdicts[None]} equal, {verdicts['near-tie']} near-ties, "
           f"{verdicts['different']} different; {ours['aborted']} aborted")  # fmt: skip
+    print(f"packed: {state['packed_steps']} decode steps, {state['packed_extends']} prefills and chunks")
     print(f"audited steps {seen['steps']}, retractions {seen['retractions']}, flushes {seen['flushes']}")
     print("arena: " + ", ".join(f"{name} {value:,}" for name, value in arena.items()))
     must = {
