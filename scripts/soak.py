@@ -119,7 +119,10 @@ def play(backend: str, model: str, requests: int, seed: int) -> dict[str, Any]:
         )
         last, parts = None, 0
         async for part in stream:
-            last, parts = part, parts + 1
+            parts += 1
+            # of a request that it aborts while it waits (retracted, say) SGLang's last part has the last token alone
+            if last is None or len(part["output_ids"]) >= len(last["output_ids"]):
+                last = part
             if parts == abort_at:
                 engine.tokenizer_manager.abort_request(rid=rid)
                 aborted += 1
