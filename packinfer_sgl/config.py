@@ -61,6 +61,12 @@ class Config:
         unit="true or false",
         choices=("true", "false"),
     )
+    hold_siblings: bool = _setting(
+        False,
+        "requests that share a long uncached prefix wait while one of them computes it; off = as SGLang admits them",
+        unit="true or false",
+        choices=("true", "false"),
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

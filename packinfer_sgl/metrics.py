@@ -13,6 +13,7 @@ from packinfer_sgl.plan import Plan
 from packinfer_sgl.prefix_tree import PrefixTree
 from packinfer_sgl.reasons import BatchReason, LayerReason
 from packinfer_sgl.regroup import Regroup
+from packinfer_sgl.siblings import Held
 
 EXPORT_INTERVAL_S = 1.0
 _TOTALS = {
@@ -33,6 +34,11 @@ _ARENA_TOTALS = {
     "replaced": "copies given up for others",
     "shared_tokens_read": "KV tokens of shared spans, read once for their group",
     "contiguous_tokens_read": "those of them in the arena, or known to be contiguous by themselves",
+}
+_HELD_TOTALS = {
+    "requests": "requests that waited while another computed the prefix that they share",
+    "passes": "passes of the scheduler in which one was held, summed over requests",
+    "prefix_tokens": "prompt tokens that they found in the radix cache after it, and not before",
 }
 
 
@@ -67,6 +73,7 @@ class Stats:
     last_private_tokens: int = 0
     verify_error: float = 0.0
     arena: Regroup | None = None
+    held: Held | None = None
     _exported_at: float = 0.0
 
     def count_plan(self, plan: Plan, tree: PrefixTree, took_us: float) -> None:
@@ -129,6 +136,7 @@ class Stats:
             "plan_us_total": round(self.plan_us_total, 1),
             "verify_error": self.verify_error,
             "arena": None if self.arena is None else self.arena.as_dict(),
+            "held": None if self.held is None else self.held.as_dict(),
             "private_tokens": self.last_private_tokens,
             "tree": [{"parent": int(p), "rows": int(r), "start": int(s), "end": int(e)} for p, r, s, e in nodes],
         }
@@ -141,6 +149,11 @@ class Stats:
             export(self)
 
 
+_ALL_TOTALS = {
+    **_TOTALS,
+    **{f"arena_{name}": text for name, text in _ARENA_TOTALS.items()},
+    **{f"held_{name}": text for name, text in _HELD_TOTALS.items()},
+}
 _prometheus: dict[str, Any] | None = None
 _exported: Counter[str] = Counter()
 
@@ -155,7 +168,7 @@ def start_prometheus(labels: dict[str, str]) -> None:
 
     names = list(labels)
     _prometheus = {"labels": labels}
-    for name, text in {**_TOTALS, **{f"arena_{name}": text for name, text in _ARENA_TOTALS.items()}}.items():
+    for name, text in _ALL_TOTALS.items():
         _prometheus[name] = PromCounter(f"packinfer:{name}", text, names)
     _prometheus["fallback_steps"] = PromCounter(
         "packinfer:fallback_steps", "forward passes that ran on the stock backend", [*names, "reason"]
@@ -174,8 +187,9 @@ def export(stats: Stats) -> None:
     if _prometheus is None:
         return
     labels, values = _prometheus["labels"], stats.as_dict()
-    values |= {f"arena_{name}": value for name, value in (values["arena"] or {}).items()}
-    for name in (*_TOTALS, *(f"arena_{name}" for name in _ARENA_TOTALS)):
+    for part in ("arena", "held"):
+        values |= {f"{part}_{name}": value for name, value in (values[part] or {}).items()}
+    for name in _ALL_TOTALS:
         _prometheus[name].labels(**labels).inc(values.get(name, 0) - _exported[name])
         _exported[name] = values.get(name, 0)
     for reason, count in stats.fallback_steps.items():

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "packinfer"
 TESTED = ("0.5.17", "0.5.23")
+_REPORTED = ("grouping", "extend", "verify", "arena_tokens", "hold_siblings")  # settings that /server_info repeats
 
 
 class PluginError(RuntimeError):
@@ -35,9 +36,9 @@ class Check(NamedTuple):
 
 def hooks() -> list[Hook]:
     """Every change the plugin makes to SGLang (``patches/README.md``)."""
-    from packinfer_sgl.patches import arena, batch_rows, cpu_triton, draft_backend, server_args, server_info
+    from packinfer_sgl.patches import arena, batch_rows, cpu_triton, draft_backend, hold, server_args, server_info
 
-    patches = (server_args, batch_rows, server_info, draft_backend, arena, cpu_triton)
+    patches = (server_args, batch_rows, server_info, draft_backend, arena, cpu_triton, hold)
     return [hook for patch in patches for hook in patch.hooks()]
 
 
@@ -88,6 +89,7 @@ def create_backend(runner: Any) -> Any:
         PluginError: a hook did not take.
         ConfigError: a setting is wrong.
         ArenaError: the server cannot have an arena.
+        HoldError: the server cannot hold requests.
         UnsupportedModel: models of this kind are never packed.
     """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -107,6 +109,7 @@ def create_backend(runner: Any) -> Any:
 def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]) -> Any:
     from packinfer_sgl.backend import layer_reasons, wrap
     from packinfer_sgl.metrics import STATS, start_prometheus
+    from packinfer_sgl.patches import hold
     from packinfer_sgl.patches.arena import carve
     from packinfer_sgl.radix import want_rows
 
@@ -133,9 +136,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         "sglang_version": version("sglang"),
         "platform": type(current_platform).__name__,
         "hooks": [c.target for c in checks],
-        "config": {
-            name: getattr(config, name) for name in ("grouping", "extend", "verify", "arena_tokens")
-        },  # fmt: skip
+        "config": {name: getattr(config, name) for name in _REPORTED},
     }
     for layer, why in reasons.items():
         if why is not None:
@@ -146,6 +147,8 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         STATS.reason = f"no attention layer of {type(runner.model).__name__} can be packed ({names})"
         logger.warning("packinfer %s: %s: everything runs on %s", __version__, STATS.reason, base)
         return stock
+    if config.hold_siblings:
+        hold.start(runner)
     arena = carve(runner, config.arena_tokens) if config.arena_tokens else None
     backend = wrap(stock, runner, config, packable[0], arena)
     want_rows()

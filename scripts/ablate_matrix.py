@@ -18,7 +18,8 @@ class Axis:
         values: value -> arguments of sglang.Engine, or with ``packinfer`` settings in PACKINFER_CONFIG; the usual one
             first.
         default: what is run unless the user asks for other values.
-        off: the value that switches the thing off; reports then say what ``gives`` stands for.
+        off: the value that switches the thing off, for those that build on each other.
+        gives: what reports call it, if not by its name.
         of_tree: whether it makes no difference without a radix cache.
         metric: the figure of ablate_report.TITLES that says whether it is worth its while.
         saves: what it saves at best: ``prompt`` tokens computed, ``kv`` tokens read, or nothing that is counted.
@@ -42,6 +43,8 @@ AXES = {
                      packinfer=True, off="off", gives="grouping", metric="tpot_p50_ms", saves="kv"),
     "arena": Axis({"off": {}, **{str(n): {"arena_tokens": n} for n in (8192, 32768)}}, ("off",),
                   packinfer=True, off="off", gives="contiguity", metric="tpot_p50_ms"),
+    "hold": Axis({"off": {}, "on": {"hold_siblings": True}}, ("off",), packinfer=True, gives="holding siblings",
+                 metric="ttft_p50_ms", saves="prompt"),
     "page": Axis({v: {"page_size": int(v)} for v in ("1", "16", "64")}, ("1",), of_tree=False),
     "eviction": Axis({v: {"radix_eviction_policy": v} for v in ("lru", "lfu")}, ("lru",)),
     "schedule": Axis({v: {"schedule_policy": v} for v in ("fcfs", "lpm", "dfs-weight")}, ("fcfs",)),

@@ -25,6 +25,11 @@ TITLES = {
     "tpot_p50_ms": "TPOT p50, ms",
     "tpot_p99_ms": "TPOT p99, ms",
 }
+WORDS = {
+    "output_tokens_per_s": "output tokens/s",
+    "ttft_p50_ms": "the time to the first token",
+    "tpot_p50_ms": "the time per output token",
+}
 MATTERS = 0.05  # a smaller change is none, even where the rounds do not overlap: few rounds do so by chance
 NOTHING_TO_SAVE = 0.98
 SAVED = {"prompt": "prompt tokens computed", "kv": "KV tokens read"}
@@ -110,7 +115,7 @@ def answer(step: Step, found: list[tuple[str, Cell, Cell]]) -> str:
         left = saving(step, after)
         note = f" ({fraction(left[0])}, {fraction(left[1])})" if left else ""
         by_word[word].append((ratio, f"{workload} {ratio:.2f}x{note}"))
-    what = "the time per output token" if axis.metric == "tpot_p50_ms" else "output tokens/s"
+    what = WORDS[axis.metric]
     parts = []
     if by_word["better"]:
         items = ", ".join(text for _, text in sorted(by_word["better"], reverse=True))

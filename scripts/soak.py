@@ -3,9 +3,10 @@
     python scripts/soak.py [--requests 2000] [--seed 0]
 
 A tiny model on the CPU: requests behind families of prompts that are many times the pool, so that eviction never
-stops, with aborts, cache flushes and retractions. Every answer must be the stock backend's (up to near-ties), SGLang's
-own leak check, which runs whenever the server is idle, must stay silent, and in each decode step the arena's books must
-balance and each copy that is read must equal what it was copied from. Exit code 0: all of that held.
+stops, with aborts, cache flushes and retractions, and siblings held back. Every request must be answered, as the stock
+backend answers it (up to near-ties), SGLang's own leak check, which runs whenever the server is idle, must stay silent,
+and in each decode step the arena's books must balance and each copy that is read must equal what it was copied from.
+Exit code 0: all of that held.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PROMPTS = 60
 ENGINE = {"max_total_tokens": 2600, "max_running_requests": 24, "chunked_prefill_size": 512}
 # SGLang's own setting for tests: some requests are retracted at every so many forward passes
 PACKINFER = {
-    "PACKINFER_CONFIG": '{"arena_tokens": 500}',
+    "PACKINFER_CONFIG": '{"arena_tokens": 500, "hold_siblings": true}',
     "SGLANG_TEST_RETRACT": "1",
     "SGLANG_TEST_RETRACT_INTERVAL": "37",
 }
@@ -207,11 +208,13 @@ def soak(requests: int, seed: int, folder: Path) -> list[str]:
     print(f"packed: {state['packed_steps']} decode steps, {state['packed_extends']} prefills and chunks")
     print(f"audited steps {seen['steps']}, retractions {seen['retractions']}, flushes {seen['flushes']}")
     print("arena: " + ", ".join(f"{name} {value:,}" for name, value in arena.items()))
+    print("held: " + ", ".join(f"{name} {value:,}" for name, value in state["held"].items()))
     must = {
         f"{verdicts['different']} answers differ from the stock backend's": not verdicts["different"],
         "not every request was answered": len(ours["said"]) == requests,
         "a flush leaves copies in the arena": after["used_tokens"] == after["spans"] == 0,
         "nothing was copied and found": min(arena["copies"], arena["hits"]) > 0,
+        "no request was held and found its prefix": min(state["held"].values()) > 0,
         "nothing was retracted, aborted or flushed": min(seen["retractions"], seen["flushes"], ours["aborted"]) > 0,
     }
     return [problem for problem, held in must.items() if not held]

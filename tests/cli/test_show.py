@@ -19,6 +19,7 @@ STATE = {
     "plan_us_p50": 87.4,
     "private_tokens": 512,
     "arena": None,
+    "held": None,
     "tree": [
         {"parent": -1, "rows": 8, "start": 0, "end": 2048},
         {"parent": 0, "rows": 4, "start": 2048, "end": 2148},
@@ -97,6 +98,15 @@ def test_the_arena():
     nothing = {**ARENA, "shared_tokens_read": 0, "contiguous_tokens_read": 0}
     assert "in one piece" in "\n".join(drawn({**STATE, "arena": nothing}))
     assert "arena" not in "\n".join(drawn(STATE))
+
+
+def test_held_requests():
+    shows(
+        {**STATE, "held": {"requests": 7, "passes": 14, "prefix_tokens": 14_336}},
+        ("held until others had computed their prefix", "7 requests"),
+        ("prompt tokens that they found cached then", "14,336"),
+    )
+    assert "held" not in "\n".join(drawn(STATE))
 
 
 def test_before_the_first_step():

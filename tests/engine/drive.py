@@ -2,7 +2,8 @@
 
     python drive.py '{"engine": {...}, "rounds": [...]}'
 
-Rounds: ``tree`` (16 requests in a three-level tree), ``cold`` (8 identical prompts at once), ``samples`` (n = 4),
+Rounds: ``tree`` (16 requests in a three-level tree), ``cold`` (8 identical prompts at once), ``family`` (8 prompts
+behind 900 unseen tokens, and 2 unrelated ones between them), ``samples`` (n = 4),
 ``beams`` (beam search of width 4 on two prompts), ``abort`` (half of the tree's requests aborted in mid-generation),
 ``flush`` (empties the cache), ``busy`` (long generations that overflow a small pool). Every round but ``flush``
 yields a list of outputs.
@@ -50,7 +51,7 @@ class Driver:
         return [self.said(out) for out in outs]
 
     def said(self, out: dict) -> dict:
-        said = {"ids": out["output_ids"]}
+        said = {"ids": out["output_ids"], "cached": out["meta_info"]["cached_tokens"]}
         if self.logprobs:
             top = out["meta_info"]["output_top_logprobs"]
             said["top"] = [{str(token): lp for lp, token, _ in position} for position in top]
@@ -62,6 +63,13 @@ class Driver:
     def cold(self) -> list[dict]:
         prompt = tree_prompts(seed=1)[0]
         return self.generate([prompt] * 8, greedy(24))
+
+    def family(self) -> list[dict]:
+        rng = random.Random(6)
+        words = lambda n: [rng.randrange(FIRST, LAST) for _ in range(n)]  # noqa: E731
+        shared = words(900)
+        prompts = [[*shared, *words(1 + 7 * i)] for i in range(8)]
+        return self.generate([*prompts[:3], words(40), *prompts[3:], words(50)], greedy(16))
 
     def samples(self) -> list[dict]:
         return self.generate(tree_prompts(seed=2)[:3], greedy(24, n=4))

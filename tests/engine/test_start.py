@@ -222,7 +222,8 @@ def test_server_says_what_it_does(model):
         port = str(free.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
     flags = ("--model-path", model, *PACKINFER, "--port", port)
-    server = start(*flags, "--enable-metrics", "--packinfer-verify", "--packinfer-arena-tokens", "1000")
+    server = start(*flags, "--enable-metrics", "--packinfer-verify", "--packinfer-arena-tokens", "1000",
+                   "--packinfer-hold-siblings")  # fmt: skip
     try:
         deadline = time.monotonic() + START_S
         while True:
@@ -232,7 +233,7 @@ def test_server_says_what_it_does(model):
                     break
             except (requests.ConnectionError, requests.Timeout):
                 time.sleep(1)
-        prompt = [400 + i % 300 for i in range(200)]
+        prompt = [400 + i % 300 for i in range(300)]
         body = {
             "input_ids": [[*prompt, 310 + i] for i in range(4)],
             "sampling_params": {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True},
@@ -241,12 +242,14 @@ def test_server_says_what_it_does(model):
             assert requests.post(f"{url}/generate", json=body, timeout=300).status_code == 200
         state = requests.get(f"{url}/server_info", timeout=30).json()["internal_states"][0]["packinfer"]
         assert state["active"] and state["reason"] is None and state["base_backend"] == "torch_native"
-        assert state["config"] == {"grouping": "multi", "extend": "auto", "verify": True, "arena_tokens": 1000}
+        assert state["config"] == {
+            "grouping": "multi", "extend": "auto", "verify": True, "arena_tokens": 1000, "hold_siblings": True,
+        }  # fmt: skip
         assert state["packed_steps"] > 50 and state["plan_us_p50"] > 0
         # cold prompts are the stock backend's, what is behind a cached prefix is packed
         assert state["fallback_steps"]["extend"] >= 1 and state["packed_extends"] >= 1
         assert state["extend_kv_tokens_unique"] <= state["extend_kv_tokens_read"] < state["extend_kv_tokens_logical"]
-        assert state["rows_grouped"] == 4 and state["tree"][0]["rows"] == 4 and state["tree"][0]["end"] >= 200
+        assert state["rows_grouped"] == 4 and state["tree"][0]["rows"] == 4 and state["tree"][0]["end"] >= 300
         assert state["kv_tokens_unique"] <= state["kv_tokens_read"] < state["kv_tokens_logical"] / 2
         metrics = requests.get(f"{url}/metrics", timeout=30).text
         values = {
@@ -261,6 +264,8 @@ def test_server_says_what_it_does(model):
         assert arena["tokens"] == 1000 and arena["contiguous_tokens_read"] == arena["shared_tokens_read"] > 0
         for name in ("copies", "copied_bytes", "hits", "refused", "replaced", "contiguous_tokens_read"):
             assert values[f"packinfer:arena_{name}_total"] == arena[name]
+        for name in ("requests", "passes", "prefix_tokens"):
+            assert values[f"packinfer:held_{name}_total"] == state["held"][name]
         assert values["packinfer:arena_used_tokens"] == arena["used_tokens"] > 0
         assert "packinfer:fallback_steps_total" in metrics
         assert refused(*flags)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the floors below its own. `__init__` offers the wrappers to users; nobody below floor 4 needs it.
 FLOORS = {
     "__version__": 0, "config": 0, "reasons": 0,
-    "prefix_tree": 1, "groups": 1, "plan": 1, "pieces": 1, "cut": 1,
+    "prefix_tree": 1, "groups": 1, "plan": 1, "pieces": 1, "cut": 1, "siblings": 1,
     "kernels": 2,
     "paged_cpu": 3, "paged_cuda": 3, "paged": 3, "wrapper": 3, "regroup": 3, "metrics": 3,
     "backend": 4, "planner": 4, "cpu_decode": 4, "cuda_decode": 4, "cpu_extend": 4, "cuda_extend": 4,

@@ -34,14 +34,14 @@ def test_one_change_at_a_time_and_each_engine_once() -> None:
     assert list(map(label, found))[4:] == ["schedule lpm"]
     wide = select(ALL, full=False)
     assert {label(c) for c in wide} == {label(c) for c in found} | {
-        "arena 8192", "arena 32768", "page 16", "page 64", "eviction lfu", "schedule dfs-weight",
+        "arena 8192", "arena 32768", "hold on", "page 16", "page 64", "eviction lfu", "schedule dfs-weight",
     }  # fmt: skip
 
 
 def test_all_products_without_those_that_are_the_same_engine() -> None:
     found = select(ALL, full=True)
     on, off = ([c for c in found if c["radix"] == r] for r in ("on", "off"))
-    assert (len(on), len(off)) == ((2 * 3 + 1) * 3 * 2 * 3, 3)
+    assert (len(on), len(off)) == ((2 * 3 + 1) * 2 * 3 * 2 * 3, 3)
     assert {(c["grouping"], c["schedule"], c["eviction"]) for c in off} == {("off", "fcfs", "lru")}
     assert len({label(c) for c in found}) == len(found)
 

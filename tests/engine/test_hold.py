@@ -1,0 +1,225 @@
+"""Requests held while another computes their prefix: in real engines it is computed once, and answers stay the same.
+
+Whom to hold is decided in packinfer_sgl/siblings.py (tests/unit/test_siblings.py).
+"""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+
+import pytest
+from engines import POOL, run_engine
+from test_exactness import check
+
+HOLD = {"PACKINFER_CONFIG": '{"hold_siblings": true}'}
+SHARED, IDENTICAL = 900, 450  # tokens: what `family` shares; at least what `cold` has
+
+
+def cached(said: dict[str, list[dict]], name: str) -> list[int]:
+    return sorted(out["cached"] for out in said[name])
+
+
+@pytest.mark.contract
+def test_a_shared_prefix_is_computed_once(model, stock):
+    """With overlap, where what a pass computes enters the tree one pass later; `family` takes two chunks."""
+    engine = {"model_path": model, "attention_backend": "packinfer", "chunked_prefill_size": 512, **POOL}
+    result = run_engine({"engine": engine, "rounds": ["cold", "family", "tree", "samples", "abort"]}, HOLD)
+    check(result["said"], stock)
+    held = result["packinfer"]["held"]
+
+    first, *others = cached(result["said"], "0-cold")
+    assert first == 0 and min(others) >= IDENTICAL and len(others) == 7
+    assert sum(n >= IDENTICAL for n in cached(stock, "cold")) < 4, "as without it: most compute all of the prompt"
+
+    alone, others = cached(result["said"], "1-family")[:3], cached(result["said"], "1-family")[3:]
+    assert alone == [0, 0, 0] and min(others) >= SHARED, "one of the eight, and the two unrelated ones"
+
+    assert held["requests"] >= 7 + 7 and held["requests"] <= held["passes"] <= 4 * held["requests"]
+    assert held["prefix_tokens"] >= 7 * IDENTICAL + 7 * (SHARED - 512), "the first chunk is there before anybody waits"
+    assert result["packinfer"]["config"]["hold_siblings"] is True
+
+
+def test_where_memory_and_places_are_short(model, stock):
+    """Requests are retracted and wait for places; without overlap a prefix is in the tree one pass earlier."""
+    engine = {"model_path": model, "attention_backend": "packinfer", "max_total_tokens": 2600}
+    engine |= {"max_running_requests": 4, "disable_overlap_schedule": True, "schedule_policy": "lpm"}
+    result = run_engine({"engine": engine, "rounds": ["busy", "family", "abort", "cold"]}, HOLD)
+    check(result["said"], stock)
+    held = result["packinfer"]["held"]
+    assert held["requests"] >= 7 and held["prefix_tokens"] >= 7 * IDENTICAL
+
+
+def request(tokens: int = 1000, **more: object):
+    """SGLang's own request, as its scheduler has looked it up: nothing of it is cached."""
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    params = SamplingParams(max_new_tokens=16)
+    found = Req("id", "", array("q", range(tokens)), params, vocab_size=tokens, **more)
+    found.init_next_round_input()
+    return found
+
+
+@pytest.mark.contract
+def test_which_requests_may_share():
+    from packinfer_sgl.patches.hold import prompt_of
+
+    plain = prompt_of(request())
+    assert len(plain.tokens) == 1000 and plain.usable_tokens == 999 and plain.cached_tokens == 0
+    assert prompt_of(request()).tree == plain.tree
+    assert prompt_of(request(extra_key="a")).tree != plain.tree
+    assert prompt_of(request(lora_id="a")).tree not in (plain.tree, prompt_of(request(extra_key="a")).tree)
+    with_logprobs = request(return_logprob=True)
+    with_logprobs.logprob_start_len = 5
+    assert prompt_of(with_logprobs).usable_tokens == 5
+    assert prompt_of(request(input_embeds=[[0.0]])) is None
+    for name in ("session", "multimodal_inputs", "positional_embed_overrides", "skip_radix_cache_insert"):
+        other = request()
+        assert hasattr(other, name)
+        setattr(other, name, SimpleNamespace())
+        assert prompt_of(other) is None
+
+
+class Adder(SimpleNamespace):
+    """What the hook reads of SGLang's PrefillAdder, whose making needs a server."""
+
+    def budget_state(self):
+        return self.budget
+
+
+@pytest.fixture
+def one_pass():
+    """A pass of a scheduler with 8 places, and what its adder answers for a request."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    from packinfer_sgl.metrics import STATS
+    from packinfer_sgl.patches import hold
+    from packinfer_sgl.siblings import Held
+
+    adder = Adder(
+        can_run_list=[], preempt_list=[], page_size=1, rem_chunk_tokens=4000, rem_total_tokens=20000,
+        running_batch=SimpleNamespace(reqs=[]), budget=AddReqResult.CONTINUE,
+    )  # fmt: skip
+    tree = SimpleNamespace(disable=False, supports_mamba=lambda: False)
+    scheduler = SimpleNamespace(
+        last_batch=None, enable_overlap=True, tree_cache=tree, get_num_allocatable_reqs=lambda running: 8 - running
+    )
+
+    def add(adder, req):
+        adder.can_run_list.append(req)
+        return AddReqResult.CONTINUE
+
+    def admitted(requests) -> list[bool]:
+        """Which of them SGLang would run, stopping where the hook says so."""
+
+        def loop(scheduler):
+            for req in requests:
+                if hold.hold(add, adder, req) is not AddReqResult.CONTINUE:
+                    break
+            return [any(req is other for other in adder.can_run_list) for req in requests]
+
+        return hold.scope_pass(loop, scheduler)
+
+    admitted.adder, admitted.scheduler, admitted.stop = adder, scheduler, AddReqResult.OTHER
+    STATS.held = Held()
+    yield admitted
+    STATS.held = None
+
+
+def unrelated(tokens: int = 1001):
+    return request(tokens, extra_key="other")
+
+
+@pytest.mark.contract
+def test_the_pass_goes_on_behind_a_held_request(one_pass):
+    assert one_pass([request(), request(), unrelated(), request()]) == [True, False, True, False]
+
+
+@pytest.mark.contract
+def test_a_pass_holds_so_many_and_ends(one_pass):
+    from packinfer_sgl.metrics import STATS
+    from packinfer_sgl.siblings import MOST_HELD
+
+    one_pass.scheduler.get_num_allocatable_reqs = lambda running: 1000
+    one_pass.adder.rem_total_tokens = 10**7
+    few = [request() for _ in range(MOST_HELD + 1)]
+    assert one_pass([*few, unrelated(1002)])[-1]
+    one_pass.adder.can_run_list.clear()
+    assert not one_pass([*few, request(), unrelated(1002)])[-1]
+    assert STATS.held.requests == MOST_HELD
+    assert STATS.held.passes == 2 * MOST_HELD
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("rem_total_tokens", 1016 * 2 + 1),
+        ("rem_chunk_tokens", 1000),
+        ("running_batch", SimpleNamespace(reqs=[None] * 6)),
+        ("budget", "spent"),
+    ],
+)
+def test_nobody_takes_what_a_held_request_needs(what, value, one_pass):
+    """KV slots, the next pass (as the rest of a chunked prompt would), a place; and a spent pass is no reason to go on
+    looking."""
+    setattr(one_pass.adder, what, value)
+    assert one_pass([request(), request(), unrelated()]) == [True, False, False]
+
+
+@pytest.mark.contract
+def test_nobody_is_held_for_nothing(one_pass):
+    """Without a radix cache, with Mamba layers, after others were preempted for it, or with the setting off."""
+    from packinfer_sgl.metrics import STATS
+
+    def both() -> list[bool]:
+        one_pass.adder.can_run_list.clear()
+        return one_pass([request(), request()])
+
+    assert both() == [True, False]
+    for where, name, value in (
+        (one_pass.scheduler.tree_cache, "disable", True),
+        (one_pass.scheduler.tree_cache, "supports_mamba", lambda: True),
+        (one_pass.adder, "preempt_list", [request()]),
+        (STATS, "held", None),
+    ):
+        before = getattr(where, name)
+        setattr(where, name, value)
+        assert both() == [True, True], name
+        setattr(where, name, before)
+
+
+@pytest.mark.contract
+def test_what_the_running_pass_computes_is_waited_for_once(one_pass):
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    waiting, batch = request(), SimpleNamespace(reqs=[request()], forward_mode=ForwardMode.EXTEND)
+    for mode, overlap in ((ForwardMode.DECODE, True), (ForwardMode.EXTEND, False)):
+        one_pass.scheduler.last_batch = SimpleNamespace(reqs=batch.reqs, forward_mode=mode)
+        one_pass.scheduler.enable_overlap = overlap
+        assert one_pass([request()]) == [True]
+        one_pass.adder.can_run_list.clear()
+    one_pass.scheduler.last_batch, one_pass.scheduler.enable_overlap = batch, True
+    assert one_pass([waiting]) == [False]
+    assert one_pass([waiting]) == [True], "the prefix never came: it is not waited for again"
+
+
+@pytest.mark.contract
+def test_a_failing_pass_leaves_nothing_behind(one_pass):
+    from packinfer_sgl.patches import hold
+
+    def fails(scheduler):
+        raise ValueError("in SGLang")
+
+    with pytest.raises(ValueError, match="in SGLang"):
+        hold.scope_pass(fails, one_pass.scheduler)
+    assert hold._pass is None
+
+
+@pytest.mark.contract
+def test_pipeline_parallelism_is_refused():
+    from packinfer_sgl.patches.hold import HoldError, start
+
+    with pytest.raises(HoldError, match="--packinfer-hold-siblings does not work with --pp-size"):
+        start(SimpleNamespace(server_args=SimpleNamespace(pp_size=2)))
