@@ -296,9 +296,9 @@ def merge_kernel(
     """
     query = tl.program_id(0)
     first_head = tl.program_id(1) * HEADS
-    begin = tl.load(merge_indptr_ptr + query)
-    end = tl.load(merge_indptr_ptr + query + 1)
     is_padding = query >= tl.load(counts_ptr + N_QUERIES)
+    begin = tl.load(merge_indptr_ptr + query, mask=~is_padding, other=0)
+    end = tl.load(merge_indptr_ptr + query + 1, mask=~is_padding, other=0)
     head = first_head + tl.arange(0, HEADS)
     d = tl.arange(0, HEAD_DIM)
     out = out_ptr + query.to(tl.int64) * stride_out_token + head[:, None] * stride_out_head + d[None, :]

@@ -81,7 +81,7 @@ class PackInferMixin:
         """Before a graph is captured or replayed; some stock backends come here before an eager pass, too."""
         super().init_forward_metadata_out_graph(forward_batch, in_capture)  # type: ignore[misc]
         decode = self._packinfer_decode
-        self._packinfer_step, self._packinfer_check = None, False
+        self._packinfer_step, self._packinfer_check, self._packinfer_tokens = None, False, 0
         if not isinstance(decode, CudaDecode):
             return
         replayed = not in_capture and hasattr(forward_batch, "num_padding")
@@ -168,10 +168,12 @@ class PackInferMixin:
         **kwargs: Any,
     ) -> torch.Tensor:
         """Attention of one layer, by the plan of this forward pass or by ``stock``."""
-        step, more = self._packinfer_step, bool(kwargs) or k is None
-        if step is None or more or self._packinfer_layer_reason(layer) is not None:
-            if step is not None and more:
-                STATS.set_layer(layer.layer_id, LayerReason.EXTRA_ARGUMENTS)
+        step = self._packinfer_step
+        if (
+            step is None
+            or self._packinfer_layer_reason(layer) is not None
+            or not self._packinfer_takes(layer, q, k, kwargs)
+        ):
             return stock(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if save_kv_cache:  # else the model has written it, together with the rotary embedding
             _write_kv(self.token_to_kv_pool, layer, forward_batch.out_cache_loc, k, v)  # type: ignore[attr-defined]
@@ -189,6 +191,15 @@ class PackInferMixin:
             n = self._packinfer_tokens
             _check_output(out[:n], expected.view_as(out)[:n], layer.layer_id)
         return out
+
+    def _packinfer_takes(self, layer: RadixAttention, q: torch.Tensor, k: torch.Tensor | None, more: Any) -> bool:
+        """Whether this call of a layer that can be packed is packed."""
+        # Gemma 3 gives SGLang's triton backend a mask after the batch was planned
+        masked = getattr(getattr(self, "forward_metadata", None), "custom_mask", None) is not None
+        if masked or more or k is None or len(q) < self._packinfer_tokens:
+            STATS.set_layer(layer.layer_id, LayerReason.CUSTOM_MASK if masked else LayerReason.EXTRA_ARGUMENTS)
+            return False
+        return True
 
     def _packinfer_layer_reason(self, layer: RadixAttention) -> LayerReason | None:
         if layer.layer_id not in self._packinfer_layers:
@@ -219,9 +230,11 @@ def _extend_reason(batch: ForwardBatch, rows: BatchRows | None) -> BatchReason |
         return BatchReason.ENCODER_DECODER
     if batch.multi_item_delimiter_indices is not None:
         return BatchReason.MULTI_ITEM
-    if batch.attn_cp_metadata is not None or batch.attn_dcp_metadata is not None:
-        return BatchReason.CONTEXT_PARALLEL
-    return None if rows is not None and len(rows.reqs) == batch.batch_size else BatchReason.NO_BATCH
+    if rows is None or not len(rows.reqs) == len(batch.extend_seq_lens_cpu) == batch.batch_size:
+        return BatchReason.NO_BATCH
+    lens = np.add(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
+    known = lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu.numpy()
+    return None if np.array_equal(lens, known) else BatchReason.OTHER_LENGTHS
 
 
 def _batch_reason(batch: ForwardBatch, known: bool) -> BatchReason | None:
@@ -327,6 +340,8 @@ def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
                 reason = layer_reason(layer, runner.token_to_kv_pool)
                 has_sinks = getattr(module, "sinks", None) is not None
                 reasons[layer] = LayerReason.SINKS if has_sinks and reason is None else reason
+    if getattr(runner.server_args, "dcp_size", 1) > 1:
+        raise UnsupportedModel("packinfer: with --dcp-size nothing is packed; choose a stock --attention-backend")
     if not reasons:
         raise UnsupportedModel(f"packinfer: {name} has no attention layers; choose a stock --attention-backend")
     return reasons
@@ -335,7 +350,7 @@ def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
 def wrap(
     stock: AttentionBackend, runner: Any, config: Config, packed: RadixAttention, arena: range | None
 ) -> AttentionBackend:
-    """Give a built stock backend packed decode of layers like ``packed``.
+    """Give a built stock backend packed decode and extend of layers like ``packed``.
 
     The new object shares the stock object's ``__dict__``: helpers that hold the stock object stay coherent with it.
     ``arena``: slots of the runner's KV pool that are ours.
@@ -349,19 +364,22 @@ def wrap(
     settings = {"grouping": config.grouping, "verify": config.verify, "stats": STATS}
     settings["req_to_token"] = runner.req_to_token_pool.req_to_token
     settings["regroup"] = backend._packinfer_regroup = STATS.arena = _regroup(runner, shape, config, arena)
+    backend._packinfer_extend = None
     extend = {key: value for key, value in settings.items() if key != "regroup"}
+    # with context parallelism a rank has only some of the new tokens
+    extends = config.extend if getattr(runner.server_args, "attn_cp_size", 1) == 1 else "off"
     if torch.device(runner.device).type == "cpu":
         backend._packinfer_decode = CpuDecode(shape, CPU, CPU_TILES, **settings)
-        backend._packinfer_extend = CpuExtend(shape, always=config.extend == "on", **extend)
+        if extends != "off":
+            backend._packinfer_extend = CpuExtend(shape, always=extends == "on", **extend)
     else:
         backend.needs_cpu_seq_lens = True  # plans are made on the host
-        backend._packinfer_extend = CudaExtend(shape, **extend) if config.extend == "on" else None
+        if extends == "on":
+            backend._packinfer_extend = CudaExtend(shape, **extend)
         pool_tokens = runner.token_to_kv_pool.size
         backend._packinfer_make = lambda max_rows: CudaDecode(
             shape, max_rows=max_rows, pool_tokens=pool_tokens, **settings
         )
-    if config.extend == "off":
-        backend._packinfer_extend = None
     return backend
 
 

@@ -98,4 +98,6 @@ class CpuExtend:
         logits_soft_cap: float,
     ) -> torch.Tensor:
         """Attention of one layer, [n_tokens, qo_heads, head_dim]. See ``PackedReference.run``."""
-        return self._packed.run(q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)[0]
+        out = self._packed.run(q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)[0]
+        out[len(self._packed.plan.merge_indptr) - 1 :] = 0  # padding
+        return out

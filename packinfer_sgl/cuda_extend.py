@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from packinfer_sgl.cpu_decode import check_shared_slots
@@ -13,7 +15,7 @@ from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import ExtendPlanner, Rows
 from packinfer_sgl.prefix_tree import Int32
 
-PARTIAL_BYTES = 1 << 27  # most memory for partial results; a batch that needs more is the stock backend's
+BUFFER_BYTES = 1 << 27  # most memory for partial results, and for slots: SGLang's budget has no room for more
 
 
 class CudaExtend:
@@ -34,15 +36,15 @@ class CudaExtend:
             tile_policy(shape, req_to_token.device),
             grouping=grouping,
             stats=stats,
-            packed_us=self.packed_us,
+            packed_us=lambda plan: 0.0,  # of stock backends no times are measured yet
             stock_us=lambda q_lens, kv_lens: 0.0,
+            fits=self.fits,
         )
         self._packed: PackedCuda | None = None
 
-    def packed_us(self, plan: Plan) -> float:
-        """What is too large counts as endless; the times of stock backends are not measured yet."""
+    def fits(self, plan: Plan) -> bool:
         row_bytes = self.shape.qo_heads * (self.shape.head_dim + 1) * 4
-        return 0.0 if plan.n_partials * row_bytes <= PARTIAL_BYTES else float("inf")
+        return max(plan.n_partials * row_bytes, plan.kv_capacity * 4) <= BUFFER_BYTES
 
     def step(self, rows: Rows, pool_rows: torch.Tensor, q_lens: Int32, kv_lens: Int32) -> bool:
         """Prepare this batch on the current stream; False if the stock backend runs it. As ``CpuExtend.step``."""
@@ -53,7 +55,7 @@ class CudaExtend:
         if self.verify:
             check_shared_slots(tree, self.req_to_token, pool_rows)
         packed = self._buffers(plan)
-        packed.load(plan)
+        packed.load(replace(plan, append_base=plan.append_base[:0]))  # no tail grows
         packed.snapshot(self.req_to_token, pool_rows)
         return True
 

@@ -47,7 +47,7 @@ class Stats:
     """Counters since the process started, and the groups of the last packed step.
 
     ``kv_tokens_*`` count the KV tokens of one layer, summed over packed decode steps, ``extend_kv_tokens_*`` those over
-    packed extend batches, whose planning took ``extend_plan_us_total``. ``verify_error`` is the largest relative
+    packed extend batches. ``verify_error`` is the largest relative
     difference of a row from the stock backend that the setting ``verify`` saw.
     """
 
@@ -65,7 +65,6 @@ class Stats:
     extend_kv_tokens_logical: int = 0
     extend_kv_tokens_unique: int = 0
     extend_kv_tokens_read: int = 0
-    extend_plan_us_total: float = 0.0
     plans: int = 0
     plan_us: deque[float] = field(default_factory=lambda: deque(maxlen=256))
     plan_us_total: float = 0.0
@@ -92,13 +91,12 @@ class Stats:
         self.kv_tokens_read += plan.kv_tokens_read + grown_tokens
         self._export()
 
-    def count_extend(self, plan: Plan, took_us: float) -> None:
-        """An extend batch will run on ``plan``, made in ``took_us`` microseconds."""
+    def count_extend(self, plan: Plan) -> None:
+        """An extend batch will run on ``plan``."""
         self.packed_extends += 1
         self.extend_kv_tokens_logical += plan.kv_tokens_logical
         self.extend_kv_tokens_unique += plan.kv_tokens_unique
         self.extend_kv_tokens_read += plan.kv_tokens_read
-        self.extend_plan_us_total += took_us
         self._export()
 
     def count_fallback(self, reason: BatchReason) -> None:
@@ -130,7 +128,6 @@ class Stats:
             "extend_kv_tokens_logical": self.extend_kv_tokens_logical,
             "extend_kv_tokens_unique": self.extend_kv_tokens_unique,
             "extend_kv_tokens_read": self.extend_kv_tokens_read,
-            "extend_plan_us_total": round(self.extend_plan_us_total, 1),
             "plans": self.plans,
             "plan_us_p50": round(statistics.median(self.plan_us), 1) if self.plan_us else None,
             "plan_us_total": round(self.plan_us_total, 1),

@@ -121,7 +121,7 @@ def _pieces_us(tiles, timing, chunk):  # type: ignore[no-untyped-def]
 
 @njit
 def _in_shares(tiles, n_shares, share, timing):  # type: ignore[no-untyped-def]
-    """``_pieces`` into equal shares."""
+    """``cut_pieces`` into equal shares."""
     pieces = np.empty(len(tiles) + n_shares, PIECE)
     fixed = timing.fixed_us / timing.token_us
     least = int(3 * fixed)  # tokens; a shorter piece costs more than it balances

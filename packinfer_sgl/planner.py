@@ -131,15 +131,18 @@ class ExtendPlanner:
         stats: Stats,
         packed_us: Callable[[Plan], float],
         stock_us: Callable[[Int32, Int32], float],
+        fits: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
         """
         Args:
             grouping: see ``config.Config``.
             packed_us: expected time of a plan in one layer.
             stock_us: expected time of the stock backend, by new tokens and KV tokens of each row ([n_rows] int32).
+            fits: whether a plan can be run; if not, less is shared.
         """
-        self.shape, self.cost, self.policy, self.grouping, self.stats = shape, cost, policy, grouping, stats
+        self.shape, self.cost, self.policy, self.stats, self.fits = shape, cost, policy, stats, fits
         self.packed_us, self.stock_us = packed_us, stock_us
+        self._groupings = dict.fromkeys((grouping, "single", "off"))
 
     def plan(self, rows: Rows, q_lens: Int32, kv_lens: Int32) -> tuple[Plan, PrefixTree] | None:
         """The plan of a batch and who shares what in it, or None if the stock backend is expected to be faster.
@@ -149,20 +152,20 @@ class ExtendPlanner:
             q_lens: [n_rows] new tokens of each row, its last.
             kv_lens: [n_rows] KV tokens of each row, the new ones included.
         """
-        started = time.perf_counter()
         tree = rows.prefix_tree()
         if tree is None:  # a cache without paths
             tree = PrefixTree.from_neighbours(range(len(kv_lens)), [0] * (len(kv_lens) - 1))
-        kept = prune(tree, self.shape, self.cost, self.grouping, q_lens)
         qo_indptr = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
         row = np.repeat(np.arange(len(q_lens)), q_lens)
         position = kv_lens[row] - qo_indptr[row + 1] + np.arange(len(row), dtype=np.int32)
-        visible = (np.zeros(len(row), np.int32), position + 1)
+        queries = {"qo_indptr": qo_indptr, "visible": (np.zeros(len(row), np.int32), position + 1)}
         unique = tree.unique_tokens(kv_lens)
-        plan = make_plan(
-            kept, kv_lens, self.policy, kv_tokens_unique=unique, qo_indptr=qo_indptr, visible=visible
-        )  # fmt: skip
-        if self.packed_us(plan) > self.stock_us(q_lens, kv_lens):
+        for grouping in self._groupings:
+            kept = prune(tree, self.shape, self.cost, grouping, q_lens)
+            plan = make_plan(kept, kv_lens, self.policy, kv_tokens_unique=unique, **queries)
+            if self.fits(plan):
+                break
+        if not self.fits(plan) or self.packed_us(plan) > self.stock_us(q_lens, kv_lens):
             return None
-        self.stats.count_extend(plan, (time.perf_counter() - started) * 1e6)
+        self.stats.count_extend(plan)
         return plan, tree

@@ -156,7 +156,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     ranks = getattr(runner, "ps", None) or get_parallel()  # 0.5.17 or 0.5.23
     start_prometheus({"tp_rank": str(ranks.tp_rank), "dp_rank": str(ranks.dp_rank or 0)})
     logger.info(
-        "packinfer %s: decode of shared prefixes over %s on %s (SGLang %s, %d hooks verified, grouping %s)",
+        "packinfer %s: shared prefixes read once, over %s on %s (SGLang %s, %d hooks verified, grouping %s)",
         __version__,
         base,
         type(current_platform).__name__,

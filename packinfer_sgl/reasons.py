@@ -8,12 +8,12 @@ from enum import Enum
 class BatchReason(str, Enum):
     """Reasons that hold for every layer of one batch."""
 
-    EXTEND = "extend"  # prefill, chunked prefill or a mixed batch that the stock backend is expected to run faster
+    EXTEND = "extend"  # left to the stock backend by the setting, by the expected times, or as too large to plan
     SPECULATIVE = "speculative"
     ENCODER_DECODER = "encoder_decoder"
     NO_BATCH = "no_batch"  # a forward that SGLang did not build from its scheduler's batch (warm-up, capture)
     TOO_MANY_ROWS = "too_many_rows"  # more rows than the buffers hold
-    CONTEXT_PARALLEL = "context_parallel"  # an extend whose tokens are split over ranks
+    OTHER_LENGTHS = "other_lengths"  # an extend whose lengths SGLang states in two ways
     MULTI_ITEM = "multi_item"  # an extend that scores several items of a request apart from each other
 
 
@@ -24,6 +24,7 @@ class LayerReason(str, Enum):
     CROSS_ATTENTION = "cross_attention"
     NOT_DECODER = "not_decoder"
     UNEQUAL_HEAD_DIMS = "unequal_head_dims"
+    CUSTOM_MASK = "custom_mask"  # set by the model for a batch: images that are seen from both sides
     EXTRA_ARGUMENTS = "extra_arguments"  # sinks, rope halves, score modifiers: anything passed beyond q, k, v
     TEMPERATURE_BY_LENGTH = "temperature_by_length"
     HEAD_DIM = "head_dim"  # a head dimension that the GPU kernels have no tiles for

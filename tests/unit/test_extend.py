@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Rows, attention64, kv_pool, pool_size, radix_rows, shared_spans, tree_of
 
+from packinfer_sgl.backend import _extend_reason
 from packinfer_sgl.cpu_extend import CpuExtend
 from packinfer_sgl.cuda_extend import CudaExtend
 from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.radix import BatchRows
+from packinfer_sgl.reasons import BatchReason
 
 SHAPE = AttentionShape(qo_heads=4, kv_heads=2, head_dim=64, kv_bytes=4)
 
@@ -64,15 +68,17 @@ def batches(draw: st.DrawFn, max_own: int = 40) -> Batch:
     return Batch(rows, [draw(st.integers(1, n)) for n in most], draw(st.booleans()))
 
 
-def attend(extend: CpuExtend | CudaExtend, batch: Batch, dtype: torch.dtype) -> float:
-    """Largest error against brute force."""
+def attend(extend: CpuExtend | CudaExtend, batch: Batch, dtype: torch.dtype, device: str = "cpu") -> float:
+    """Largest error against brute force; two rows of q pad the batch, and come out as 0."""
     used = sorted({slot for row in batch.rows for slot in row})
     k, v = (x.to(dtype) for x in kv_pool(used[-1] + 9, used, SHAPE.kv_heads, SHAPE.head_dim, 0))
-    q = torch.randn(sum(batch.q_lens), SHAPE.qo_heads, SHAPE.head_dim, generator=torch.Generator().manual_seed(1))
-    q = q.to(dtype)
+    n = sum(batch.q_lens)
+    q = torch.randn(n + 2, SHAPE.qo_heads, SHAPE.head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     kv_lens = torch.tensor([len(row) for row in batch.rows])
-    out = extend.run(q, k, v, kv_lens, sm_scale=0.2, logits_soft_cap=0.0)
-    return float((out - attention64(q, k, v, batch.seen(), 0.2)[0]).abs().max())
+    there = (x.to(device) for x in (q, k, v, kv_lens))
+    out = extend.run(*there, sm_scale=0.2, logits_soft_cap=0.0).cpu()
+    assert not out[n:].any()
+    return float((out[:n] - attention64(q[:n], k, v, batch.seen(), 0.2)[0]).abs().max())
 
 
 def on_cpu(batch: Batch, stats: Stats, **more: bool) -> CpuExtend:
@@ -92,17 +98,19 @@ def test_equals_brute_force(batch: Batch) -> None:
     assert stats.extend_kv_tokens_unique == least.unique_tokens(np.array([len(row) for row in batch.rows], np.int32))
 
 
-@settings(max_examples=15)
-@given(batches(max_own=90))
-def test_equals_brute_force_on_the_triton_kernels(batch: Batch) -> None:
+@settings(max_examples=12)
+@given(st.lists(batches(max_own=90), min_size=2, max_size=3))
+def test_equals_brute_force_on_the_triton_kernels(several: list[Batch]) -> None:
+    """Batches of any size one after the other, over the same buffers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = batch.table().to(device)
-    extend = CudaExtend(SHAPE, grouping="multi", verify=True, req_to_token=table, stats=Stats())
-    rows, pool_rows, *lens = batch.arguments()
-    for _ in range(2):  # the second time over the buffers of the first
+    extend = None
+    for batch in several:
+        table = batch.table().to(device)
+        extend = extend or CudaExtend(SHAPE, grouping="multi", verify=True, req_to_token=table, stats=Stats())
+        extend.req_to_token = table
+        rows, pool_rows, *lens = batch.arguments()
         assert extend.step(rows, pool_rows.to(device), *lens)
-        if device == "cpu":
-            assert attend(extend, batch, torch.float16) < 4e-3  # two roundings to 11 bits of values below 4
+        assert attend(extend, batch, torch.float16, device) < 4e-3  # two roundings to 11 bits of values below 4
 
 
 def behind(prefix: int, q_lens: list[int]) -> Batch:
@@ -146,10 +154,50 @@ def test_other_slots_are_refused() -> None:
         extend.step(*batch.arguments())
 
 
-def test_a_batch_too_large_for_the_partial_results_is_left_to_the_stock_backend(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_batch_that_does_not_fit_shares_less() -> None:
+    batch, stats = behind(2000, [16] * 12), Stats()
+    extend = on_cpu(batch, stats)
+    extend._planner.fits = lambda plan: len(plan.spans) == 12  # nothing but tails
+    assert extend.step(*batch.arguments()) and stats.extend_kv_tokens_read == stats.extend_kv_tokens_logical
+    assert attend(extend, batch, torch.float32) < 1e-5
+    extend._planner.fits = lambda plan: False
+    assert not extend.step(*batch.arguments()) and stats.packed_extends == 1
+
+
+def test_what_fits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, stats = behind(500, [40] * 8), Stats()
     extend = CudaExtend(SHAPE, grouping="multi", verify=False, req_to_token=batch.table(), stats=stats)
-    monkeypatch.setattr("packinfer_sgl.cuda_extend.PARTIAL_BYTES", 1000)
-    assert not extend.step(*batch.arguments()) and stats.packed_extends == 0
+    assert extend.step(*batch.arguments())
+    monkeypatch.setattr("packinfer_sgl.cuda_extend.BUFFER_BYTES", 820 * 4 - 1)  # the slots of 820 tokens
+    assert not extend.step(*batch.arguments()) and stats.packed_extends == 1
+
+
+def extend_batch(**changed: object) -> SimpleNamespace:
+    """Of SGLang's ForwardBatch what is looked at: 3 and 1 new tokens behind 4 and 6."""
+    usual = {
+        "batch_size": 2, "spec_info": None, "encoder_lens": None, "multi_item_delimiter_indices": None,
+        "extend_seq_lens_cpu": [3, 1], "extend_prefix_lens_cpu": [4, 6], "seq_lens_cpu": torch.tensor([7, 7]),
+    }  # fmt: skip
+    return SimpleNamespace(**{**usual, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"seq_lens_cpu": None}, None),
+        ({"spec_info": object()}, BatchReason.SPECULATIVE),
+        ({"encoder_lens": [1, 1]}, BatchReason.ENCODER_DECODER),
+        ({"multi_item_delimiter_indices": []}, BatchReason.MULTI_ITEM),
+        ({"batch_size": 3}, BatchReason.NO_BATCH),
+        ({"extend_seq_lens_cpu": [3, 1, 1]}, BatchReason.NO_BATCH),
+        ({"extend_prefix_lens_cpu": [4, 7]}, BatchReason.OTHER_LENGTHS),
+        ({"seq_lens_cpu": torch.tensor([7, 8])}, BatchReason.OTHER_LENGTHS),
+    ],
+)
+def test_what_an_extend_batch_must_be(changed: dict, reason: BatchReason | None) -> None:
+    rows = BatchRows([object(), object()], [], None, {})
+    assert _extend_reason(extend_batch(**changed), rows) is reason
+    assert _extend_reason(extend_batch(**changed), None) is (
+        reason if reason not in (None, BatchReason.OTHER_LENGTHS) else BatchReason.NO_BATCH
+    )
