@@ -43,6 +43,8 @@ AXES = {
                      packinfer=True, off="off", gives="grouping", metric="tpot_p50_ms", saves="kv"),
     "arena": Axis({"off": {}, **{str(n): {"arena_tokens": n} for n in (8192, 32768)}}, ("off",),
                   packinfer=True, off="off", gives="contiguity", metric="tpot_p50_ms"),
+    "extend": Axis({"auto": {}, "off": {"extend": "off"}}, ("auto",), packinfer=True, gives="packed prefill",
+                   metric="ttft_p50_ms"),
     "hold": Axis({"off": {}, "on": {"hold_siblings": True}}, ("off",), packinfer=True, gives="holding siblings",
                  metric="ttft_p50_ms", saves="prompt"),
     "page": Axis({v: {"page_size": int(v)} for v in ("1", "16", "64")}, ("1",), of_tree=False),

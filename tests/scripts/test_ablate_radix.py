@@ -34,14 +34,15 @@ def test_one_change_at_a_time_and_each_engine_once() -> None:
     assert list(map(label, found))[4:] == ["schedule lpm"]
     wide = select(ALL, full=False)
     assert {label(c) for c in wide} == {label(c) for c in found} | {
-        "arena 8192", "arena 32768", "hold on", "page 16", "page 64", "eviction lfu", "schedule dfs-weight",
+        "arena 8192", "arena 32768", "extend off", "hold on", "page 16", "page 64", "eviction lfu",
+        "schedule dfs-weight",
     }  # fmt: skip
 
 
 def test_all_products_without_those_that_are_the_same_engine() -> None:
     found = select(ALL, full=True)
     on, off = ([c for c in found if c["radix"] == r] for r in ("on", "off"))
-    assert (len(on), len(off)) == ((2 * 3 + 1) * 2 * 3 * 2 * 3, 3)
+    assert (len(on), len(off)) == ((2 * 3 + 1) * 2 * 2 * 3 * 2 * 3, 3)
     assert {(c["grouping"], c["schedule"], c["eviction"]) for c in off} == {("off", "fcfs", "lru")}
     assert len({label(c) for c in found}) == len(found)
 
@@ -63,6 +64,9 @@ def test_an_arena_is_looked_at_with_grouping_on() -> None:
     said = [(s.title(), label(s.before), label(s.after)) for s in steps({**DEFAULT, "arena": ["off", "8192"]})]
     assert said[-1] == ("contiguity: 8192 against off", "usual settings", "arena 8192")
     assert said[0] == ("the radix cache: on against off", "radix off", "grouping off")
+    packed = steps({**DEFAULT, "extend": ["off", "auto"]})[-1]
+    assert (packed.title(), label(packed.after)) == ("packed prefill: auto against off", "usual settings")
+    assert engine_arguments(packed.before)[1] == {"grouping": "multi", "extend": "off"}
     assert engine_arguments({**usual(), "arena": "8192"})[1] == {"grouping": "multi", "arena_tokens": 8192}
 
 
