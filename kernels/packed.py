@@ -275,7 +275,7 @@ def _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM: tl.
     return acc / tl.where(total == 0.0, 1.0, total), top + tl.log2(total)
 
 
-@triton.jit(do_not_specialize=["n_heads"])
+@triton.jit(do_not_specialize=["n_heads", "most_queries"])
 def merge_kernel(
     part_out_ptr,
     part_lse2_ptr,
@@ -286,19 +286,22 @@ def merge_kernel(
     stride_out_token,
     stride_out_head,
     n_heads,
+    most_queries,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (query, i) merges the partial results of a query for the ``i``th HEADS of its heads.
 
-    Queries past those of the plan pad a captured graph: they come out as 0, with an lse2 of -inf.
+    Queries past those of the plan are padding: they come out as 0, with an lse2 of -inf. ``merge_indptr`` has room for
+    ``most_queries``.
     """
     query = tl.program_id(0)
     first_head = tl.program_id(1) * HEADS
+    # padding may lie past the list; all three loads go out at once
+    begin = tl.load(merge_indptr_ptr + tl.minimum(query, most_queries))
+    end = tl.load(merge_indptr_ptr + tl.minimum(query + 1, most_queries))
     is_padding = query >= tl.load(counts_ptr + N_QUERIES)
-    begin = tl.load(merge_indptr_ptr + query, mask=~is_padding, other=0)
-    end = tl.load(merge_indptr_ptr + query + 1, mask=~is_padding, other=0)
     head = first_head + tl.arange(0, HEADS)
     d = tl.arange(0, HEAD_DIM)
     out = out_ptr + query.to(tl.int64) * stride_out_token + head[:, None] * stride_out_head + d[None, :]

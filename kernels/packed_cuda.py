@@ -234,7 +234,7 @@ class PackedCuda:
         heads = next(h for h in (4, 2, 1) if n_heads % h == 0 and (crowded or h == 1))
         merge_kernel[(n, n_heads // heads)](
             self._part_out, self._part_lse2, view["merge_indptr"], view["counts"], out, lse2,
-            out.stride(0), out.stride(1), n_heads, HEAD_DIM=head_dim, HEADS=heads, PDL=self._pdl, num_warps=1,
-            launch_pdl=self._pdl,
+            out.stride(0), out.stride(1), n_heads, self.capacity.queries, HEAD_DIM=head_dim, HEADS=heads, PDL=self._pdl,
+            num_warps=1, launch_pdl=self._pdl,
         )  # fmt: skip
         return out, lse2
