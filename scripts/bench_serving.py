@@ -1,12 +1,13 @@
 """Servers under load: packinfer against stock attention backends, measured with SGLang's own sglang.bench_serving.
 
-    python scripts/bench_serving.py --model DIR --workload gsp-8k --out DIR [--load-format dummy] [-- MORE]
+    python scripts/bench_serving.py --model DIR --workload gsp-8k,gsp-2k --out DIR [--load-format dummy] [-- MORE]
 
 MORE goes to sglang.bench_serving, which makes the requests, sends them and takes the times; with ``--trace FILE`` the
 prompts are token ids made from a request trace (token_traces.py). The servers take turns in every round, each with an
 empty cache. All are up at once and have KV pools of the same size; with ``--in-turn`` each is started anew for its turn
-and has the GPU for itself. Everything is written to ``--out``: results.json (a flat record per run), results.md, plots,
-logs. A failed request or server ends the benchmark with exit code 1.
+and has the GPU for itself. Everything is written to ``--out`` (of several workloads each to a folder there):
+results.json (a flat record per run), results.md, plots, logs. A failed request or server ends the benchmark with exit
+code 1.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ console = Console(highlight=False)
 class Fleet:
     """The servers of the arms, with the same flags but for the attention backend."""
 
-    def __init__(self, args: argparse.Namespace, load: Load) -> None:
-        self.args, self.load = args, load
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
         self.pool_tokens = args.pool_tokens
         self.up: dict[str, Server] = {}
         self.notes: dict[str, dict[str, Any]] = {}
@@ -95,17 +96,24 @@ class Fleet:
                     f"has room for {pool:,} KV tokens, not for {self.pool_tokens:,}; --in-turn or --pool-tokens helps"
                 )
                 raise ServerError(self.up[arm], what)
-            with console.status(f"{arm}: warming up"):
-                self.load.warm_up(self.up[arm])
+
+    def start_all(self) -> None:
+        # where the first server on a GPU chooses the size of the pools, the others come when it has
+        for arms in [[arm] for arm in self.args.arms] if ON_GPU and not self.pool_tokens else [self.args.arms]:
+            self.start(arms)
+
+    def warm_up(self, arm: str, load: Load) -> None:
+        with console.status(f"{arm}: warming up"):
+            load.warm_up(self.up[arm])
 
     @contextlib.contextmanager
-    def turn(self, arm: str) -> Iterator[Server]:
-        if arm not in self.up:
+    def turn(self, arm: str, load: Load) -> Iterator[Server]:
+        if self.args.in_turn:
             self.start([arm])
+            self.warm_up(arm, load)
         yield self.up[arm]
         if self.args.in_turn:
-            self.up[arm].stop()
-            del self.up[arm]
+            self.up.pop(arm).stop()
 
     def stop(self) -> None:
         stop_all(self.up.values())
@@ -113,13 +121,11 @@ class Fleet:
 
 def measure(args: argparse.Namespace, load: Load, fleet: Fleet) -> list[dict[str, Any]]:
     runs = []
-    if not args.in_turn:
-        # on a GPU one after the other: each sees what memory is left
-        for arms in [[arm] for arm in args.arms] if ON_GPU else [args.arms]:
-            fleet.start(arms)
+    for arm in fleet.up:
+        fleet.warm_up(arm, load)
     for i in range(args.rounds):
         for arm in args.arms[i % len(args.arms) :] + args.arms[: i % len(args.arms)]:
-            with fleet.turn(arm) as server:
+            with fleet.turn(arm, load) as server:
                 for rate in args.request_rate:
                     with console.status(f"round {i + 1} of {args.rounds}, {arm}, request rate {rate}"):
                         run = load.run(server, rate)
@@ -143,6 +149,13 @@ def arm_names(text: str) -> list[str]:
     return names
 
 
+def workload_names(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := set(names) - set(WORKLOADS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {', '.join(WORKLOADS)}")
+    return names
+
+
 def rates(text: str) -> list[str]:
     texts = list(dict.fromkeys(text.split(",")))
     if not all(float(rate) > 0 for rate in texts):
@@ -155,7 +168,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for results, plots and logs")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--workload", choices=WORKLOADS)
+    what.add_argument("--workload", type=workload_names, help=f"by comma, of {', '.join(WORKLOADS)}")
     what.add_argument("--trace", type=Path, help="request trace of Mooncake (.jsonl) or Azure (.csv)")
     stock = base_backend(Config(), "cuda" if ON_GPU else "cpu")
     parser.add_argument("--arms", type=arm_names, default=f"packinfer,{stock}",
@@ -164,7 +177,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--request-rate", type=rates, default="inf", help="requests/s, by comma; inf: all at once (default)"
     )
-    parser.add_argument("--running", type=int, help="requests that may run at once (default: the workload's, or 256)")
+    parser.add_argument("--running", type=int, help="requests that may run at once (default: the workloads', or 256)")
     parser.add_argument("--pool-tokens", type=int, default=0 if ON_GPU else CPU_POOL_TOKENS,
                         help="KV pool of each server (default: what fits on the GPU, 65536 without one)")  # fmt: skip
     parser.add_argument("--in-turn", action="store_true", help="one server at a time, started anew for each turn")
@@ -172,31 +185,38 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--server-args", default="", help="more flags for all servers, in one string")
     parser.add_argument("more", nargs="*", help="after --: more arguments of sglang.bench_serving")
     args = parser.parse_args()
-    running, preset = WORKLOADS[args.workload] if args.workload else (256, "")
-    args.running, args.more = args.running or running, [*preset.split(), *args.more]
+    args.running = args.running or max((WORKLOADS[name][0] for name in args.workload or ()), default=256)
     return args
 
 
 def benchmark(args: argparse.Namespace, undo: contextlib.ExitStack) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    load = Load(args.model, args.more, args.trace, args.out)
-    fleet = Fleet(args, load)
+    presets = {name: WORKLOADS[name][1].split() for name in args.workload or ()} or {args.trace.stem: []}
+    loads = {name: Load(args.model, [*preset, *args.more], args.trace, args.out) for name, preset in presets.items()}
+    fleet = Fleet(args)
     undo.callback(fleet.stop)
-    runs = measure(args, load, fleet)
-    sent = args.more + (["--trace", args.trace.name] if args.trace else [])
-    results = {
-        "workload": args.workload or args.trace.stem,
-        "environment": environment(args),
-        "servers": fleet.notes,
-        "load": shlex.join([*sent, "--flush-cache", "--seed", str(load.args.seed)]),
-        "requests": len(load.rows),
-        "requests_left_out": load.left_out,
-        "runs": runs,
-    }
-    show(results, console)
-    if load.left_out:
-        console.print(f"{load.left_out} requests of the trace were left out: longer than {load.limit_tokens} tokens")
-    write(results, args.out, console)
+    if not args.in_turn:
+        fleet.start_all()
+    for name, load in loads.items():
+        runs = measure(args, load, fleet)
+        sent = [*presets[name], *args.more] + (["--trace", args.trace.name] if args.trace else [])
+        results = {
+            "workload": name,
+            "environment": environment(args),
+            "servers": fleet.notes,
+            "load": shlex.join([*sent, "--flush-cache", "--seed", str(load.args.seed)]),
+            "requests": len(load.rows),
+            "requests_left_out": load.left_out,
+            "runs": runs,
+        }
+        show(results, console)
+        if load.left_out:
+            console.print(
+                f"{load.left_out} requests of the trace were left out: longer than {load.limit_tokens} tokens"
+            )
+        out = args.out / name if len(loads) > 1 else args.out
+        out.mkdir(exist_ok=True)
+        write(results, out, console)
 
 
 def main() -> int:

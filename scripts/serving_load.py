@@ -53,7 +53,6 @@ class Load:
             from sglang.benchmark import datasets, serving  # takes seconds
         self.serving, self.trace = serving, trace
         self._make_rows = self._trace_rows if trace else datasets.get_dataset
-        serving.get_dataset = self._dataset
         self.log = out / "bench_serving.log"
         self.args = parse([*arguments, "--model", model])
         self.args.output_file = str(out / "bench_serving.jsonl")
@@ -109,6 +108,7 @@ class Load:
     def _call(self, server: Server, rate: str, warm_up: bool) -> dict[str, Any]:
         args = copy.copy(self.args)
         args.base_url, args.request_rate, args.warm_up, args.tag = server.url, float(rate), warm_up, server.name
+        self.serving.get_dataset = self._dataset
         limit_s = RUN_LIMIT_S + int(2 * (len(self.rows) or args.num_prompts) / args.request_rate)
         try:
             with self.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

@@ -99,7 +99,7 @@ def test_every_run_gets_the_same_requests_and_arrivals(
     said = []
     for warm_up in (True, False, False):
         load.args.warm_up = warm_up
-        rows = load.serving.get_dataset(load.args, get_tokenizer(str(model)), "model")
+        rows = load._dataset(load.args, get_tokenizer(str(model)), "model")
         prompts = [row.prompt for row in rows]
         said.append((prompts, {row.output_len for row in rows}, np.random.exponential(), random.random()))
     assert said[1] == said[2] and said[1][1] == {20}
@@ -137,6 +137,7 @@ def test_an_interrupt_leaves_nothing_running(model: Path, tmp_path: Path, here: 
 def test_a_mistake_of_the_command_line_starts_nothing(model: Path, tmp_path: Path, here: dict) -> None:
     for more, said in (
         (("--workload", "gsp-cpu", "--arms", "packinfer,best"), "best is none of packinfer"),
+        (("--workload", "gsp-cpu,best"), "best is none of gsp-8k"),
         (("--workload", "gsp-cpu", "--request-rate", "4,0"), "positive numbers"),
         (("--workload", "gsp-cpu", "--", "--gsp-no-such"), "unrecognized arguments: --gsp-no-such"),
     ):
