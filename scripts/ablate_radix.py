@@ -39,7 +39,7 @@ from packinfer_sgl.tiny_model import write_tiny_model
 HERE = Path(__file__).resolve().parent
 ON_GPU = torch.cuda.is_available()
 ENGINE_GIB = 4  # memory of an engine of the tiny model with all its processes, rounded up
-GPU_ENGINES = 2
+GPU_ENGINES = 3  # of a model of 8 billion parameters in 16 bits, with the pool of SIZES, on 140 GB
 
 console = Console(highlight=False)
 
@@ -53,24 +53,18 @@ def start(cells: Cells, configs: list[Config], args: argparse.Namespace, engines
     up: dict[str, EngineWorker] = {}
     engines.callback(stop_all, up.values())
 
-    def wait(names: list[str]) -> None:
-        for name in names:
-            try:
-                up[name].wait()
-            except ServerError as e:
-                cells.break_all(name, str(e))
-                console.print(Text(f"ablate_radix: {e}"), soft_wrap=True)
-
     for config in configs:
         engine, packinfer = engine_arguments(config)
         name = label(config)
         arguments = [str(HERE / "ablate_engine.py"), json.dumps({**cells.common, **engine})]
         log = args.out / f"{name.replace(', ', '_').replace(' ', '-')}.log"
         up[name] = EngineWorker(name, arguments, log, {"PACKINFER_CONFIG": json.dumps(packinfer)})
-        if ON_GPU:  # each must see what memory those before it left
-            wait([name])
-    if not ON_GPU:
-        wait(list(up))
+    for name, engine in up.items():
+        try:
+            engine.wait()
+        except ServerError as e:
+            cells.break_all(name, str(e))
+            console.print(Text(f"ablate_radix: {e}"), soft_wrap=True)
     return up
 
 
