@@ -15,6 +15,23 @@ from packinfer_sgl.prefix_tree import PrefixTree
 
 POISON = 2**28  # a slot that no test has
 
+# Extend batches: what the kernels meet in their run A and run B.
+EXTENDS = {
+    "prompts": {"shared": [0] * 6, "tails": [1, 31, 33, 64, 130, 257, 4], "new": [1, 31, 33, 64, 130, 257, 4]},
+    "suffixes": {"shared": [300] * 7, "tails": [20, 1, 64, 90, 5, 33, 7, 128], "new": [20, 1, 60, 90, 5, 33, 7, 100]},
+    "suffixes of whole blocks": {"shared": [256] * 3, "tails": [128, 64, 128, 64], "new": [128, 64, 64, 1]},
+    "riding tails": {"shared": [300] * 7, "tails": [20, 1, 6, 9, 5, 3, 7, 12], "new": [20, 1, 6, 9, 5, 3, 7, 12],
+                     "chunk_tokens": 1 << 30, "ride_tokens": 200},
+    "riding on a prefix in pieces": {"shared": [500, 500, 0, 200], "tails": [20, 8, 3, 9, 30], "new": [20, 8, 3, 9, 3],
+                                     "chunk_tokens": 150, "ride_tokens": 200},
+    "a chunk": {"shared": [], "tails": [700], "new": [300], "chunk_tokens": 1 << 30},
+    "a chunk in pieces": {"shared": [], "tails": [700], "new": [150], "chunk_tokens": 100},
+    "two levels": {"shared": [200, 90, 200, 0, 200], "tails": [40, 9, 70, 2, 5, 33], "new": [40, 9, 70, 2, 5, 33]},
+    "queries of shared tokens": {"shared": [100, 60, 100], "tails": [0, 0, 0, 5], "new": [20, 30, 99, 100]},
+    "window": {"shared": [150] * 4, "tails": [200, 40, 90, 1, 60], "new": [150, 40, 60, 1, 60], "window_left": 70},
+    "window of a token": {"shared": [50] * 2, "tails": [90, 1, 40], "new": [80, 1, 40], "window_left": 0},
+}  # fmt: skip
+
 
 @dataclass
 class Case:
