@@ -16,8 +16,9 @@ from packinfer_sgl.kernels.packed import (
     packed_attention_kernel,
     snapshot_kernel,
 )
+from packinfer_sgl.kernels.packed_extend import packed_attention_extend_kernel
 from packinfer_sgl.kernels.packed_hopper import packed_attention_hopper_kernel
-from packinfer_sgl.kernels.tiles import tiles_for
+from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.plan import Col, Plan
 
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
@@ -74,11 +75,21 @@ class PackedCuda:
     """
 
     def __init__(
-        self, capacity: Capacity, *, qo_heads: int, kv_heads: int, head_dim: int, device: torch.device
+        self,
+        capacity: Capacity,
+        tiles: tuple[Tile, ...],
+        *,
+        qo_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
     ) -> None:
-        self.capacity, self.device = capacity, device
+        """
+        Args:
+            tiles: the classes by which plans are cut (``tiles.tiles_for``).
+        """
+        self.capacity, self.tiles, self.device = capacity, tiles, device
         self.kv_heads = kv_heads
-        self.tiles = tiles_for(head_dim)
         c = capacity
         sizes = {
             "counts": 8,
@@ -216,12 +227,20 @@ class PackedCuda:
                 # the first launch needs all that came before it on the stream
                 "launch_pdl": self._pdl and i > 0,
             }  # fmt: skip
-            if self._is_hopper and tile.gather_registers and not windowed and mask is None:
+            specialised = self._is_hopper and tile.gather_registers > 0 and mask is None
+            if specialised and tile.rows == 128:
+                packed_attention_extend_kernel[grid](
+                    *tensors, view["win_lo"], view["win_hi"], *numbers, *heads, **kind, PIPELINED=tile.pipelined,
+                    MULTIPLY_REGISTERS=tile.multiply_registers, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
+                    maxnreg=tile.registers,
+                )  # fmt: skip
+            elif specialised and not windowed:
                 packed_attention_hopper_kernel[grid](
                     *tensors, *numbers, *heads, **kind, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
                     maxnreg=tile.registers,
                 )  # fmt: skip
             else:
+                kind["BLOCK_N"] = min(tile.tokens, 64)  # more take more shared memory and registers than there are
                 packed_attention_kernel[grid](
                     *tensors, view["win_lo"], view["win_hi"], kv_lens, *flags, *numbers, *heads, **kind,
                     BLOCK_M=tile.rows, WINDOW=windowed, CUSTOM_MASK=mask is not None, PDL=self._pdl,

@@ -19,12 +19,13 @@ class Tile:
         tokens: KV tokens of a block.
         warps: of a program of the plain kernel.
         stages: blocks in flight.
-        registers: most of a thread; so few that programs of both classes fit a multiprocessor together.
-        gather_registers: of a gathering thread of the warp-specialised kernel, which then runs on Hopper in place of
-            the plain one; 0 for the plain one everywhere.
+        registers: most of a thread; so few that programs of both classes fit a multiprocessor together. Of the
+            warp-specialised kernels, which run on Hopper in place of the plain one: the mean of all threads.
+        gather_registers: of a gathering thread of the warp-specialised kernel; 0 for the plain one everywhere.
         resident: programs of a multiprocessor at once, by which pieces are cut.
         programs: programs launched for each multiprocessor.
         shares: programs of a multiprocessor among which a class that runs alone is divided; 0 for never.
+        pipelined: whether a warpgroup of the extend kernel multiplies for the next block beside its softmax.
     """
 
     rows: int
@@ -36,6 +37,12 @@ class Tile:
     resident: int
     programs: int
     shares: int
+    pipelined: bool = False
+
+    @property
+    def multiply_registers(self) -> int:
+        """Of a multiplying thread of the extend kernel, with two such warpgroups for each that gathers."""
+        return (3 * self.registers - self.gather_registers) // 2
 
 
 # Largest class first. Those of head_dim 128 were measured with scripts/tune_kernels.py on an H200; 64 and 256 are
@@ -46,32 +53,46 @@ TILES = {
     256: (Tile(64, 32, 4, 2, 255, 0, 1, 1, 0), Tile(16, 32, 4, 2, 255, 0, 2, 4, 2)),
 }
 
+# Of plans with run B. Unmeasured.
+EXTEND_TILES = {
+    64: (Tile(128, 128, 8, 2, 168, 40, 1, 1, 0, True), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
+    128: (Tile(128, 128, 8, 2, 168, 40, 1, 1, 0, True), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
+    256: TILES[256],
+}
+
 # Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.
 BYTES_PER_US = 4.81e06
 FLOPS_PER_US = 2.79e08  # of the large class
+EXTEND_FLOPS_PER_US = 4.5e08  # of that of 128 rows; unmeasured
 LARGE_ITEM_US = 6.93  # an item besides its tokens
 SMALL_ITEM_US = 2.38
 DRAWING_PROGRAMS = 1.82  # small ones of a multiprocessor: so many draw 63 % of the bandwidth, twice as many 86 %
 
 
-def tiles_for(head_dim: int) -> tuple[Tile, ...]:
-    """The tile classes for a head dimension; raises ValueError for one that the kernels do not know."""
+def tiles_for(head_dim: int, extend: bool = False) -> tuple[Tile, ...]:
+    """The tile classes for a head dimension; raises ValueError for one that the kernels do not know.
+
+    Args:
+        extend: whether plans have run B.
+    """
     if head_dim not in TILES:
         raise ValueError(f"packed attention knows head dimensions {sorted(TILES)}, not {head_dim}")
-    return TILES[head_dim]
+    return (EXTEND_TILES if extend else TILES)[head_dim]
 
 
-def tile_policy(shape: AttentionShape, device: torch.device) -> TilePolicy:
-    """How a plan for these kernels is cut on ``device``.
+def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False) -> TilePolicy:
+    """How a plan for these kernels is cut on ``device``, for ``tiles_for(shape.head_dim, extend)``.
 
     The constants are of an H200; on other GPUs only the number of multiprocessors is taken from the device.
     """
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    timings = []
-    for tile, item_us in zip(tiles_for(shape.head_dim), (LARGE_ITEM_US, SMALL_ITEM_US), strict=True):
+    tiles, timings = tiles_for(shape.head_dim, extend), []
+    for tile, item_us in zip(tiles, (LARGE_ITEM_US, SMALL_ITEM_US), strict=True):
         programs = sms * tile.resident
         moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
-        multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
+        multiplied_us = (
+            programs * tile.rows * 4 * shape.head_dim / (EXTEND_FLOPS_PER_US if tile.rows > 64 else FLOPS_PER_US)
+        )
         token_us = max(moved_us, multiplied_us)
         timing = PieceTiming(
             parallel=programs / shape.kv_heads,
@@ -83,5 +104,5 @@ def tile_policy(shape: AttentionShape, device: torch.device) -> TilePolicy:
             drain=tile.shares / DRAWING_PROGRAMS,
         )
         timings.append(timing)
-    tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles_for(shape.head_dim))
+    tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles)
     return TilePolicy(tile_queries, chunk_tokens=1 << 30, timings=tuple(timings))

@@ -11,7 +11,7 @@ from packinfer_sgl.cpu_decode import check_shared_slots
 from packinfer_sgl.cut import make_plan
 from packinfer_sgl.groups import H200, AttentionShape
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
-from packinfer_sgl.kernels.tiles import tile_policy
+from packinfer_sgl.kernels.tiles import tile_policy, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import DecodePlanner, Rows
@@ -66,8 +66,9 @@ class CudaDecode:
             kv_slots=kv_slots,
         )
         self._packed = PackedCuda(
-            capacity, qo_heads=shape.qo_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, device=device
-        )
+            capacity, tiles_for(shape.head_dim), qo_heads=shape.qo_heads, kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim, device=device,
+        )  # fmt: skip
         self._planner = DecodePlanner(
             shape,
             H200,

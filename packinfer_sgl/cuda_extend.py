@@ -9,7 +9,7 @@ import torch
 from packinfer_sgl.cpu_decode import check_shared_slots
 from packinfer_sgl.groups import H200, AttentionShape
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
-from packinfer_sgl.kernels.tiles import tile_policy
+from packinfer_sgl.kernels.tiles import tile_policy, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import ExtendPlanner, Rows
@@ -33,7 +33,7 @@ class CudaExtend:
         self._planner = ExtendPlanner(
             shape,
             H200,
-            tile_policy(shape, req_to_token.device),
+            tile_policy(shape, req_to_token.device, extend=True),
             grouping=grouping,
             stats=stats,
             packed_us=lambda plan: 0.0,  # of stock backends no times are measured yet
@@ -64,8 +64,8 @@ class CudaExtend:
         if self._packed is None or not have.holds(plan):
             shape, self._packed = self.shape, None  # the old ones make room first
             self._packed = PackedCuda(
-                have.grown(plan), qo_heads=shape.qo_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
-                device=self.req_to_token.device,
+                have.grown(plan), tiles_for(shape.head_dim, extend=True), qo_heads=shape.qo_heads,
+                kv_heads=shape.kv_heads, head_dim=shape.head_dim, device=self.req_to_token.device,
             )  # fmt: skip
         return self._packed
 

@@ -195,7 +195,7 @@ class PagedWrapper:
         if (limit < kv_lens).any():  # what only some queries see may be shared, too
             unique = PrefixTree.from_slots(self._indptr, self._indices, self._page_size, kv_lens).unique_tokens(kv_lens)
         cost = self._kernels.cost(shape)
-        for grouping, policy in self._kernels.attempts(shape):
+        for grouping, policy in self._kernels.attempts(shape, visible is not None):
             if self._mask is not None:  # it is looked up by KV position, of which riding tails have no run
                 policy = replace(policy, ride_tokens=0)
             kept = prune(tree, shape, cost, grouping, q_lens)

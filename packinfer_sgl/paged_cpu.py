@@ -43,7 +43,7 @@ class OnCpu:
     def cost(self, shape: AttentionShape) -> CostModel:
         return cost_of(shape)
 
-    def attempts(self, shape: AttentionShape) -> tuple[tuple[str, TilePolicy], ...]:
+    def attempts(self, shape: AttentionShape, windowed: bool) -> tuple[tuple[str, TilePolicy], ...]:
         """Grouping and tiles, in the order in which they are tried until a plan fits."""
         return (("multi", TILES),)
 

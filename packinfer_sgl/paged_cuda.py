@@ -10,7 +10,7 @@ import torch
 from packinfer_sgl.groups import H200, AttentionShape, CostModel
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
 from packinfer_sgl.kernels.reference import MaskRows
-from packinfer_sgl.kernels.tiles import TILES, tile_policy
+from packinfer_sgl.kernels.tiles import TILES, tile_policy, tiles_for
 from packinfer_sgl.plan import Plan, TilePolicy
 from packinfer_sgl.prefix_tree import Int32
 
@@ -115,9 +115,13 @@ class OnCuda:
     def cost(self, shape: AttentionShape) -> CostModel:
         return H200
 
-    def attempts(self, shape: AttentionShape) -> tuple[tuple[str, TilePolicy], ...]:
-        """Grouping and tiles, in the order in which they are tried until a plan fits; each smaller than the last."""
-        policy = tile_policy(shape, self.device)
+    def attempts(self, shape: AttentionShape, windowed: bool) -> tuple[tuple[str, TilePolicy], ...]:
+        """Grouping and tiles, in the order in which they are tried until a plan fits; each smaller than the last.
+
+        Args:
+            windowed: as for ``load``.
+        """
+        policy = tile_policy(shape, self.device, windowed)
         uncut = replace(policy, chunk_tokens=1 << 30, timings=None)
         return ("multi", policy), ("multi", uncut), ("single", uncut), ("off", uncut)
 
@@ -148,7 +152,7 @@ class OnCuda:
 
     def _buffers(self, plan: Plan, shape: AttentionShape) -> PackedCuda:
         """Those at hand if the plan fits, else new ones."""
-        layer = (shape.qo_heads, shape.kv_heads, shape.head_dim)
+        layer = (shape.qo_heads, shape.kv_heads, shape.head_dim, self._windowed)
         have = self._packed.capacity if self._packed is not None and layer == self._layer else None
         if have is not None and (self.graph or have.holds(plan)):
             return self._packed
@@ -157,8 +161,9 @@ class OnCuda:
             capacity = (have or Capacity.of(plan)).grown(plan)
         self._packed, self._layer = None, layer  # the old ones make room first
         return PackedCuda(
-            capacity, qo_heads=shape.qo_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, device=self.device
-        )
+            capacity, tiles_for(shape.head_dim, self._windowed), qo_heads=shape.qo_heads, kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim, device=self.device,
+        )  # fmt: skip
 
     def run(
         self,

@@ -37,7 +37,7 @@ from rich.console import Console
 
 from packinfer_sgl.groups import H200
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
-from packinfer_sgl.kernels.tiles import tile_policy
+from packinfer_sgl.kernels.tiles import tile_policy, tiles_for
 from packinfer_sgl.plan import Col
 
 ROUNDS = 5
@@ -47,19 +47,20 @@ FAMILIES = "fa3,fi,cascade,batch,triton,pod"
 def ours(x: Inputs) -> tuple[Method, dict]:
     work = x.work
     device = torch.device(x.device)
-    policy = tile_policy(work.shape, device)
+    windowed = work.kind != "decode"
+    policy = tile_policy(work.shape, device, windowed)
     started = time.perf_counter()
     kept = work.pruned(H200)
     plan = work.plan(kept, policy)
     plan_us = (time.perf_counter() - started) * 1e6
     packed = PackedCuda(
-        Capacity.of(plan), qo_heads=work.qo_heads, kv_heads=work.kv_heads, head_dim=HEAD_DIM, device=device
-    )
+        Capacity.of(plan), tiles_for(HEAD_DIM, windowed), qo_heads=work.qo_heads, kv_heads=work.kv_heads,
+        head_dim=HEAD_DIM, device=device,
+    )  # fmt: skip
     packed.load(plan)
     packed.snapshot(x.table(1), torch.arange(len(x.rows), device=device))
     lens = x.i32(work.kv_lens).long()
     lse2 = torch.empty(sum(work.new), work.qo_heads, device=device)
-    windowed = work.kind != "decode"
 
     def call(i: int) -> None:
         packed.run(x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, windowed=windowed, out=x.out[i], lse2=lse2)

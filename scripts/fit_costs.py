@@ -66,7 +66,7 @@ def call_us(work: Workload, plan: Plan) -> float:
     """Median time of a call."""
     x = Inputs(work, contiguous=False)
     heads = {"qo_heads": work.qo_heads, "kv_heads": work.kv_heads, "head_dim": HEAD_DIM}
-    packed = PackedCuda(Capacity.of(plan), **heads, device=torch.device("cuda"))
+    packed = PackedCuda(Capacity.of(plan), tiles.tiles_for(HEAD_DIM), **heads, device=torch.device("cuda"))
     packed.load(plan)
     packed.snapshot(x.table(1), torch.arange(len(x.rows), device="cuda"))
     lens = torch.from_numpy(work.kv_lens).cuda().long()

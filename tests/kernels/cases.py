@@ -15,6 +15,23 @@ from packinfer_sgl.prefix_tree import PrefixTree
 
 POISON = 2**28  # a slot that no test has
 
+# Extend batches: what the kernels meet in their run A and run B.
+EXTENDS = {
+    "prompts": {"shared": [0] * 6, "tails": [1, 31, 33, 64, 130, 257, 4], "new": [1, 31, 33, 64, 130, 257, 4]},
+    "suffixes": {"shared": [300] * 7, "tails": [20, 1, 64, 90, 5, 33, 7, 128], "new": [20, 1, 60, 90, 5, 33, 7, 100]},
+    "suffixes of whole blocks": {"shared": [256] * 3, "tails": [128, 64, 128, 64], "new": [128, 64, 64, 1]},
+    "riding tails": {"shared": [300] * 7, "tails": [20, 1, 6, 9, 5, 3, 7, 12], "new": [20, 1, 6, 9, 5, 3, 7, 12],
+                     "chunk_tokens": 1 << 30, "ride_tokens": 200},
+    "riding on a prefix in pieces": {"shared": [500, 500, 0, 200], "tails": [20, 8, 3, 9, 30], "new": [20, 8, 3, 9, 3],
+                                     "chunk_tokens": 150, "ride_tokens": 200},
+    "a chunk": {"shared": [], "tails": [700], "new": [300], "chunk_tokens": 1 << 30},
+    "a chunk in pieces": {"shared": [], "tails": [700], "new": [150], "chunk_tokens": 100},
+    "two levels": {"shared": [200, 90, 200, 0, 200], "tails": [40, 9, 70, 2, 5, 33], "new": [40, 9, 70, 2, 5, 33]},
+    "queries of shared tokens": {"shared": [100, 60, 100], "tails": [0, 0, 0, 5], "new": [20, 30, 99, 100]},
+    "window": {"shared": [150] * 4, "tails": [200, 40, 90, 1, 60], "new": [150, 40, 60, 1, 60], "window_left": 70},
+    "window of a token": {"shared": [50] * 2, "tails": [90, 1, 40], "new": [80, 1, 40], "window_left": 0},
+}  # fmt: skip
+
 
 @dataclass
 class Case:
@@ -23,6 +40,8 @@ class Case:
     k: torch.Tensor
     v: torch.Tensor
     slots: list[torch.Tensor]  # of each row
+    new: list[int]  # queries of each row
+    visible: tuple[np.ndarray, np.ndarray] | None  # see ``make_plan``
     kv_lens: torch.Tensor
     req_to_token: torch.Tensor
     pool_rows: torch.Tensor
@@ -48,11 +67,15 @@ def random_case(
     shares: int = 0,
     room_tokens: int = 8,
     soft_cap: float = 0.0,
+    new: list[int] | None = None,
+    window_left: int = -1,
+    ride_tokens: int = 0,
 ) -> Case:
     """Rows of which neighbours ``i`` and ``i + 1`` share ``shared[i]`` tokens, each with a tail of its own.
 
     All KV that no row holds is NaN. Slots are scattered, page by page. With ``shares`` rows that share nothing are
-    divided among so many programs.
+    divided among so many programs. With ``new`` the batch is an extend: each row's last so many tokens are queries,
+    which see no later token, and none that lies more than ``window_left`` (if that is not -1) before their own.
     """
     rng = np.random.default_rng(seed)
     n = len(tails)
@@ -83,14 +106,23 @@ def random_case(
     kv = torch.full((2, pages * page_size, kv_heads, head_dim), float("nan"))
     held = torch.from_numpy(free[:used]).long()
     kv[:, held] = torch.randn(2, used, kv_heads, head_dim, generator=generator)
-    q = torch.randn(n, kv_heads * group, head_dim, generator=generator)
-    tile_queries = tuple(max(1, tile.rows // group) for tile in tiles_for(head_dim))
+    visible, q_lens = None, [1] * n if new is None else new
+    if new is not None:
+        position = np.concatenate([np.arange(end - count, end) for end, count in zip(lens, new)]).astype(np.int32)
+        see_from = np.maximum(position - window_left, 0) if window_left >= 0 else np.zeros_like(position)
+        visible = see_from, position + 1
+    q = torch.randn(sum(q_lens), kv_heads * group, head_dim, generator=generator)
+    tile_queries = tuple(max(1, tile.rows // group) for tile in tiles_for(head_dim, new is not None))
     if shares:  # an item costs as much as a token besides its own, so nearly any cut pays
         timings = [PieceTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]
         policy = TilePolicy(tile_queries, 1 << 30, tuple(timings))
     else:
-        policy = TilePolicy(tile_queries, chunk_tokens)
-    plan = make_plan(tree, lens, policy, kv_tokens_unique=total, room_tokens=room_tokens)
+        policy = TilePolicy(tile_queries, chunk_tokens, ride_tokens=ride_tokens)
+    qo_indptr = np.cumsum([0, *q_lens]).astype(np.int32)
+    room_tokens = room_tokens if new is None else 0
+    plan = make_plan(
+        tree, lens, policy, kv_tokens_unique=total, qo_indptr=qo_indptr, visible=visible, room_tokens=room_tokens
+    )
     k, v = kv.to(device, dtype)
     if page_size > 1:
         k, v = (x.view(pages, page_size, kv_heads, head_dim) for x in (k, v))
@@ -100,6 +132,8 @@ def random_case(
         k=k,
         v=v,
         slots=[torch.from_numpy(table[pool_row[r], : lens[r]]).long() for r in range(n)],
+        new=q_lens,
+        visible=visible,
         kv_lens=torch.from_numpy(lens).long().to(device),
         req_to_token=torch.from_numpy(table).to(device),
         pool_rows=torch.from_numpy(pool_row).long().to(device),
@@ -113,21 +147,28 @@ def brute_force(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     k, v = (x.reshape(-1, kv_heads, head_dim).double().cpu() for x in (case.k, case.v))
     q = case.q.double().cpu()
     group = q.shape[1] // kv_heads
-    outs, lses = [], []
-    for row, slots in enumerate(case.slots):
+    outs, lses, first = [], [], 0
+    for slots, count in zip(case.slots, case.new):
+        mine = slice(first, first + count)
+        first += count
         keys, values = (x[slots].repeat_interleave(group, 1) for x in (k, v))
-        logits = torch.einsum("hd,lhd->hl", q[row], keys) * case.sm_scale
+        logits = torch.einsum("qhd,lhd->qhl", q[mine], keys) * case.sm_scale
         if case.soft_cap:
             logits = case.soft_cap * torch.tanh(logits / case.soft_cap)
-        outs.append(torch.einsum("hl,lhd->hd", logits.softmax(-1), values))
+        if case.visible is not None:
+            see_from, see_to = (torch.from_numpy(x[mine])[:, None, None] for x in case.visible)
+            position = torch.arange(len(slots))
+            logits = logits.masked_fill((position < see_from) | (position >= see_to), -torch.inf)
+        outs.append(torch.einsum("qhl,lhd->qhd", logits.softmax(-1), values))
         lses.append(logits.logsumexp(-1) / np.log(2))
-    return torch.stack(outs), torch.stack(lses)
+    return torch.cat(outs), torch.cat(lses)
 
 
 def make_packed(case: Case, capacity: Capacity) -> PackedCuda:
     """Buffers for ``case``, poisoned."""
     packed = PackedCuda(
         capacity,
+        tiles_for(case.q.shape[2], case.visible is not None),
         qo_heads=case.q.shape[1],
         kv_heads=case.k.shape[-2],
         head_dim=case.q.shape[2],
@@ -148,6 +189,7 @@ def run_packed(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     page_size = case.k.shape[1] if case.k.dim() == 4 else 1
     packed.run(
         case.q, case.k, case.v, case.kv_lens,
-        sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap, page_size=page_size, out=out, lse2=lse2,
+        sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap, page_size=page_size,
+        windowed=case.visible is not None, out=out, lse2=lse2,
     )  # fmt: skip
     return out, lse2

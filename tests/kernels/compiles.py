@@ -60,9 +60,10 @@ def main() -> None:
 
     JITFunction.run = compile_only
     for head_dim, dtype in DTYPE.items():
-        for rows, windowed in ((3, False), (40, False), (3, True)):
+        for rows, new in ((3, None), (40, None), (3, [5] * 3)):
+            windowed = new is not None
             what = {"head_dim": head_dim, "windowed": windowed}
-            case = random_case(0, shared=[40] * (rows - 1), tails=[5] * rows, head_dim=head_dim, dtype=dtype)
+            case = random_case(0, shared=[40] * (rows - 1), tails=[5] * rows, head_dim=head_dim, dtype=dtype, new=new)
             packed = make_packed(case, Capacity.of(case.plan))
             packed._pdl = packed._is_hopper = True
             packed.load(case.plan)
@@ -70,7 +71,7 @@ def main() -> None:
             packed.append(case.kv_lens, case.kv_lens)
             packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed)
         what = {"head_dim": head_dim, "windowed": True}
-        mask = torch.ones(40, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64)
+        mask = torch.ones(40, dtype=torch.bool), torch.zeros(len(case.q), dtype=torch.int64)
         packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=True, mask=mask)
         what = {"head_dim": head_dim, "windowed": False}
         SlotCopier([case.k, case.v]).copy(case.req_to_token[0, :5], 7)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cases import brute_force, make_packed, random_case, run_packed
+from cases import EXTENDS, brute_force, make_packed, random_case, run_packed
 
 from packinfer_sgl.kernels.packed_cuda import Capacity
 
@@ -84,10 +84,73 @@ def test_equal_shares(shares: int) -> None:
         check(case, *run_packed(case))
 
 
-def test_runs_are_repeatable() -> None:
+EXTEND_SHAPES = [
+    (1, 128, torch.bfloat16, 1, 0.0),
+    (3, 128, torch.bfloat16, 1, 0.0),
+    (4, 128, torch.bfloat16, 1, 0.0),
+    (5, 128, torch.bfloat16, 16, 20.0),
+    (8, 128, torch.bfloat16, 1, 0.0),
+    (16, 128, torch.bfloat16, 16, 0.0),
+    (4, 128, torch.float16, 1, 20.0),
+    (4, 64, torch.bfloat16, 1, 0.0),
+    (5, 64, torch.float16, 16, 20.0),
+    (4, 256, torch.bfloat16, 1, 0.0),
+]
+
+
+@pytest.mark.parametrize("name", EXTENDS)
+@pytest.mark.parametrize(("group", "head_dim", "dtype", "page_size", "soft_cap"), EXTEND_SHAPES)
+def test_extends(name: str, group: int, head_dim: int, dtype: torch.dtype, page_size: int, soft_cap: float) -> None:
+    shape = {"group": group, "head_dim": head_dim, "dtype": dtype, "page_size": page_size, "soft_cap": soft_cap}
+    case = random_case(1, device="cuda", **shape, **{"chunk_tokens": 300, **EXTENDS[name]})
+    check(case, *run_packed(case))
+
+
+@pytest.mark.parametrize(("group", "head_dim", "dtype", "page_size", "soft_cap"), EXTEND_SHAPES)
+def test_random_extends(group: int, head_dim: int, dtype: torch.dtype, page_size: int, soft_cap: float) -> None:
+    for seed in range(16):
+        rng = np.random.default_rng(seed * 100 + group)
+        n = int(rng.integers(1, 60))
+        shared = [int(x) for x in rng.choice([0, 16, 64, 160, 320], n - 1)]
+        tails = [int(x) for x in np.exp(rng.uniform(0, 6.5, n))]
+        case = random_case(
+            seed,
+            shared=shared,
+            tails=tails,
+            new=[max(1, int(x * rng.choice([0.3, 1.0]))) for x in tails],
+            window_left=int(rng.choice([-1, -1, 0, 40, 300])),
+            group=group,
+            head_dim=head_dim,
+            dtype=dtype,
+            device="cuda",
+            page_size=page_size,
+            chunk_tokens=int(rng.choice([64, 100, 1 << 30])),
+            ride_tokens=int(rng.choice([0, 500])),
+            soft_cap=soft_cap,
+        )
+        check(case, *run_packed(case))
+
+
+@pytest.mark.parametrize(
+    ("shared", "tails", "new"),
+    [([], [7000], [1000]), ([4096] * 15, [130] * 16, [120] * 16), ([0] * 299, [40] * 300, [40] * 300)],
+    ids=["a long chunk", "a long prefix", "300 prompts"],
+)
+@pytest.mark.parametrize("chunk_tokens", [1024, 1 << 30])
+def test_large_extends(shared: list[int], tails: list[int], new: list[int], chunk_tokens: int) -> None:
     case = random_case(
-        2, shared=[300] * 40, tails=[50] * 41, head_dim=128, dtype=torch.bfloat16, device="cuda", chunk_tokens=64
-    )
+        1, shared=shared, tails=tails, new=new, head_dim=128, dtype=torch.bfloat16, device="cuda",
+        chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+    check(case, *run_packed(case))
+
+
+@pytest.mark.parametrize("new", [None, [50] * 41], ids=["decode", "extend"])
+def test_runs_are_repeatable(new: list[int] | None) -> None:
+    case = random_case(
+        2, shared=[300] * 40, tails=[50] * 41, head_dim=128, dtype=torch.bfloat16, device="cuda", chunk_tokens=64,
+        new=new,
+    )  # fmt: skip
     first = run_packed(case)
     for _ in range(20):
         again = run_packed(case)

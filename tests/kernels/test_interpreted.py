@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import brute_force, make_packed, random_case, run_packed
+from cases import EXTENDS, brute_force, make_packed, random_case, run_packed
 
 from packinfer_sgl.cut import make_plan
 from packinfer_sgl.kernels.packed_cuda import Capacity
@@ -46,6 +46,17 @@ def test_equals_brute_force(name: str) -> None:
     out, lse2 = run_packed(case)
     expected, expected_lse2 = brute_force(case)
     # half precision: P is rounded to 11 bits before its product with V, and so is the output
+    tolerance = 2e-3 if dtype == torch.float16 else 2e-6
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", EXTENDS)
+def test_extends_equal_brute_force(name: str) -> None:
+    dtype = torch.float16 if DEVICE == "cuda" else torch.float32
+    case = random_case(0, device=DEVICE, dtype=dtype, kv_heads=1, **EXTENDS[name])
+    out, lse2 = run_packed(case)
+    expected, expected_lse2 = brute_force(case)
     tolerance = 2e-3 if dtype == torch.float16 else 2e-6
     torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=tolerance, atol=tolerance)
