@@ -22,6 +22,7 @@ from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.plan import Col, Plan
 
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
+STAGE_OUT = True
 LOG2_E = math.log2(math.e)
 
 
@@ -230,9 +231,9 @@ class PackedCuda:
             specialised = self._is_hopper and tile.gather_registers > 0 and mask is None
             if specialised and tile.rows == 128:
                 packed_attention_extend_kernel[grid](
-                    *tensors, view["win_lo"], view["win_hi"], *numbers, *heads, **kind, PIPELINED=tile.pipelined,
-                    MULTIPLY_REGISTERS=tile.multiply_registers, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
-                    maxnreg=tile.registers,
+                    *tensors, view["win_lo"], view["win_hi"], *numbers, *heads, **kind, Q_TILES=tile.q_tiles,
+                    PIPELINED=tile.pipelined, STAGE_OUT=STAGE_OUT, MULTIPLY_REGISTERS=tile.multiply_registers,
+                    GATHER_REGISTERS=tile.gather_registers, num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             elif specialised and not windowed:
                 packed_attention_hopper_kernel[grid](

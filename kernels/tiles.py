@@ -25,6 +25,7 @@ class Tile:
         resident: programs of a multiprocessor at once, by which pieces are cut.
         programs: programs launched for each multiprocessor.
         shares: programs of a multiprocessor among which a class that runs alone is divided; 0 for never.
+        q_tiles: tiles of queries of the extend kernel: with two the next item's come while one is multiplied.
         pipelined: whether a warpgroup of the extend kernel multiplies for the next block beside its softmax.
     """
 
@@ -37,6 +38,7 @@ class Tile:
     resident: int
     programs: int
     shares: int
+    q_tiles: int = 1
     pipelined: bool = False
 
     @property
@@ -55,8 +57,8 @@ TILES = {
 
 # Of plans with run B. Unmeasured.
 EXTEND_TILES = {
-    64: (Tile(128, 128, 8, 3, 168, 40, 1, 1, 0, True), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
-    128: (Tile(128, 128, 8, 3, 168, 40, 1, 1, 0, True), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
+    64: (Tile(128, 128, 8, 2, 168, 40, 1, 1, 0, 2, False), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
+    128: (Tile(128, 128, 8, 2, 168, 40, 1, 1, 0, 2, False), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
     256: TILES[256],
 }
 
