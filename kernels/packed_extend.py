@@ -23,6 +23,7 @@ from packinfer_sgl.kernels.packed import A_LEN, A_OFF, B_LEN, B_OFF, N_COLS, PIE
 from packinfer_sgl.kernels.packed_hopper import ROWS, rows_of, store_results
 
 CHUNK = gl.constexpr(32)  # rows that are copied together
+Q_ROWS = gl.constexpr(256)  # room for the rows of a tile
 
 
 @gluon.jit
@@ -50,16 +51,16 @@ def _gather(
     q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads, stride_q_token, stride_q_head,
     stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready,
     q_free, k_free, v_free,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
-    Q_TILES: gl.constexpr,
+    WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr,
+    STAGES: gl.constexpr, Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings with the items' queries and blocks, one after the other.
 
     Each row is looked up once and goes to those who copy from it through shared memory, because registers are few.
     """
-    nth = gl.arange(0, 2 * ROWS, gl.BlockedLayout([1], [32], [4], [0]))
+    nth = gl.arange(0, Q_ROWS, gl.BlockedLayout([1], [32], [4], [0]))
     at = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
-    all_q_offsets = q_offsets._reinterpret(gl.int64, [2 * ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    all_q_offsets = q_offsets._reinterpret(gl.int64, [Q_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     all_offsets = offsets._reinterpret(gl.int64, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     n = 0
     nth_item = 0
@@ -78,8 +79,8 @@ def _gather(
         all_q_offsets.store(query.to(gl.int64) * stride_q_token + (kv_head * GROUP + nth % GROUP) * stride_q_head)
         tile = nth_item % Q_TILES
         mbarrier.wait(q_free.index(tile), (nth_item // Q_TILES) & 1 ^ 1)
-        for half in gl.static_range(2):
-            _copy_rows(q_tiles.index(2 * tile + half), q_ptr, q_offsets, q_cnt * GROUP, HEAD_DIM, half * ROWS)
+        for i in gl.static_range(WARPGROUPS):
+            _copy_rows(q_tiles.index(WARPGROUPS * tile + i), q_ptr, q_offsets, q_cnt * GROUP, HEAD_DIM, i * ROWS)
         async_copy.mbarrier_arrive(q_ready.index(tile), increment_count=False)
         nth_item += 1
         head = kv_head * stride_kv_head
@@ -187,8 +188,8 @@ def _multiply(
     out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr,
     win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring,
     v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free,
-    WHICH: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    Q_TILES: gl.constexpr, SOFT_CAP: gl.constexpr, PIPELINED: gl.constexpr, STAGE_OUT: gl.constexpr,
+    WHICH: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, Q_TILES: gl.constexpr, SOFT_CAP: gl.constexpr, PIPELINED: gl.constexpr, STAGE_OUT: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over the blocks in the rings for the first or the second 64 rows (WHICH), and their results."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -217,7 +218,7 @@ def _multiply(
         next_piece = gl.load(item_ptr + PIECE)
         blocks = _n_blocks(a_len + b_len, BLOCK_N)
         tile = nth_item % Q_TILES
-        q_tile = q_tiles.index(2 * tile + WHICH)
+        q_tile = q_tiles.index(WARPGROUPS * tile + WHICH)
         if q_cnt * GROUP > FIRST_ROW:
             token = (FIRST_ROW + gl.arange(0, ROWS, row_layout)) // GROUP
             lo = a_len + gl.load(win_lo_ptr + q_off + token, mask=token < q_cnt, other=0)
@@ -307,7 +308,7 @@ def packed_attention_extend_kernel(
     query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, stride_q_token, stride_q_head, stride_out_token,
     stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, first_count, last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    STAGES: gl.constexpr, Q_TILES: gl.constexpr, PIPELINED: gl.constexpr, STAGE_OUT: gl.constexpr, MULTIPLY_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, Q_TILES: gl.constexpr, PIPELINED: gl.constexpr, STAGE_OUT: gl.constexpr, MULTIPLY_REGISTERS: gl.constexpr,
     GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that do not grow and that none follows.
@@ -324,9 +325,9 @@ def packed_attention_extend_kernel(
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
         v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
-        q_tiles = gl.allocate_shared_memory(dtype, [2 * Q_TILES, ROWS, HEAD_DIM], layout)
+        q_tiles = gl.allocate_shared_memory(dtype, [WARPGROUPS * Q_TILES, ROWS, HEAD_DIM], layout)
         rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        q_offsets = gl.allocate_shared_memory(gl.int64, [2 * ROWS // CHUNK, CHUNK], rows_layout)
+        q_offsets = gl.allocate_shared_memory(gl.int64, [Q_ROWS // CHUNK, CHUNK], rows_layout)
         offsets = gl.allocate_shared_memory(gl.int64, [BLOCK_N // CHUNK, CHUNK], rows_layout)
         q_ready = gl.allocate_shared_memory(gl.int64, [Q_TILES, 1], mbarrier.MBarrierLayout())
         k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -337,25 +338,47 @@ def packed_attention_extend_kernel(
         # each gathering thread arrives when its copies have, and each multiplying warpgroup when it has read
         for i in gl.static_range(Q_TILES):
             mbarrier.init(q_ready.index(i), count=128)
-            mbarrier.init(q_free.index(i), count=2)
+            mbarrier.init(q_free.index(i), count=WARPGROUPS)
         for i in gl.static_range(STAGES):
             mbarrier.init(k_ready.index(i), count=128)
             mbarrier.init(v_ready.index(i), count=128)
-            mbarrier.init(k_free.index(i), count=2)
-            mbarrier.init(v_free.index(i), count=2)
-        gl.warp_specialize(
-            [(_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
+            mbarrier.init(k_free.index(i), count=WARPGROUPS)
+            mbarrier.init(v_free.index(i), count=WARPGROUPS)
+        if WARPGROUPS == 2:
+            gl.warp_specialize(
+                [(_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
                  win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2,
                  cap2, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, gl.constexpr(0),
-                 GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
-             (_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
+                 WARPGROUPS, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
+                 (_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
                  win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2,
                  cap2, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, gl.constexpr(1),
-                 GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
-             (_gather, (q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads,
+                 WARPGROUPS, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
+                 (_gather, (q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads,
                  stride_q_token, stride_q_head, stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles,
-                 k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, GROUP, HEAD_DIM, BLOCK_N, PAGE,
-                 STAGES, Q_TILES))],
-            [4, 4],
-            [MULTIPLY_REGISTERS, GATHER_REGISTERS],
-        )  # fmt: skip
+                 k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, WARPGROUPS, GROUP, HEAD_DIM,
+                 BLOCK_N, PAGE, STAGES, Q_TILES))],
+                [4, 4],
+                [MULTIPLY_REGISTERS, GATHER_REGISTERS],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [(_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
+                 win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2,
+                 cap2, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, gl.constexpr(0),
+                 WARPGROUPS, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
+                 (_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
+                 win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2,
+                 cap2, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, gl.constexpr(1),
+                 WARPGROUPS, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
+                 (_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
+                 win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2,
+                 cap2, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, gl.constexpr(2),
+                 WARPGROUPS, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
+                 (_gather, (q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads,
+                 stride_q_token, stride_q_head, stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles,
+                 k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, WARPGROUPS, GROUP, HEAD_DIM,
+                 BLOCK_N, PAGE, STAGES, Q_TILES))],
+                [4, 4, 4],
+                [MULTIPLY_REGISTERS, MULTIPLY_REGISTERS, GATHER_REGISTERS],
+            )  # fmt: skip

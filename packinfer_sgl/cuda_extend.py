@@ -64,7 +64,7 @@ class CudaExtend:
         if self._packed is None or not have.holds(plan):
             shape, self._packed = self.shape, None  # the old ones make room first
             self._packed = PackedCuda(
-                have.grown(plan), tiles_for(shape.head_dim, extend=True), qo_heads=shape.qo_heads,
+                have.grown(plan), tiles_for(shape.head_dim, self.req_to_token.device, extend=True), qo_heads=shape.qo_heads,
                 kv_heads=shape.kv_heads, head_dim=shape.head_dim, device=self.req_to_token.device,
             )  # fmt: skip
         return self._packed
