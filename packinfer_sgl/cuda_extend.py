@@ -63,10 +63,10 @@ class CudaExtend:
         have = self._packed.capacity if self._packed is not None else Capacity.of(plan)
         if self._packed is None or not have.holds(plan):
             shape, self._packed = self.shape, None  # the old ones make room first
-            self._packed = PackedCuda(
-                have.grown(plan), tiles_for(shape.head_dim, self.req_to_token.device, extend=True), qo_heads=shape.qo_heads,
-                kv_heads=shape.kv_heads, head_dim=shape.head_dim, device=self.req_to_token.device,
-            )  # fmt: skip
+            device = self.req_to_token.device
+            tiles = tiles_for(shape.head_dim, device, extend=True)
+            heads = {"qo_heads": shape.qo_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+            self._packed = PackedCuda(have.grown(plan), tiles, **heads, device=device)
         return self._packed
 
     def run(

@@ -168,9 +168,8 @@ class OnCuda:
         if capacity is None:
             capacity = (have or Capacity.of(plan)).grown(plan)
         self._packed, self._layer = None, layer  # the old ones make room first
-        return PackedCuda(
-            capacity, tiles, qo_heads=shape.qo_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, device=self.device
-        )  # fmt: skip
+        heads = {"qo_heads": shape.qo_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+        return PackedCuda(capacity, tiles, **heads, device=self.device)
 
     def run(
         self,
