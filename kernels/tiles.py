@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from packinfer_sgl import extend_costs
+from packinfer_sgl.extend_costs import EXTEND_H200
 from packinfer_sgl.groups import H200, AttentionShape
 from packinfer_sgl.plan import PieceTiming, TilePolicy
 
@@ -65,7 +67,6 @@ EXTEND_TILES = {
 # Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.
 BYTES_PER_US = 4.81e06
 FLOPS_PER_US = 2.79e08  # of the large class
-EXTEND_FLOPS_PER_US = 4.5e08  # of that of 128 rows; unmeasured
 LARGE_ITEM_US = 6.93  # an item besides its tokens
 SMALL_ITEM_US = 2.38
 DRAWING_PROGRAMS = 1.82  # small ones of a multiprocessor: so many draw 63 % of the bandwidth, twice as many 86 %
@@ -96,10 +97,10 @@ def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = Fals
     for tile, item_us in zip(tiles, (LARGE_ITEM_US, SMALL_ITEM_US), strict=True):
         programs = sms * tile.resident
         moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
-        multiplied_us = (
-            programs * tile.rows * 4 * shape.head_dim / (EXTEND_FLOPS_PER_US if tile.rows > 64 else FLOPS_PER_US)
-        )
+        multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
         token_us = max(moved_us, multiplied_us)
+        if tile.rows == extend_costs.ROWS:
+            item_us, token_us = EXTEND_H200.item_us, EXTEND_H200.token_us(shape)
         timing = PieceTiming(
             parallel=programs / shape.kv_heads,
             fixed_us=item_us,

@@ -45,8 +45,7 @@ class CpuExtend:
         self.shape, self.verify, self.req_to_token = shape, verify, req_to_token
         self._planner = ExtendPlanner(
             shape,
-            cost_of(shape),
-            TILES,
+            ((cost_of(shape), TILES),),
             grouping=grouping,
             stats=stats,
             packed_us=self.packed_us,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from packinfer_sgl.cpu_decode import check_shared_slots
-from packinfer_sgl.groups import H200, AttentionShape
+from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200, ROWS
+from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
 from packinfer_sgl.kernels.tiles import tile_policy, tiles_for
 from packinfer_sgl.metrics import Stats
@@ -15,36 +18,70 @@ from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import ExtendPlanner, Rows
 from packinfer_sgl.prefix_tree import Int32
 
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
 BUFFER_BYTES = 1 << 27  # most memory for partial results, and for slots: SGLang's budget has no room for more
+RIDE_TOKENS = 4096
+
+
+def is_measured(layer: RadixAttention, device: torch.device | str) -> bool:
+    """Whether times of such layers on such a GPU are known, so that batches can go to who is faster."""
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return is_hopper and tiles_for(layer.head_dim, extend=True)[0].rows == ROWS and not layer.logit_cap
+
+
+def fits(plan: Plan, shape: AttentionShape) -> bool:
+    row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
+    return max(plan.n_partials * row_bytes, plan.kv_capacity * 4) <= BUFFER_BYTES
+
+
+def extend_planner(
+    shape: AttentionShape, device: torch.device, *, grouping: str, stats: Stats, always: bool
+) -> ExtendPlanner:
+    """Groups leave partial results, or, if their tails are short, these ride with them and partial results are few.
+
+    Args:
+        always: run every batch packed, whatever is expected.
+    """
+    policy, cost = tile_policy(shape, device, extend=True), EXTEND_H200.grouping
+    timings = policy.timings
+    assert timings is not None
+    sms = round(timings[0].parallel * shape.kv_heads)
+    riding = replace(policy, ride_tokens=RIDE_TOKENS)
+    return ExtendPlanner(
+        shape,
+        ((cost, policy), (replace(cost, partial_us=0, partial_bytes_per_us=math.inf), riding)),
+        grouping=grouping,
+        stats=stats,
+        packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, timings),
+        stock_us=lambda q, kv: math.inf if always else EXTEND_H200.stock_us(q, kv, shape, sms),
+        fits=lambda plan: fits(plan, shape),
+    )
 
 
 class CudaExtend:
     """Turns extend batches into work for the Triton kernels."""
 
     def __init__(
-        self, shape: AttentionShape, *, grouping: str, verify: bool, req_to_token: torch.Tensor, stats: Stats
+        self,
+        shape: AttentionShape,
+        *,
+        grouping: str,
+        verify: bool,
+        req_to_token: torch.Tensor,
+        stats: Stats,
+        always: bool,
     ) -> None:
         """
         Args:
             req_to_token: [pool rows, max context] int32 on the GPU, SGLang's table of slots.
             grouping, verify: see ``config.Config``.
+            always: see ``extend_planner``.
         """
         self.shape, self.verify, self.req_to_token = shape, verify, req_to_token
-        self._planner = ExtendPlanner(
-            shape,
-            H200,
-            tile_policy(shape, req_to_token.device, extend=True),
-            grouping=grouping,
-            stats=stats,
-            packed_us=lambda plan: 0.0,  # of stock backends no times are measured yet
-            stock_us=lambda q_lens, kv_lens: 0.0,
-            fits=self.fits,
-        )
+        self._planner = extend_planner(shape, req_to_token.device, grouping=grouping, stats=stats, always=always)
         self._packed: PackedCuda | None = None
-
-    def fits(self, plan: Plan) -> bool:
-        row_bytes = self.shape.qo_heads * (self.shape.head_dim + 1) * 4
-        return max(plan.n_partials * row_bytes, plan.kv_capacity * 4) <= BUFFER_BYTES
 
     def step(self, rows: Rows, pool_rows: torch.Tensor, q_lens: Int32, kv_lens: Int32) -> bool:
         """Prepare this batch on the current stream; False if the stock backend runs it. As ``CpuExtend.step``."""

@@ -124,8 +124,7 @@ class ExtendPlanner:
     def __init__(
         self,
         shape: AttentionShape,
-        cost: CostModel,
-        policy: TilePolicy,
+        ways: tuple[tuple[CostModel, TilePolicy], ...],
         *,
         grouping: str,
         stats: Stats,
@@ -135,12 +134,13 @@ class ExtendPlanner:
     ) -> None:
         """
         Args:
+            ways: how groups are chosen and cut; of several the plan that is expected to be fastest is taken.
             grouping: see ``config.Config``.
             packed_us: expected time of a plan in one layer.
             stock_us: expected time of the stock backend, by new tokens and KV tokens of each row ([n_rows] int32).
             fits: whether a plan can be run; if not, less is shared.
         """
-        self.shape, self.cost, self.policy, self.stats, self.fits = shape, cost, policy, stats, fits
+        self.shape, self.ways, self.stats, self.fits = shape, ways, stats, fits
         self.packed_us, self.stock_us = packed_us, stock_us
         self._groupings = dict.fromkeys((grouping, "single", "off"))
 
@@ -155,17 +155,27 @@ class ExtendPlanner:
         tree = rows.prefix_tree()
         if tree is None:  # a cache without paths
             tree = PrefixTree.from_neighbours(range(len(kv_lens)), [0] * (len(kv_lens) - 1))
+        plan = self.fastest(tree, q_lens, kv_lens)
+        if plan is None or self.packed_us(plan) > self.stock_us(q_lens, kv_lens):
+            return None
+        self.stats.count_extend(plan)
+        return plan, tree
+
+    def fastest(self, tree: PrefixTree, q_lens: Int32, kv_lens: Int32) -> Plan | None:
+        """The plan that is expected to be the fastest of those that fit, or None. See ``plan``."""
         qo_indptr = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
         row = np.repeat(np.arange(len(q_lens)), q_lens)
         position = kv_lens[row] - qo_indptr[row + 1] + np.arange(len(row), dtype=np.int32)
         queries = {"qo_indptr": qo_indptr, "visible": (np.zeros(len(row), np.int32), position + 1)}
         unique = tree.unique_tokens(kv_lens)
         for grouping in self._groupings:
-            kept = prune(tree, self.shape, self.cost, grouping, q_lens)
-            plan = make_plan(kept, kv_lens, self.policy, kv_tokens_unique=unique, **queries)
-            if self.fits(plan):
-                break
-        if not self.fits(plan) or self.packed_us(plan) > self.stock_us(q_lens, kv_lens):
-            return None
-        self.stats.count_extend(plan)
-        return plan, tree
+            plans: list[Plan] = []
+            for cost, policy in self.ways:
+                kept = prune(tree, self.shape, cost, grouping, q_lens)
+                if plans and not kept.n_nodes:
+                    continue  # ways differ in what they do with groups
+                plans.append(make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, **queries))
+            plans = [plan for plan in plans if self.fits(plan)]
+            if plans:
+                return min(plans, key=self.packed_us)
+        return None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import statistics
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from bench_kernels import Timed
 from kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload
 from rich.console import Console
 from rich.table import Table
+from write_constants import write
 
 from packinfer_sgl.groups import H200
 from packinfer_sgl.kernels import tiles
@@ -128,18 +128,6 @@ def fit_partials() -> dict[str, float]:
         "partial_us": max(few_us - few_heads * head_us, 0.0),
         "partial_bytes_per_us": 2 * (HEAD_DIM + 1) * 4 / head_us,
     }
-
-
-def write(path: Path, constants: dict[str, float]) -> None:
-    """Replace ``name = number`` and ``name=number`` of an ``H200 = CostModel(...)``."""
-    text = path.read_text()
-    for name, value in constants.items():
-        at = text.index("H200 = CostModel(") if name.islower() else 0
-        text, found = re.subn(rf"(\b{name} ?= ?)[\d.e]+", rf"\g<1>{value:.3g}", text[at:], count=1)
-        text = path.read_text()[:at] + text
-        if not found:
-            raise SystemExit(f"fit_costs: {path.name} has no {name}")
-        path.write_text(text)
 
 
 def main() -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from packinfer_sgl.cuda_extend import extend_planner
 from packinfer_sgl.cut import make_plan
 from packinfer_sgl.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan, TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
 
@@ -17,6 +19,8 @@ BYTES_PER_US = 4.3e6  # what a large copy reaches on an H200
 FLOPS_PER_US = 7.9e8  # what a large bf16 product reaches there
 L2_BYTES = 60 << 20
 SCORES = 1 << 24  # of one head, that the reference holds at once
+# most of a random batch: new tokens; time of its products, of which the float32 reference takes 30 times; KV tokens
+RAGGED_NEW, RAGGED_US, RAGGED_TOKENS = 20_000, 2_000, 400_000
 
 
 @dataclass
@@ -91,6 +95,13 @@ class Workload:
         queries = {} if self.kind == "decode" else {"qo_indptr": self.qo_indptr, "visible": self.visible}
         return make_plan(tree, self.kv_lens, policy, kv_tokens_unique=self.unique_tokens, **queries)
 
+    def extend_plan(self, device: torch.device) -> Plan:
+        """With which SGLang's extend batches of this kind are served."""
+        planner = extend_planner(self.shape, device, grouping="multi", stats=Stats(), always=True)
+        plan = planner.fastest(self.tree(), np.array(self.new, np.int32), self.kv_lens)
+        assert plan is not None
+        return plan
+
 
 def tree_workload(name: str, heads: tuple[int, int], nodes: list[int], tokens: list[int], jitter: int = 0) -> Workload:
     """``nodes[i]`` nodes of ``tokens[i]`` tokens at level ``i``; the last level are the requests' tails."""
@@ -103,7 +114,7 @@ def tree_workload(name: str, heads: tuple[int, int], nodes: list[int], tokens: l
 
 
 def workloads() -> list[Workload]:
-    return [*decodes(), *extends(), *chunks()]
+    return [*decodes(), *extends(), *chunks(), *ragged()]
 
 
 def decodes() -> list[Workload]:
@@ -154,6 +165,37 @@ def chunks() -> list[Workload]:
         for at, cached in (("0", 0), ("8k", 8192), ("32k", 32768))
         for chunk in (256, 512, 1024, 2048, 4096)
     ]
+
+
+def ragged() -> list[Workload]:
+    """Random prompts over cached tokens, private and shared, every second batch beside decodes (R)."""
+    rng = np.random.default_rng(11)
+    log_uniform = lambda low, high, n: np.exp(rng.uniform(np.log(low), np.log(high + 1), n)).astype(int)  # noqa: E731
+    batches = []
+    for i in range(40):
+        drawn = log_uniform(1, log_uniform(256, 4096, 1)[0], log_uniform(1, 64, 1)[0])
+        drawn[0] = max(drawn[0], 2)  # one at least is no decode
+        new = drawn[drawn.cumsum() <= RAGGED_NEW].tolist()
+        decodes = int(rng.integers(8, 97)) if i % 2 else 0
+        lone = int(rng.integers(0, 3))  # rows that share nothing, before all others
+        sharers = max(len(new) + decodes - lone, 0)
+        groups = min(int(rng.choice([0, 1, 1, rng.integers(2, 9)])), sharers // 2)
+        nodes = log_uniform(512, 16384, groups).tolist()
+        paths = [[(r - lone) * groups // sharers] if groups and r >= lone else [] for r in range(len(new) + decodes)]
+        longest = int(rng.choice([0, 1024, 32768]))
+        cached = log_uniform(1, longest, len(new)) if longest else np.zeros(len(new), int)
+        private = [*cached.tolist(), *rng.integers(32, 1024, decodes).tolist()]
+        q_lens = [*new, *[1] * decodes]
+        while True:
+            work = Workload("", 32, 8, nodes, paths, [p + q for p, q in zip(private, q_lens)], q_lens)
+            if work.flops_us <= RAGGED_US and work.unique_tokens <= RAGGED_TOKENS:
+                break
+            nodes, private = [t // 2 for t in nodes], [p // 2 for p in private]
+        work.name = f"R{i} {len(new)} x {min(new)}-{max(new)} new at {max(private[: len(new)])}"
+        work.name += f", {groups} to {max(nodes)}" if groups else ""
+        work.name += f", {decodes} decodes" if decodes else ""
+        batches.append(work)
+    return batches
 
 
 class Inputs:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "__version__": 0, "config": 0, "reasons": 0,
     "prefix_tree": 1, "groups": 1, "plan": 1, "pieces": 1, "cut": 1, "siblings": 1,
+    "extend_costs": 1,
     "kernels": 2,
     "paged_cpu": 3, "paged_cuda": 3, "paged": 3, "wrapper": 3, "regroup": 3, "metrics": 3,
     "backend": 4, "planner": 4, "cpu_decode": 4, "cuda_decode": 4, "cpu_extend": 4, "cuda_extend": 4,
@@ -26,10 +27,11 @@ FLOORS = {
 # Within a floor only these may be imported; on the floors that touch SGLang everybody may import everybody.
 NEIGHBOURS = {
     "groups": {"prefix_tree"}, "plan": {"prefix_tree"}, "cut": {"prefix_tree", "plan", "pieces"},
+    "extend_costs": {"prefix_tree", "plan", "groups"},
     "paged": {"paged_cpu", "paged_cuda"}, "wrapper": {"paged"}, "metrics": {"regroup"},
 }  # fmt: skip
-# the CUDA kernels are one thing in four files; the reference stays by itself
-CUDA_KERNELS = {"packed", "packed_cuda", "packed_hopper", "tiles"}
+# the CUDA kernels are one thing in five files; the reference stays by itself
+CUDA_KERNELS = {"packed", "packed_cuda", "packed_extend", "packed_hopper", "tiles"}
 OPEN_FLOORS = {4, 5}
 THIRD_PARTY = {
     0: set(),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from kernel_workloads import HEAD_DIM, Inputs, Workload, workloads
+from kernel_workloads import HEAD_DIM, Inputs, Workload, ragged, workloads
 
 from packinfer_sgl.groups import H200
 from packinfer_sgl.kernels.reference import PackedReference
@@ -58,6 +58,22 @@ def test_chunks() -> None:
     assert {work.kind for work in sweep} == {"extend"} and WORKLOADS["C512@32k"].kv_lens.tolist() == [33280]
 
 
+def test_random_batches() -> None:
+    sweep = [work for name, work in WORKLOADS.items() if name.startswith("R")]
+    assert len(sweep) == 40 and [work.name for work in sweep] == [work.name for work in ragged()]
+    for work in sweep:
+        assert work.kind != "decode" and 1 <= len(work.new) <= 64 + 96
+        prompts = [n for n in work.new if n > 1]
+        assert sum(prompts) <= 20_000 and max(prompts) <= 4096
+        assert all(tail >= new for tail, new in zip(work.tails, work.new))
+        assert max(work.tails) <= 32768 + 4096 and max(work.node_tokens, default=0) <= 16384
+        # shared by two or more; the float32 reference takes 30 times as long as products at the GPU's best
+        assert all(sum(path == [i] for path in work.paths) > 1 for i in range(len(work.node_tokens)))
+        assert work.flops_us <= 2000 and work.unique_tokens <= 400_000
+    assert {len(work.node_tokens) > 1 for work in sweep} == {"mixed" == work.kind for work in sweep} == {True, False}
+    assert any(not work.node_tokens for work in sweep)
+
+
 def test_a_new_token_sees_itself_and_what_came_before() -> None:
     work = Workload("", 1, 1, [2], [[0], [], [0]], [3, 2, 1], [2, 2, 1])
     assert work.qo_indptr.tolist() == [0, 2, 4, 5]
@@ -95,13 +111,16 @@ def run(x: Inputs, tree: PrefixTree, policy: TilePolicy) -> tuple[torch.Tensor, 
     return out, plan
 
 
-@pytest.mark.parametrize("name", ["D3", "D6", "P1", "P2", "P3", "M1", "M2", "C256@0", "C1024@8k", "C4096@32k"])
+@pytest.mark.parametrize(
+    "name", ["D3", "D6", "P1", "P2", "P3", "M1", "M2", "C256@0", "C1024@8k", "C4096@32k", "R4", "R17"]
+)
 def test_plans_are_right(name: str) -> None:
     x = Inputs(small(WORKLOADS[name]), contiguous=False, device="cpu")
     reference, tree = x.reference(), x.work.tree()
     device = tile_policy(x.work.shape, torch.device("cpu"))
     cut = TilePolicy((16, 4), chunk_tokens=8)
-    for kept, policy in ((x.work.pruned(H200), device), (tree, device), (tree, cut)):
+    riding = TilePolicy((16, 4), chunk_tokens=1 << 30, ride_tokens=4096)
+    for kept, policy in ((x.work.pruned(H200), device), (tree, device), (tree, riding), (tree, cut)):
         out, plan = run(x, kept, policy)
         torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)
     assert plan.n_partials > 0 and plan.items[:, Col.B_LEN].any() == (x.work.kind != "decode")

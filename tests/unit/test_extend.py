@@ -106,7 +106,9 @@ def test_equals_brute_force_on_the_triton_kernels(several: list[Batch]) -> None:
     extend = None
     for batch in several:
         table = batch.table().to(device)
-        extend = extend or CudaExtend(SHAPE, grouping="multi", verify=True, req_to_token=table, stats=Stats())
+        extend = extend or CudaExtend(
+            SHAPE, grouping="multi", verify=True, req_to_token=table, stats=Stats(), always=True
+        )
         extend.req_to_token = table
         rows, pool_rows, *lens = batch.arguments()
         assert extend.step(rows, pool_rows.to(device), *lens)
@@ -166,7 +168,7 @@ def test_a_batch_that_does_not_fit_shares_less() -> None:
 
 def test_what_fits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, stats = behind(500, [40] * 8), Stats()
-    extend = CudaExtend(SHAPE, grouping="multi", verify=False, req_to_token=batch.table(), stats=stats)
+    extend = CudaExtend(SHAPE, grouping="multi", verify=False, req_to_token=batch.table(), stats=stats, always=True)
     assert extend.step(*batch.arguments())
     monkeypatch.setattr("packinfer_sgl.cuda_extend.BUFFER_BYTES", 820 * 4 - 1)  # the slots of 820 tokens
     assert not extend.step(*batch.arguments()) and stats.packed_extends == 1

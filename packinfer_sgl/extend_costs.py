@@ -1,0 +1,116 @@
+"""How long extend batches take on a Hopper GPU, packed and with the stock backend: by this each goes to one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from packinfer_sgl.groups import H200, AttentionShape, CostModel
+from packinfer_sgl.plan import Col, PieceTiming, Plan
+from packinfer_sgl.prefix_tree import Int32
+
+ROWS, BLOCK = 128, 128  # query rows of a tile and KV tokens of a block, of both kernels
+HEAD_DIM, SMS = 128, 132  # of the measurements
+CLEARLY = 1.03  # by which packed must be expected to be faster
+
+
+@dataclass(frozen=True)
+class ExtendCosts:
+    """Times of tiles of one KV head on one multiprocessor, in us, at head dimension 128.
+
+    Attributes:
+        block_us: of a block of KV tokens of a packed tile.
+        half_block_us: if at most half of the tile's rows are used: one of two warpgroups has nothing to do.
+        item_us: of a packed tile besides.
+        partials: part of ``CostModel.partials_us`` by which partial results delay a layer.
+        call_us: of a packed layer besides.
+        stock_block_us, stock_half_block_us, stock_tile_us, stock_call_us: the same of FlashAttention-3.
+    """
+
+    block_us: float
+    half_block_us: float
+    item_us: float
+    partials: float
+    call_us: float
+    stock_block_us: float
+    stock_half_block_us: float
+    stock_tile_us: float
+    stock_call_us: float
+
+    def token_us(self, shape: AttentionShape) -> float:
+        """Of a KV token of a full packed tile."""
+        return self.block_us / BLOCK * shape.head_dim / HEAD_DIM
+
+    @property
+    def grouping(self) -> CostModel:
+        """By which shared spans are chosen: products count alone, as rows that share a span find it in the L2 cache.
+
+        What has at most half a tile of rows is the small class here.
+        """
+        flops = 4 * HEAD_DIM * ROWS * BLOCK * SMS / self.block_us
+        return replace(
+            H200, bytes_per_us=np.inf, reread_bytes_per_us=np.inf, flops_per_us=flops,
+            item_us=self.item_us / SMS, large_rows=ROWS, small_rows=ROWS // 2,
+        )  # fmt: skip
+
+    def packed_us(self, plan: Plan, shape: AttentionShape, timings: tuple[PieceTiming, ...]) -> float:
+        """Expected time of a plan in one layer; ``timings`` are those of its tile classes.
+
+        Programs of the large class fill a multiprocessor and take items in turn; small ones come where one is done.
+        """
+        large, small = timings
+        sms = round(large.parallel * shape.kv_heads)
+        items = plan.items
+        is_large = items[:, Col.TILE_CLASS] == 0
+        tokens = items[:, Col.A_LEN] + items[:, Col.B_LEN]
+        block_us = np.where(items[:, Col.Q_CNT] * shape.group_size * 2 <= ROWS, self.half_block_us, self.block_us)
+        large_us = (-(-tokens // BLOCK) * (block_us * (shape.head_dim / HEAD_DIM)) + self.item_us)[is_large]
+        small_tokens = tokens[~is_large]
+        small_us = (len(small_tokens) * small.fixed_us + small_tokens.sum() * small.token_us) / small.parallel
+        busy_us = max(_in_turn_us(large_us, shape.kv_heads, sms), large_us.sum() / large.parallel + small_us)
+        return busy_us + self.partials * plan.n_partials * H200.partials_us(shape) + self.call_us
+
+    def stock_us(self, q_lens: Int32, kv_lens: Int32, shape: AttentionShape, sms: int) -> float:
+        """Expected time of FlashAttention-3 in one layer, by new tokens and KV tokens of each row ([n_rows] int32).
+
+        It was the fastest of all stock backends that were measured, so no other is taken for slower than it is.
+        """
+        query_rows = q_lens.astype(np.int64) * shape.group_size
+        narrow = query_rows.max() * 2 <= ROWS  # then the whole batch takes tiles of half the rows
+        tile_rows = ROWS // 2 if narrow else ROWS
+        tiles = -(-query_rows // tile_rows)
+        row = np.repeat(np.arange(len(tiles)), tiles)
+        nth = np.arange(len(row)) - (np.cumsum(tiles) - tiles)[row]
+        # causal: a tile sees KV up to its last query
+        unseen = np.maximum(q_lens[row] - (nth + 1) * tile_rows // shape.group_size, 0)
+        blocks = -(-(kv_lens[row] - unseen) // BLOCK)
+        if tiles.max() * shape.kv_heads < 0.8 * sms:  # few tiles: what is longer than an equal share is split
+            row_blocks = -(-kv_lens // BLOCK)
+            share = np.ceil(1.1 * (tiles * row_blocks).sum() * shape.kv_heads / sms)
+            splits = np.ceil(row_blocks / share).astype(np.int64)[row]
+            blocks = np.repeat(blocks / splits, splits)
+        block_us = self.stock_half_block_us if narrow else self.stock_block_us
+        tile_us = blocks * (block_us * shape.head_dim / HEAD_DIM) + self.stock_tile_us
+        return _in_turn_us(np.sort(tile_us)[::-1], shape.kv_heads, sms) + self.stock_call_us
+
+
+def _in_turn_us(tile_us: np.ndarray, kv_heads: int, sms: int) -> float:
+    """When all multiprocessors are done that take the tiles of all KV heads in turn."""
+    each = np.zeros(-(-len(tile_us) * kv_heads // sms) * sms)
+    each[: len(tile_us) * kv_heads] = np.repeat(tile_us, kv_heads)
+    return float(each.reshape(-1, sms).sum(0).max())
+
+
+# Of an H200, bf16, random slots: scripts/fit_extend.py fits them to results of scripts/bench_kernels.py.
+EXTEND_H200 = ExtendCosts(
+    block_us=1.97,
+    half_block_us=0.99,
+    item_us=4.24,
+    partials=0.3,
+    call_us=5.0,
+    stock_block_us=1.67,
+    stock_half_block_us=1.15,
+    stock_tile_us=3.24,
+    stock_call_us=5.0,
+)

@@ -1,0 +1,147 @@
+"""What extend batches are expected to take on a GPU, packed and not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packinfer_sgl.cuda_extend import extend_planner, is_measured
+from packinfer_sgl.extend_costs import BLOCK, EXTEND_H200, ROWS, SMS
+from packinfer_sgl.groups import AttentionShape
+from packinfer_sgl.kernels.tiles import tile_policy
+from packinfer_sgl.metrics import Stats
+from packinfer_sgl.plan import Col, Plan
+from packinfer_sgl.prefix_tree import PrefixTree
+
+SHAPE = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
+TIMINGS = tile_policy(SHAPE, torch.device("cpu"), extend=True).timings or ()
+BATCHES = st.lists(st.tuples(st.integers(1, 700), st.integers(0, 9000)), min_size=1, max_size=12)
+
+
+class Batch:
+    """Requests of which the first ``sharers`` have one cached prefix in common."""
+
+    def __init__(self, prefix: int, sharers: int, q_lens: list[int], cached: list[int]) -> None:
+        under = [r < sharers for r in range(len(q_lens))]
+        self.tree = PrefixTree.from_paths([(0,) * u for u in under], [(prefix,) * u for u in under])
+        self.q_lens = np.array(q_lens, np.int32)
+        self.kv_lens = np.array([prefix * u + c + q for u, c, q in zip(under, cached, q_lens)], np.int32)
+
+    def prefix_tree(self) -> PrefixTree:
+        return self.tree
+
+    def planned(self, always: bool = True, shape: AttentionShape = SHAPE, grouping: str = "multi") -> Plan | None:
+        planner = extend_planner(shape, torch.device("cpu"), grouping=grouping, stats=Stats(), always=always)
+        planned = planner.plan(self, self.q_lens, self.kv_lens)  # type: ignore[arg-type]
+        return planned and planned[0]
+
+    def packed_us(self, **more: str) -> float:
+        plan = self.planned(**more)  # type: ignore[arg-type]
+        assert plan is not None
+        return EXTEND_H200.packed_us(plan, SHAPE, TIMINGS)
+
+    def stock_us(self, shape: AttentionShape = SHAPE) -> float:
+        return EXTEND_H200.stock_us(self.q_lens, self.kv_lens, shape, SMS)
+
+
+@given(BATCHES)
+def test_stock_time_is_that_of_its_tiles(batch: list[tuple[int, int]]) -> None:
+    """Tile by tile, where none is split."""
+    q_lens, cached = map(list, zip(*batch))
+    most = max(q_lens) * SHAPE.group_size
+    rows, block_us = (
+        (ROWS // 2, EXTEND_H200.stock_half_block_us) if most <= ROWS // 2 else (ROWS, EXTEND_H200.stock_block_us)
+    )
+    tiles = []
+    for q, c in zip(q_lens, cached):
+        for nth in range(math.ceil(q * SHAPE.group_size / rows)):
+            seen = c + min(q, (nth + 1) * rows // SHAPE.group_size)
+            tiles.append(math.ceil(seen / BLOCK) * block_us + EXTEND_H200.stock_tile_us)
+    each = [0.0] * 2
+    for i, us in enumerate(us for us in sorted(tiles, reverse=True) for _ in range(SHAPE.kv_heads)):
+        each[i % 2] += us
+    q, kv = np.array(q_lens, np.int32), np.add(q_lens, cached, dtype=np.int32)
+    assert EXTEND_H200.stock_us(q, kv, SHAPE, 2) == pytest.approx(max(each) + EXTEND_H200.stock_call_us)
+
+
+def test_one_long_request_is_split_by_stock() -> None:
+    short, long = Batch(0, 0, [256], [4096]), Batch(0, 0, [256], [8 * 4096])
+    unsplit = 8 * 4096 / BLOCK * EXTEND_H200.stock_block_us
+    assert short.stock_us() < long.stock_us() < 0.7 * unsplit
+
+
+@given(BATCHES, st.integers(0, 11), st.integers(1, 3000))
+def test_more_cached_tokens_take_longer(batch: list[tuple[int, int]], which: int, more: int) -> None:
+    q_lens, cached = map(list, zip(*batch))
+    longer = cached.copy()
+    longer[which % len(batch)] += more
+    before, after = Batch(0, 0, q_lens, cached), Batch(0, 0, q_lens, longer)
+    if max(q_lens) * SHAPE.qo_heads > ROWS * SMS:  # else a split may come that makes it faster
+        assert before.stock_us() <= after.stock_us()
+    # pieces are cut by another model, which knows no blocks
+    assert before.packed_us() <= after.packed_us() * 1.3
+
+
+def test_few_queries_take_half_as_long_per_block() -> None:
+    few, many = Batch(0, 0, [16] * 16, [8192] * 16), Batch(0, 0, [32] * 16, [8192] * 16)
+    half, whole = few.packed_us(), many.packed_us()
+    slower = replace(EXTEND_H200, half_block_us=2 * EXTEND_H200.half_block_us)
+    assert half < 0.7 * whole
+    assert slower.packed_us(many.planned(), SHAPE, TIMINGS) == whole  # type: ignore[arg-type]
+    assert slower.packed_us(few.planned(), SHAPE, TIMINGS) > 1.8 * half  # type: ignore[arg-type]
+
+
+def test_products_grow_with_the_head_dimension() -> None:
+    narrow = replace(SHAPE, head_dim=64)
+    batch = Batch(0, 0, [512] * 16, [8192] * 16)
+    timings = tile_policy(narrow, torch.device("cpu"), extend=True).timings or ()
+    plan = batch.planned(shape=narrow)
+    assert plan is not None and 0.5 < EXTEND_H200.packed_us(plan, narrow, timings) / batch.packed_us() < 0.6
+    assert 0.5 < batch.stock_us(narrow) / batch.stock_us() < 0.6
+
+
+MIXED = Batch(4096, 97, [200, *[1] * 96], [0, *[300] * 96])
+PROMPTS = Batch(4096, 64, [100] * 64, [0] * 64)
+
+
+def test_decodes_beside_a_chunk_are_packed_and_cold_prompts_are_not() -> None:
+    assert MIXED.planned(always=False) is not None
+    cold = Batch(0, 0, [300] * 64, [0] * 64)
+    assert cold.planned(always=False) is None and cold.planned() is not None
+
+
+def test_short_suffixes_ride_with_their_prefix() -> None:
+    plan, apart = PROMPTS.planned(), PROMPTS.planned(grouping="off")
+    assert plan is not None and apart is not None
+    assert plan.n_partials == 0 and len(plan.items) == 64 * 100 // 32 < len(apart.items)
+    assert plan.items[:, Col.A_LEN].tolist() == [4096] * 200
+    assert PROMPTS.packed_us() < 0.95 * PROMPTS.packed_us(grouping="off")
+
+
+def test_long_tails_do_not_ride() -> None:
+    plan = MIXED.planned()
+    assert plan is not None and plan.n_partials > 0 and plan.kv_tokens_read < plan.kv_tokens_logical / 5
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "logit_cap", "capability", "measured"),
+    [(128, 0.0, 9, True), (64, 0.0, 9, True), (256, 0.0, 9, False), (128, 30.0, 9, False), (128, 0.0, 10, False),
+     (128, 0.0, 8, False)],
+)  # fmt: skip
+def test_where_times_are_known(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, logit_cap: float, capability: int, measured: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+
+    class Layer:
+        pass
+
+    layer = Layer()
+    layer.head_dim, layer.logit_cap = head_dim, logit_cap  # type: ignore[attr-defined]
+    assert is_measured(layer, "cuda") is measured  # type: ignore[arg-type]
