@@ -12,7 +12,7 @@ from packinfer_sgl.cpu_decode import check_shared_slots
 from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200, ROWS
 from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
-from packinfer_sgl.kernels.tiles import tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, is_hopper, tile_policy, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import ExtendPlanner, Rows
@@ -25,10 +25,9 @@ BUFFER_BYTES = 1 << 27  # most memory for partial results, and for slots: SGLang
 RIDE_TOKENS = 4096
 
 
-def is_measured(layer: RadixAttention, device: torch.device | str) -> bool:
+def is_measured(layer: RadixAttention, device: torch.device) -> bool:
     """Whether times of such layers on such a GPU are known, so that batches can go to who is faster."""
-    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return is_hopper and tiles_for(layer.head_dim, extend=True)[0].rows == ROWS and not layer.logit_cap
+    return is_hopper(device) and layer.head_dim in EXTEND_TILES and not layer.logit_cap
 
 
 def fits(plan: Plan, shape: AttentionShape) -> bool:
