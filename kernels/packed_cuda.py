@@ -22,6 +22,7 @@ from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.plan import Col, Plan
 
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
+STAGE_OUT = True
 LOG2_E = math.log2(math.e)
 
 
@@ -193,7 +194,7 @@ class PackedCuda:
             q: [n_queries, qo_heads, head_dim] bf16 or fp16, last dimension contiguous; queries past the plan's pad a
                 captured graph and come out as 0.
             k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim]; equal strides, last
-                dimension contiguous.
+                dimension contiguous; for plans with run B each head begins at a multiple of 16 bytes.
             kv_lens: [n_rows] current length of each row, for items that grow.
             sm_scale: factor of the logits before the softmax.
             logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
@@ -209,6 +210,10 @@ class PackedCuda:
         lse2 = torch.empty(n, n_heads, dtype=torch.float32, device=q.device) if lse2 is None else lse2
         stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
         view = self._view
+        if self.tiles[0].rows > 64:  # its kernel copies 16 bytes at a time
+            if not (_aligned(k) and _aligned(v)):
+                raise ValueError("heads of K and V that do not begin at multiples of 16 bytes are not supported")
+            q = q if _aligned(q) else q.clone(memory_format=torch.contiguous_format)
 
         tensors = (
             q, k, v, out, lse2, self._part_out, self._part_lse2, self.kv_slots, view["items"], view["counts"],
@@ -227,20 +232,19 @@ class PackedCuda:
                 # the first launch needs all that came before it on the stream
                 "launch_pdl": self._pdl and i > 0,
             }  # fmt: skip
-            specialised = self._is_hopper and tile.gather_registers > 0 and mask is None
-            if specialised and tile.rows == 128:
+            if tile.rows > 64:
                 packed_attention_extend_kernel[grid](
-                    *tensors, view["win_lo"], view["win_hi"], *numbers, *heads, **kind, PIPELINED=tile.pipelined,
-                    MULTIPLY_REGISTERS=tile.multiply_registers, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
-                    maxnreg=tile.registers,
+                    *tensors, view["win_lo"], view["win_hi"], *numbers, *heads, **kind,
+                    WARPGROUPS=tile.rows // 64, Q_TILES=tile.q_tiles,
+                    PIPELINED=tile.pipelined, STAGE_OUT=STAGE_OUT, MULTIPLY_REGISTERS=tile.multiply_registers,
+                    GATHER_REGISTERS=tile.gather_registers, num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
-            elif specialised and not windowed:
+            elif self._is_hopper and tile.gather_registers and not windowed and mask is None:
                 packed_attention_hopper_kernel[grid](
                     *tensors, *numbers, *heads, **kind, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
                     maxnreg=tile.registers,
                 )  # fmt: skip
             else:
-                kind["BLOCK_N"] = min(tile.tokens, 64)  # more take more shared memory and registers than there are
                 packed_attention_kernel[grid](
                     *tensors, view["win_lo"], view["win_hi"], kv_lens, *flags, *numbers, *heads, **kind,
                     BLOCK_M=tile.rows, WINDOW=windowed, CUSTOM_MASK=mask is not None, PDL=self._pdl,
@@ -257,3 +261,9 @@ class PackedCuda:
             num_warps=1, launch_pdl=self._pdl,
         )  # fmt: skip
         return out, lse2
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether each head's elements (of 2 bytes) begin at a multiple of 16 bytes; a dimension of 1 has any stride."""
+    strides = (stride for size, stride in zip(x.shape[:-1], x.stride()[:-1]) if size > 1)
+    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)

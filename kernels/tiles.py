@@ -27,6 +27,7 @@ class Tile:
         resident: programs of a multiprocessor at once, by which pieces are cut.
         programs: programs launched for each multiprocessor.
         shares: programs of a multiprocessor among which a class that runs alone is divided; 0 for never.
+        q_tiles: tiles of queries of the extend kernel: with two the next item's come while one is multiplied.
         pipelined: whether a warpgroup of the extend kernel multiplies for the next block beside its softmax.
     """
 
@@ -39,12 +40,14 @@ class Tile:
     resident: int
     programs: int
     shares: int
+    q_tiles: int = 1
     pipelined: bool = False
 
     @property
     def multiply_registers(self) -> int:
-        """Of a multiplying thread of the extend kernel, with two such warpgroups for each that gathers."""
-        return (3 * self.registers - self.gather_registers) // 2
+        """Of a multiplying thread of the extend kernel, with a warpgroup for each 64 rows and one that gathers."""
+        multiplying = self.rows // 64
+        return ((multiplying + 1) * self.registers - self.gather_registers) // multiplying // 8 * 8
 
 
 # Largest class first. Those of head_dim 128 were measured with scripts/tune_kernels.py on an H200; 64 and 256 are
@@ -55,11 +58,10 @@ TILES = {
     256: (Tile(64, 32, 4, 2, 255, 0, 1, 1, 0), Tile(16, 32, 4, 2, 255, 0, 2, 4, 2)),
 }
 
-# Of plans with run B. Unmeasured.
+# Of extend plans on Hopper, where the large class runs on kernels/packed_extend.py. Unmeasured at head_dim 64.
 EXTEND_TILES = {
-    64: (Tile(128, 128, 8, 3, 168, 40, 1, 1, 0, True), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
-    128: (Tile(128, 128, 8, 3, 168, 40, 1, 1, 0, True), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
-    256: TILES[256],
+    64: (Tile(192, 64, 0, 3, 128, 40, 1, 1, 0, 2), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
+    128: (Tile(192, 64, 0, 3, 128, 40, 1, 1, 0, 2), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
 }
 
 # Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.
@@ -70,24 +72,28 @@ SMALL_ITEM_US = 2.38
 DRAWING_PROGRAMS = 1.82  # small ones of a multiprocessor: so many draw 63 % of the bandwidth, twice as many 86 %
 
 
-def tiles_for(head_dim: int, extend: bool = False) -> tuple[Tile, ...]:
+def tiles_for(head_dim: int, device: torch.device, extend: bool = False) -> tuple[Tile, ...]:
     """The tile classes for a head dimension; raises ValueError for one that the kernels do not know.
 
     Args:
-        extend: whether plans have run B.
+        extend: whether plans have run B, and no custom mask.
     """
     if head_dim not in TILES:
         raise ValueError(f"packed attention knows head dimensions {sorted(TILES)}, not {head_dim}")
-    return (EXTEND_TILES if extend else TILES)[head_dim]
+    return EXTEND_TILES[head_dim] if extend and head_dim in EXTEND_TILES and is_hopper(device) else TILES[head_dim]
+
+
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False) -> TilePolicy:
-    """How a plan for these kernels is cut on ``device``, for ``tiles_for(shape.head_dim, extend)``.
+    """How a plan for these kernels is cut on ``device``, for ``tiles_for(shape.head_dim, device, extend)``.
 
     The constants are of an H200; on other GPUs only the number of multiprocessors is taken from the device.
     """
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    tiles, timings = tiles_for(shape.head_dim, extend), []
+    tiles, timings = tiles_for(shape.head_dim, device, extend), []
     for tile, item_us in zip(tiles, (LARGE_ITEM_US, SMALL_ITEM_US), strict=True):
         programs = sms * tile.resident
         moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US

@@ -374,7 +374,7 @@ def wrap(
             backend._packinfer_extend = CpuExtend(shape, always=extends == "on", **extend)
     else:
         backend.needs_cpu_seq_lens = True  # plans are made on the host
-        if extends == "on" or extends == "auto" and is_measured(packed, runner.device):
+        if extends == "on" or extends == "auto" and is_measured(packed, torch.device(runner.device)):
             backend._packinfer_extend = CudaExtend(shape, always=extends == "on", **extend)
         pool_tokens = runner.token_to_kv_pool.size
         backend._packinfer_make = lambda max_rows: CudaDecode(

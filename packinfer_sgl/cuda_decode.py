@@ -66,7 +66,7 @@ class CudaDecode:
             kv_slots=kv_slots,
         )
         self._packed = PackedCuda(
-            capacity, tiles_for(shape.head_dim), qo_heads=shape.qo_heads, kv_heads=shape.kv_heads,
+            capacity, tiles_for(shape.head_dim, device), qo_heads=shape.qo_heads, kv_heads=shape.kv_heads,
             head_dim=shape.head_dim, device=device,
         )  # fmt: skip
         self._planner = DecodePlanner(

@@ -12,7 +12,7 @@ from packinfer_sgl.cpu_decode import check_shared_slots
 from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200, ROWS
 from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
-from packinfer_sgl.kernels.tiles import tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, is_hopper, tile_policy, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import ExtendPlanner, Rows
@@ -25,10 +25,9 @@ BUFFER_BYTES = 1 << 27  # most memory for partial results, and for slots: SGLang
 RIDE_TOKENS = 4096  # at a tile; unmeasured beyond tails of 200 tokens
 
 
-def is_measured(layer: RadixAttention, device: torch.device | str) -> bool:
+def is_measured(layer: RadixAttention, device: torch.device) -> bool:
     """Whether times of such layers on such a GPU are known, so that batches can go to who is faster."""
-    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return is_hopper and tiles_for(layer.head_dim, extend=True)[0].rows == ROWS and not layer.logit_cap
+    return is_hopper(device) and layer.head_dim in EXTEND_TILES and not layer.logit_cap
 
 
 def fits(plan: Plan, shape: AttentionShape) -> bool:
@@ -100,10 +99,10 @@ class CudaExtend:
         have = self._packed.capacity if self._packed is not None else Capacity.of(plan)
         if self._packed is None or not have.holds(plan):
             shape, self._packed = self.shape, None  # the old ones make room first
-            self._packed = PackedCuda(
-                have.grown(plan), tiles_for(shape.head_dim, extend=True), qo_heads=shape.qo_heads,
-                kv_heads=shape.kv_heads, head_dim=shape.head_dim, device=self.req_to_token.device,
-            )  # fmt: skip
+            device = self.req_to_token.device
+            tiles = tiles_for(shape.head_dim, device, extend=True)
+            heads = {"qo_heads": shape.qo_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+            self._packed = PackedCuda(have.grown(plan), tiles, **heads, device=device)
         return self._packed
 
     def run(

@@ -173,7 +173,7 @@ class PagedWrapper:
             row_start = (np.cumsum(cells) - cells)[row] + nth * self._kv_lens[row].astype(np.int64)
             self._mask = MaskRows(mask, torch.from_numpy(row_start).to(self.device))
         plan = self._make_plan(row, nth, causal and mask is None)
-        self._kernels.load(plan, tables, self._page_size, shape, windowed)
+        self._kernels.load(plan, tables, self._page_size, shape, windowed, windowed and mask is None)
         self._plan = plan
 
     def _make_plan(self, row: np.ndarray, nth: np.ndarray, causal: bool) -> Plan:
@@ -195,7 +195,7 @@ class PagedWrapper:
         if (limit < kv_lens).any():  # what only some queries see may be shared, too
             unique = PrefixTree.from_slots(self._indptr, self._indices, self._page_size, kv_lens).unique_tokens(kv_lens)
         cost = self._kernels.cost(shape)
-        for grouping, policy in self._kernels.attempts(shape, visible is not None):
+        for grouping, policy in self._kernels.attempts(shape, visible is not None and self._mask is None):
             if self._mask is not None:  # it is looked up by KV position, of which riding tails have no run
                 policy = replace(policy, ride_tokens=0)
             kept = prune(tree, shape, cost, grouping, q_lens)

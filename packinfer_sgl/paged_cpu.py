@@ -43,7 +43,7 @@ class OnCpu:
     def cost(self, shape: AttentionShape) -> CostModel:
         return cost_of(shape)
 
-    def attempts(self, shape: AttentionShape, windowed: bool) -> tuple[tuple[str, TilePolicy], ...]:
+    def attempts(self, shape: AttentionShape, extend: bool) -> tuple[tuple[str, TilePolicy], ...]:
         """Grouping and tiles, in the order in which they are tried until a plan fits."""
         return (("multi", TILES),)
 
@@ -51,7 +51,13 @@ class OnCpu:
         return True
 
     def load(
-        self, plan: Plan, tables: tuple[Int32, ...], page_size: int, shape: AttentionShape, windowed: bool
+        self,
+        plan: Plan,
+        tables: tuple[Int32, ...],
+        page_size: int,
+        shape: AttentionShape,
+        windowed: bool,
+        extend: bool,
     ) -> None:
         """Bind the work items to slots (``page * page_size + offset``)."""
         if not plan.kv_capacity:  # nobody has KV: there is no slot that even padding could read

@@ -10,7 +10,7 @@ import torch
 from packinfer_sgl.groups import H200, AttentionShape, CostModel
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
 from packinfer_sgl.kernels.reference import MaskRows
-from packinfer_sgl.kernels.tiles import TILES, tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import TILES, Tile, tile_policy, tiles_for
 from packinfer_sgl.plan import Plan, TilePolicy
 from packinfer_sgl.prefix_tree import Int32
 
@@ -115,13 +115,13 @@ class OnCuda:
     def cost(self, shape: AttentionShape) -> CostModel:
         return H200
 
-    def attempts(self, shape: AttentionShape, windowed: bool) -> tuple[tuple[str, TilePolicy], ...]:
+    def attempts(self, shape: AttentionShape, extend: bool) -> tuple[tuple[str, TilePolicy], ...]:
         """Grouping and tiles, in the order in which they are tried until a plan fits; each smaller than the last.
 
         Args:
-            windowed: as for ``load``.
+            extend: as for ``load``.
         """
-        policy = tile_policy(shape, self.device, windowed)
+        policy = tile_policy(shape, self.device, extend)
         uncut = replace(policy, chunk_tokens=1 << 30, timings=None)
         return ("multi", policy), ("multi", uncut), ("single", uncut), ("off", uncut)
 
@@ -131,17 +131,25 @@ class OnCuda:
         return plan.n_partials * shape.qo_heads * (shape.head_dim + 1) * 4 <= PARTIAL_BYTES
 
     def load(
-        self, plan: Plan, tables: tuple[Int32, ...], page_size: int, shape: AttentionShape, windowed: bool
+        self,
+        plan: Plan,
+        tables: tuple[Int32, ...],
+        page_size: int,
+        shape: AttentionShape,
+        windowed: bool,
+        extend: bool,
     ) -> None:
         """Upload the plan and the page tables on the current stream, and look up the slots there.
 
         Args:
             tables: as for ``check_batch``.
             windowed: whether queries may see part of a span.
+            extend: whether so, and without a custom mask: the plan has tiles of the extend kernel.
         """
         self._page_size, self._windowed = page_size, windowed
+        tiles = tiles_for(shape.head_dim, self.device, extend)
         with self._on_device():
-            self._packed = packed = self._buffers(plan, shape)
+            self._packed = packed = self._buffers(plan, shape, tiles)
             packed.load(replace(plan, append_base=plan.append_base[:0]))  # no tail grows
             if self.graph:
                 for buffer, values in zip(self._tables, tables):
@@ -150,9 +158,9 @@ class OnCuda:
                 self._tables = [self._pinned(x).to(self.device, non_blocking=True) for x in tables[:2]]
             packed.snapshot(self._tables[1], self._tables[0], page_size)
 
-    def _buffers(self, plan: Plan, shape: AttentionShape) -> PackedCuda:
+    def _buffers(self, plan: Plan, shape: AttentionShape, tiles: tuple[Tile, ...]) -> PackedCuda:
         """Those at hand if the plan fits, else new ones."""
-        layer = (shape.qo_heads, shape.kv_heads, shape.head_dim, self._windowed)
+        layer = (shape.qo_heads, shape.kv_heads, shape.head_dim, tiles)
         have = self._packed.capacity if self._packed is not None and layer == self._layer else None
         if have is not None and (self.graph or have.holds(plan)):
             return self._packed
@@ -160,10 +168,8 @@ class OnCuda:
         if capacity is None:
             capacity = (have or Capacity.of(plan)).grown(plan)
         self._packed, self._layer = None, layer  # the old ones make room first
-        return PackedCuda(
-            capacity, tiles_for(shape.head_dim, self._windowed), qo_heads=shape.qo_heads, kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim, device=self.device,
-        )  # fmt: skip
+        heads = {"qo_heads": shape.qo_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+        return PackedCuda(capacity, tiles, **heads, device=self.device)
 
     def run(
         self,

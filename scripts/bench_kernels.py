@@ -55,7 +55,7 @@ def ours(x: Inputs) -> tuple[Method, dict]:
         plan = work.plan(work.pruned(H200), tile_policy(work.shape, device))
     plan_us = (time.perf_counter() - started) * 1e6
     packed = PackedCuda(
-        Capacity.of(plan), tiles_for(HEAD_DIM, windowed), qo_heads=work.qo_heads, kv_heads=work.kv_heads,
+        Capacity.of(plan), tiles_for(HEAD_DIM, device, windowed), qo_heads=work.qo_heads, kv_heads=work.kv_heads,
         head_dim=HEAD_DIM, device=device,
     )  # fmt: skip
     packed.load(plan)

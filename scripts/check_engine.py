@@ -252,7 +252,7 @@ class Judge:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(CHECKS), help="checks, comma-separated")
-    parser.add_argument("--at-once", type=int, default=4, help="engines at once on one GPU")
+    parser.add_argument("--at-once", type=int, default=4, help="engines at once")
     parser.add_argument("--out", type=Path, default=Path("."), help="models, logs and check_engine.json")
     args = parser.parse_args()
     wanted = args.only.split(",")
@@ -272,9 +272,9 @@ def main() -> None:
         write_model(model, out / "models")
     ports = {name: 21000 + 1500 * i for i, name in enumerate(SCENARIOS)}  # SGLang takes some above each
     ran: dict[str, Ran] = {}
-    for many in (False, True):  # engines on two GPUs one by one: SGLang wants their memory balanced
+    for many in (False, True):  # engines on two GPUs apart: SGLang wants their memory balanced
         todo = [name for name in names if (SCENARIOS[name].gpus > 1) == many]
-        with ThreadPoolExecutor(1 if many else args.at_once) as pool:
+        with ThreadPoolExecutor(args.at_once) as pool:
             started = {n: pool.submit(run, n, SCENARIOS[n], ENGINE, ports[n], out) for n in todo}
             for name, future in started.items():
                 ran[name] = future.result()

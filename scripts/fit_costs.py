@@ -30,6 +30,7 @@ from packinfer_sgl.plan import Col, Plan, TilePolicy
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
+CUDA = torch.device("cuda")
 GROUP, KV_HEADS = 4, 4
 LARGE, SMALL = tiles.TILES[HEAD_DIM]
 SLOT_BYTES = 2 * HEAD_DIM * 2  # K and V of a token and KV head, bf16
@@ -66,7 +67,7 @@ def call_us(work: Workload, plan: Plan) -> float:
     """Median time of a call."""
     x = Inputs(work, contiguous=False)
     heads = {"qo_heads": work.qo_heads, "kv_heads": work.kv_heads, "head_dim": HEAD_DIM}
-    packed = PackedCuda(Capacity.of(plan), tiles.tiles_for(HEAD_DIM), **heads, device=torch.device("cuda"))
+    packed = PackedCuda(Capacity.of(plan), tiles.tiles_for(HEAD_DIM, CUDA), **heads, device=CUDA)
     packed.load(plan)
     packed.snapshot(x.table(1), torch.arange(len(x.rows), device="cuda"))
     lens = torch.from_numpy(work.kv_lens).cuda().long()

@@ -9,7 +9,7 @@ import torch
 
 from packinfer_sgl.cut import make_plan
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
-from packinfer_sgl.kernels.tiles import tiles_for
+from packinfer_sgl.kernels.tiles import Tile, tiles_for
 from packinfer_sgl.plan import PieceTiming, Plan, TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
 
@@ -42,6 +42,7 @@ class Case:
     slots: list[torch.Tensor]  # of each row
     new: list[int]  # queries of each row
     visible: tuple[np.ndarray, np.ndarray] | None  # see ``make_plan``
+    tiles: tuple[Tile, ...]
     kv_lens: torch.Tensor
     req_to_token: torch.Tensor
     pool_rows: torch.Tensor
@@ -70,6 +71,7 @@ def random_case(
     new: list[int] | None = None,
     window_left: int = -1,
     ride_tokens: int = 0,
+    tiles: tuple[Tile, ...] | None = None,
 ) -> Case:
     """Rows of which neighbours ``i`` and ``i + 1`` share ``shared[i]`` tokens, each with a tail of its own.
 
@@ -112,7 +114,8 @@ def random_case(
         see_from = np.maximum(position - window_left, 0) if window_left >= 0 else np.zeros_like(position)
         visible = see_from, position + 1
     q = torch.randn(sum(q_lens), kv_heads * group, head_dim, generator=generator)
-    tile_queries = tuple(max(1, tile.rows // group) for tile in tiles_for(head_dim, new is not None))
+    tiles = tiles or tiles_for(head_dim, torch.device(device), new is not None)
+    tile_queries = tuple(max(1, tile.rows // group) for tile in tiles)
     if shares:  # an item costs as much as a token besides its own, so nearly any cut pays
         timings = [PieceTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]
         policy = TilePolicy(tile_queries, 1 << 30, tuple(timings))
@@ -134,6 +137,7 @@ def random_case(
         slots=[torch.from_numpy(table[pool_row[r], : lens[r]]).long() for r in range(n)],
         new=q_lens,
         visible=visible,
+        tiles=tiles,
         kv_lens=torch.from_numpy(lens).long().to(device),
         req_to_token=torch.from_numpy(table).to(device),
         pool_rows=torch.from_numpy(pool_row).long().to(device),
@@ -168,7 +172,7 @@ def make_packed(case: Case, capacity: Capacity) -> PackedCuda:
     """Buffers for ``case``, poisoned."""
     packed = PackedCuda(
         capacity,
-        tiles_for(case.q.shape[2], case.visible is not None),
+        case.tiles,
         qo_heads=case.q.shape[1],
         kv_heads=case.k.shape[-2],
         head_dim=case.q.shape[2],

@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.packed_cuda import Capacity
+from packinfer_sgl.kernels.tiles import EXTEND_TILES
 
 DTYPE = {64: torch.float16, 128: torch.bfloat16, 256: torch.bfloat16}
 
@@ -60,10 +61,12 @@ def main() -> None:
 
     JITFunction.run = compile_only
     for head_dim, dtype in DTYPE.items():
-        for rows, new in ((3, None), (40, None), (3, [5] * 3)):
+        extend = EXTEND_TILES.get(head_dim)
+        for rows, new, tiles in ((3, None, None), (40, None, None), (3, [5] * 3, extend), (3, [5] * 3, None)):
             windowed = new is not None
             what = {"head_dim": head_dim, "windowed": windowed}
-            case = random_case(0, shared=[40] * (rows - 1), tails=[5] * rows, head_dim=head_dim, dtype=dtype, new=new)
+            shape = {"head_dim": head_dim, "dtype": dtype, "tiles": tiles}
+            case = random_case(0, shared=[40] * (rows - 1), tails=[5] * rows, new=new, **shape)
             packed = make_packed(case, Capacity.of(case.plan))
             packed._pdl = packed._is_hopper = True
             packed.load(case.plan)
