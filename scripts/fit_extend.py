@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from kernel_report import OURS
-from kernel_workloads import Workload, workloads
+from kernel_workloads import HEAD_DIM, Workload, workloads
 from rich.console import Console
 from rich.table import Table
 from write_constants import write
 
 from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200, SMS, ExtendCosts
-from packinfer_sgl.kernels.tiles import tile_policy
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, policy_of
 from packinfer_sgl.plan import Plan
 
 SOURCE = Path(__file__).resolve().parents[1] / "packinfer_sgl" / "extend_costs.py"
 STOCK = "fa3 page 1"
+TILES = EXTEND_TILES[HEAD_DIM]
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Case:
     stock_us: float
 
     def packed_model(self, costs: ExtendCosts) -> float:
-        timings = tile_policy(self.work.shape, torch.device("cpu"), extend=True).timings
+        timings = policy_of(self.work.shape, TILES, SMS).timings
         assert timings is not None
-        return costs.packed_us(self.plan, self.work.shape, timings)
+        return costs.packed_us(self.plan, self.work.shape, timings, TILES[0].rows, TILES[0].tokens)
 
     def stock_model(self, costs: ExtendCosts) -> float:
         return costs.stock_us(np.array(self.work.new, np.int32), self.work.kv_lens, self.work.shape, SMS)
@@ -64,7 +64,7 @@ def cases(results: list[dict[str, Any]]) -> list[Case]:
         if r["kind"] == "decode" or r["slots"] != "random" or not {OURS, STOCK} <= r["us"].keys():
             continue
         work = known[r["workload"]]
-        plan = work.extend_plan(torch.device("cpu"))
+        plan = work.extend_plan(TILES, SMS)
         if (plan.n_partials, plan.kv_tokens_read) != (r["plan"]["partials"], r["plan"]["tokens_read"]):
             raise SystemExit(f"fit_extend: {work.name} was measured with another plan: fit where it was measured")
         found.append(Case(work, plan, r["us"][OURS][0], r["us"][STOCK][0]))

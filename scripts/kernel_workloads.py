@@ -10,6 +10,7 @@ import torch
 from packinfer_sgl.cuda_extend import extend_planner
 from packinfer_sgl.cut import make_plan
 from packinfer_sgl.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan, TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
@@ -95,9 +96,9 @@ class Workload:
         queries = {} if self.kind == "decode" else {"qo_indptr": self.qo_indptr, "visible": self.visible}
         return make_plan(tree, self.kv_lens, policy, kv_tokens_unique=self.unique_tokens, **queries)
 
-    def extend_plan(self, device: torch.device) -> Plan:
+    def extend_plan(self, tiles: tuple[Tile, ...], sms: int) -> Plan:
         """With which SGLang's extend batches of this kind are served."""
-        planner = extend_planner(self.shape, device, grouping="multi", stats=Stats(), always=True)
+        planner = extend_planner(self.shape, tiles, sms, grouping="multi", stats=Stats(), always=True)
         plan = planner.fastest(self.tree(), np.array(self.new, np.int32), self.kv_lens)
         assert plan is not None
         return plan

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import fit_extend
 import pytest
-import torch
-from fit_extend import STOCK, Case, cases, fit_all
+from fit_extend import STOCK, TILES, Case, cases, fit_all
 from kernel_report import OURS
 from kernel_workloads import workloads
 from write_constants import write
 
-from packinfer_sgl.extend_costs import EXTEND_H200
+from packinfer_sgl.extend_costs import EXTEND_H200, SMS
 
-CASES = [Case(work, work.extend_plan(torch.device("cpu")), 0.0, 0.0) for work in workloads() if work.name[0] in "PMCR"]
+CASES = [Case(work, work.extend_plan(TILES, SMS), 0.0, 0.0) for work in workloads() if work.name[0] in "PMCR"]
 PLANTED = replace(
     EXTEND_H200, block_us=1.8, half_block_us=0.8, item_us=3.5, partials=0.5, call_us=6.0, stock_block_us=1.5,
     stock_half_block_us=1.3, stock_tile_us=4.0, stock_call_us=7.0,
