@@ -22,7 +22,6 @@ from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.plan import Col, Plan
 
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
-STAGE_OUT = True
 LOG2_E = math.log2(math.e)
 
 
@@ -210,10 +209,8 @@ class PackedCuda:
         lse2 = torch.empty(n, n_heads, dtype=torch.float32, device=q.device) if lse2 is None else lse2
         stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
         view = self._view
-        if self.tiles[0].rows > 64:  # its kernel copies 16 bytes at a time
-            if not (_aligned(k) and _aligned(v)):
-                raise ValueError("heads of K and V that do not begin at multiples of 16 bytes are not supported")
-            q = q if _aligned(q) else q.clone(memory_format=torch.contiguous_format)
+        if self.tiles[0].rows > 64 and not (_aligned(k) and _aligned(v)):  # its kernel copies 16 bytes at a time
+            raise ValueError("heads of K and V that do not begin at multiples of 16 bytes are not supported")
 
         tensors = (
             q, k, v, out, lse2, self._part_out, self._part_lse2, self.kv_slots, view["items"], view["counts"],
@@ -234,10 +231,9 @@ class PackedCuda:
             }  # fmt: skip
             if tile.rows > 64:
                 packed_attention_extend_kernel[grid](
-                    *tensors, view["win_lo"], view["win_hi"], *numbers, *heads, **kind,
-                    WARPGROUPS=tile.rows // 64, Q_TILES=tile.q_tiles,
-                    PIPELINED=tile.pipelined, STAGE_OUT=STAGE_OUT, MULTIPLY_REGISTERS=tile.multiply_registers,
-                    GATHER_REGISTERS=tile.gather_registers, num_warps=4, maxnreg=tile.registers,
+                    *tensors, view["win_lo"], view["win_hi"], *numbers, *heads, **kind, PIPELINED=tile.pipelined,
+                    MULTIPLY_REGISTERS=tile.multiply_registers, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
+                    maxnreg=tile.registers,
                 )  # fmt: skip
             elif self._is_hopper and tile.gather_registers and not windowed and mask is None:
                 packed_attention_hopper_kernel[grid](

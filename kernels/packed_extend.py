@@ -20,10 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from packinfer_sgl.kernels.packed import A_LEN, A_OFF, B_LEN, B_OFF, N_COLS, PIECE, Q_CNT, Q_OFF
-from packinfer_sgl.kernels.packed_hopper import ROWS, rows_of, store_results
+from packinfer_sgl.kernels.packed_hopper import ROWS, load_q, store_results
 
 CHUNK = gl.constexpr(32)  # rows that are copied together
-Q_ROWS = gl.constexpr(256)  # room for the rows of a tile
 
 
 @gluon.jit
@@ -33,57 +32,42 @@ def _n_blocks(length, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _copy_rows(rows, pointer, offsets, n_inside, HEAD_DIM: gl.constexpr, FIRST: gl.constexpr = 0):
-    """Begin to copy rows to shared memory, from the ``offsets`` after the FIRST; past ``n_inside`` they become 0."""
+def _copy_block(block, ready, pointer, offsets, n_inside, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Begin to copy the rows at ``offsets`` (in shared memory); those after the first ``n_inside`` become 0."""
     threads: gl.constexpr = HEAD_DIM // 8  # of a row: 16 bytes each
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
     d = gl.expand_dims(gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout)), 0)
-    for i in gl.static_range(rows.shape[0] // CHUNK):
-        from_row = gl.multiple_of(offsets.index(FIRST // CHUNK + i).load(gl.SliceLayout(1, layout)), 8)
-        offset = gl.expand_dims(from_row, 1) + d
-        inside = gl.expand_dims(FIRST + i * CHUNK + row < n_inside, 1)
-        async_copy.async_copy_global_to_shared(rows.slice(i * CHUNK, CHUNK), pointer + offset, mask=inside)
+    for i in gl.static_range(BLOCK_N // CHUNK):
+        kv_row = gl.multiple_of(offsets.index(i).load(gl.SliceLayout(1, layout)), 8)
+        offset = gl.expand_dims(kv_row, 1) + d
+        inside = gl.expand_dims(i * CHUNK + row < n_inside, 1)
+        async_copy.async_copy_global_to_shared(block.slice(i * CHUNK, CHUNK), pointer + offset, mask=inside)
+    async_copy.mbarrier_arrive(ready, increment_count=False)
 
 
 @gluon.jit
 def _gather(
-    q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads, stride_q_token, stride_q_head,
-    stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready,
-    q_free, k_free, v_free,
-    WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr,
-    STAGES: gl.constexpr, Q_TILES: gl.constexpr,
+    k_ptr, v_ptr, slots_ptr, items_ptr, first, work, kv_heads, stride_page, stride_slot, stride_kv_head,
+    offsets, k_ring, v_ring, k_ready, v_ready, k_free, v_free,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fill the rings with the items' queries and blocks, one after the other.
+    """Fill the rings with the items' blocks, one after the other.
 
-    Each row is looked up once and goes to those who copy from it through shared memory, because registers are few.
+    Each slot is looked up once and goes to those who copy from it through shared memory, because registers are few.
     """
-    nth = gl.arange(0, Q_ROWS, gl.BlockedLayout([1], [32], [4], [0]))
     at = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
-    all_q_offsets = q_offsets._reinterpret(gl.int64, [Q_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     all_offsets = offsets._reinterpret(gl.int64, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     n = 0
-    nth_item = 0
     for w in range(gl.program_id(0), work, gl.num_programs(0)):
         item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
-        kv_head = w % kv_heads
-        q_off = gl.load(item_ptr + Q_OFF)
-        q_cnt = gl.load(item_ptr + Q_CNT)
         a_len = gl.load(item_ptr + A_LEN)
         length = a_len + gl.load(item_ptr + B_LEN)
         a_off = gl.load(item_ptr + A_OFF)
         b_off = gl.load(item_ptr + B_OFF) - a_len
-        query = gl.load(query_rows_ptr + q_off + nth // GROUP, mask=nth // GROUP < q_cnt, other=0)
+        head = (w % kv_heads) * stride_kv_head
         # slots are loaded a block ahead; the slot list ends in room for it
         slot = gl.load(slots_ptr + (gl.where(at < a_len, a_off, b_off) + at))
-        all_q_offsets.store(query.to(gl.int64) * stride_q_token + (kv_head * GROUP + nth % GROUP) * stride_q_head)
-        tile = nth_item % Q_TILES
-        mbarrier.wait(q_free.index(tile), (nth_item // Q_TILES) & 1 ^ 1)
-        for i in gl.static_range(WARPGROUPS):
-            _copy_rows(q_tiles.index(WARPGROUPS * tile + i), q_ptr, q_offsets, q_cnt * GROUP, HEAD_DIM, i * ROWS)
-        async_copy.mbarrier_arrive(q_ready.index(tile), increment_count=False)
-        nth_item += 1
-        head = kv_head * stride_kv_head
         for b in range(_n_blocks(length, BLOCK_N)):
             if PAGE == 1:
                 kv_row = slot.to(gl.int64) * stride_slot
@@ -96,11 +80,9 @@ def _gather(
             phase = (n // STAGES) & 1 ^ 1
             rest = length - b * BLOCK_N
             mbarrier.wait(k_free.index(stage), phase)
-            _copy_rows(k_ring.index(stage), k_ptr + head, offsets, rest, HEAD_DIM)
-            async_copy.mbarrier_arrive(k_ready.index(stage), increment_count=False)
+            _copy_block(k_ring.index(stage), k_ready.index(stage), k_ptr + head, offsets, rest, HEAD_DIM, BLOCK_N)
             mbarrier.wait(v_free.index(stage), phase)
-            _copy_rows(v_ring.index(stage), v_ptr + head, offsets, rest, HEAD_DIM)
-            async_copy.mbarrier_arrive(v_ready.index(stage), increment_count=False)
+            _copy_block(v_ring.index(stage), v_ready.index(stage), v_ptr + head, offsets, rest, HEAD_DIM, BLOCK_N)
             n += 1
 
 
@@ -185,52 +167,43 @@ def _add_values(p, acc, n, v_ring, v_ready, v_free, STAGES: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr,
-    win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring,
-    v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free,
-    WHICH: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, Q_TILES: gl.constexpr, SOFT_CAP: gl.constexpr, PIPELINED: gl.constexpr, STAGE_OUT: gl.constexpr,
+    q_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr,
+    win_hi_ptr, first, work, kv_heads, n_heads, stride_q_token, stride_q_head, stride_out_token, stride_out_head,
+    scale2, cap2, q_tiles, k_ring, v_ring, k_ready, v_ready, k_free, v_free,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    SOFT_CAP: gl.constexpr, PIPELINED: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over the blocks in the rings for the first or the second 64 rows (WHICH), and their results."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     FIRST_ROW: gl.constexpr = WHICH * ROWS
+    q_tile = q_tiles.index(WHICH)
     n = 0
-    nth_item = 0
-    # what an item says is loaded while the one before it is multiplied
-    item_ptr = items_ptr + (first + gl.program_id(0) // kv_heads) * N_COLS
-    next_q_off = gl.load(item_ptr + Q_OFF)
-    next_q_cnt = gl.load(item_ptr + Q_CNT)
-    next_a_len = gl.load(item_ptr + A_LEN)
-    next_b_len = gl.load(item_ptr + B_LEN)
-    next_piece = gl.load(item_ptr + PIECE)
     for w in range(gl.program_id(0), work, gl.num_programs(0)):
+        item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
         kv_head = w % kv_heads
-        q_off, q_cnt, a_len, b_len, piece = next_q_off, next_q_cnt, next_a_len, next_b_len, next_piece
-        item_ptr = items_ptr + (first + gl.minimum(w + gl.num_programs(0), work - 1) // kv_heads) * N_COLS
-        next_q_off = gl.load(item_ptr + Q_OFF)
-        next_q_cnt = gl.load(item_ptr + Q_CNT)
-        next_a_len = gl.load(item_ptr + A_LEN)
-        next_b_len = gl.load(item_ptr + B_LEN)
-        next_piece = gl.load(item_ptr + PIECE)
+        q_off = gl.load(item_ptr + Q_OFF)
+        q_cnt = gl.load(item_ptr + Q_CNT)
+        a_len = gl.load(item_ptr + A_LEN)
+        b_len = gl.load(item_ptr + B_LEN)
+        piece = gl.load(item_ptr + PIECE)
         blocks = _n_blocks(a_len + b_len, BLOCK_N)
-        tile = nth_item % Q_TILES
-        q_tile = q_tiles.index(WARPGROUPS * tile + WHICH)
         if q_cnt * GROUP > FIRST_ROW:
+            load_q(
+                q_ptr, query_rows_ptr, q_tile, FIRST_ROW, q_off, q_cnt, kv_head, stride_q_token, stride_q_head, GROUP,
+                HEAD_DIM,
+            )  # fmt: skip
             token = (FIRST_ROW + gl.arange(0, ROWS, row_layout)) // GROUP
             lo = a_len + gl.load(win_lo_ptr + q_off + token, mask=token < q_cnt, other=0)
             # the windows are those of the tile's last piece
             hi = a_len + gl.minimum(gl.load(win_hi_ptr + q_off + token, mask=token < q_cnt, other=0), b_len)
-            query, part = rows_of(query_rows_ptr, partial_rows_ptr, FIRST_ROW, q_off, q_cnt, GROUP, o_rows)
             acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
             top = gl.full([ROWS], -float("inf"), gl.float32, row_layout)
             total = gl.zeros([ROWS], gl.float32, row_layout)
-            p = gl.zeros([ROWS, BLOCK_N], k_ring.dtype, p_layout)
+            p = gl.zeros([ROWS, BLOCK_N], q_ptr.dtype.element_ty, p_layout)
             full = a_len // BLOCK_N
-            mbarrier.wait(q_ready.index(tile), (nth_item // Q_TILES) & 1)
             if PIPELINED:
                 p, acc, top, total = _step(
                     p, acc, top, total, 0, n, a_len, lo, hi, scale2, cap2, q_tile, k_ring, v_ring, k_ready, v_ready,
@@ -247,50 +220,16 @@ def _multiply(
                     p, acc, top, total, b, n + b, a_len, lo, hi, scale2, cap2, q_tile, k_ring, v_ring, k_ready,
                     v_ready, k_free, v_free, True, SOFT_CAP, STAGES, PIPELINED, False, s_layout, o_layout,
                 )  # fmt: skip
-            if not STAGE_OUT:
-                mbarrier.arrive(q_free.index(tile), count=1)
             if PIPELINED:
                 acc = _add_values(p, acc, n + blocks - 1, v_ring, v_ready, v_free, STAGES)
-            if STAGE_OUT:
-                # the tile of queries is read: rows of the output leave through it, 16 bytes a thread
-                o_total = gl.convert_layout(total, o_rows)
-                o_top = gl.convert_layout(top, o_rows)
-                acc = acc / gl.expand_dims(gl.where(o_total == 0.0, 1.0, o_total), 1)
-                lse2 = o_top + gl.log2(o_total)
-                row = FIRST_ROW + gl.arange(0, ROWS, o_rows)
-                head = kv_head * GROUP + row % GROUP
-                live = row // GROUP < q_cnt
-                direct = live & (part < 0)
-                partial = live & (part >= 0)
-                gl.store(lse2_ptr + query.to(gl.int64) * n_heads + head, lse2, mask=direct)
-                part_row = (part + piece).to(gl.int64) * n_heads + head
-                d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout))
-                part_offset = gl.expand_dims(part_row * HEAD_DIM, 1) + gl.expand_dims(d, 0)
-                gl.store(part_out_ptr + part_offset, acc, mask=gl.expand_dims(partial, 1))
-                gl.store(part_lse2_ptr + part_row, lse2, mask=partial)
-                threads: gl.constexpr = HEAD_DIM // 8
-                out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
-                q_tile.store(acc.to(k_ring.dtype))
-                result = q_tile.load(out_layout)
-                mbarrier.arrive(q_free.index(tile), count=1)
-                out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
-                to = gl.where(direct, query, -1)
-                to = gl.convert_layout(to, out_rows)
-                row2 = FIRST_ROW + gl.arange(0, ROWS, out_rows)
-                d2 = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
-                out_row = to.to(gl.int64) * stride_out_token + (kv_head * GROUP + row2 % GROUP) * stride_out_head
-                out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(d2, 0)
-                gl.store(out_ptr + out_offset, result, mask=gl.expand_dims(to >= 0, 1))
-            else:
-                store_results(
-                    acc, gl.convert_layout(top, o_rows), gl.convert_layout(total, o_rows), query, part, out_ptr,
-                    lse2_ptr, part_out_ptr, part_lse2_ptr, FIRST_ROW, q_cnt, piece, kv_head, n_heads, stride_out_token,
-                    stride_out_head, GROUP, HEAD_DIM, o_layout,
-                )  # fmt: skip
+            o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+            store_results(
+                acc, gl.convert_layout(top, o_rows), gl.convert_layout(total, o_rows), out_ptr, lse2_ptr, part_out_ptr,
+                part_lse2_ptr, query_rows_ptr, partial_rows_ptr, FIRST_ROW, q_off, q_cnt, piece, kv_head, n_heads,
+                stride_out_token, stride_out_head, GROUP, HEAD_DIM, o_layout,
+            )  # fmt: skip
         else:
-            # no row of mine is live: give everything back in step with the other warpgroup
-            mbarrier.wait(q_ready.index(tile), (nth_item // Q_TILES) & 1)
-            mbarrier.arrive(q_free.index(tile), count=1)
+            # no row of mine is live: give the blocks back in step with the other warpgroup
             for b in range(blocks):
                 stage = (n + b) % STAGES
                 phase = ((n + b) // STAGES) & 1
@@ -299,7 +238,6 @@ def _multiply(
                 mbarrier.wait(v_ready.index(stage), phase)
                 mbarrier.arrive(v_free.index(stage), count=1)
         n += blocks
-        nth_item += 1
 
 
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
@@ -308,13 +246,12 @@ def packed_attention_extend_kernel(
     query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, stride_q_token, stride_q_head, stride_out_token,
     stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, first_count, last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, Q_TILES: gl.constexpr, PIPELINED: gl.constexpr, STAGE_OUT: gl.constexpr, MULTIPLY_REGISTERS: gl.constexpr,
-    GATHER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, PIPELINED: gl.constexpr, MULTIPLY_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that do not grow and that none follows.
 
     12 warps, of which 4 gather. A gathering thread gets GATHER_REGISTERS, one of the second multiplying warpgroup
-    MULTIPLY_REGISTERS, and one of the first what ``maxnreg`` leaves. Rows of q, K and V begin at multiples of 16 bytes.
+    MULTIPLY_REGISTERS, and one of the first what ``maxnreg`` leaves.
     """
     first = gl.load(counts_ptr + first_count)
     work = (gl.load(counts_ptr + last_count) - first) * kv_heads
@@ -325,60 +262,32 @@ def packed_attention_extend_kernel(
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
         v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
-        q_tiles = gl.allocate_shared_memory(dtype, [WARPGROUPS * Q_TILES, ROWS, HEAD_DIM], layout)
-        rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        q_offsets = gl.allocate_shared_memory(gl.int64, [Q_ROWS // CHUNK, CHUNK], rows_layout)
-        offsets = gl.allocate_shared_memory(gl.int64, [BLOCK_N // CHUNK, CHUNK], rows_layout)
-        q_ready = gl.allocate_shared_memory(gl.int64, [Q_TILES, 1], mbarrier.MBarrierLayout())
+        q_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, HEAD_DIM], layout)
+        offsets = gl.allocate_shared_memory(
+            gl.int64, [BLOCK_N // CHUNK, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )  # fmt: skip
         k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        q_free = gl.allocate_shared_memory(gl.int64, [Q_TILES, 1], mbarrier.MBarrierLayout())
         k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        # each gathering thread arrives when its copies have, and each multiplying warpgroup when it has read
-        for i in gl.static_range(Q_TILES):
-            mbarrier.init(q_ready.index(i), count=128)
-            mbarrier.init(q_free.index(i), count=WARPGROUPS)
         for i in gl.static_range(STAGES):
+            # each gathering thread arrives when its copies have, and each multiplying warpgroup when it has read
             mbarrier.init(k_ready.index(i), count=128)
             mbarrier.init(v_ready.index(i), count=128)
-            mbarrier.init(k_free.index(i), count=WARPGROUPS)
-            mbarrier.init(v_free.index(i), count=WARPGROUPS)
-        if WARPGROUPS == 2:
-            gl.warp_specialize(
-                [(_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
-                 win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2,
-                 cap2, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, gl.constexpr(0),
-                 WARPGROUPS, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
-                 (_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
-                 win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2,
-                 cap2, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, gl.constexpr(1),
-                 WARPGROUPS, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
-                 (_gather, (q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads,
-                 stride_q_token, stride_q_head, stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles,
-                 k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, WARPGROUPS, GROUP, HEAD_DIM,
-                 BLOCK_N, PAGE, STAGES, Q_TILES))],
-                [4, 4],
-                [MULTIPLY_REGISTERS, GATHER_REGISTERS],
-            )  # fmt: skip
-        else:
-            gl.warp_specialize(
-                [(_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
-                 win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2,
-                 cap2, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, gl.constexpr(0),
-                 WARPGROUPS, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
-                 (_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
-                 win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2,
-                 cap2, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, gl.constexpr(1),
-                 WARPGROUPS, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
-                 (_multiply, (out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr,
-                 win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2,
-                 cap2, q_tiles, k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, gl.constexpr(2),
-                 WARPGROUPS, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_TILES, SOFT_CAP, PIPELINED, STAGE_OUT)),
-                 (_gather, (q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads,
-                 stride_q_token, stride_q_head, stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles,
-                 k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, WARPGROUPS, GROUP, HEAD_DIM,
-                 BLOCK_N, PAGE, STAGES, Q_TILES))],
-                [4, 4, 4],
-                [MULTIPLY_REGISTERS, MULTIPLY_REGISTERS, GATHER_REGISTERS],
-            )  # fmt: skip
+            mbarrier.init(k_free.index(i), count=2)
+            mbarrier.init(v_free.index(i), count=2)
+        gl.warp_specialize(
+            [(_multiply, (q_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr,
+                 partial_rows_ptr, win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_q_token,
+                 stride_q_head, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring, v_ring, k_ready,
+                 v_ready, k_free, v_free, gl.constexpr(0), GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, PIPELINED)),
+             (_multiply, (q_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr,
+                 partial_rows_ptr, win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_q_token,
+                 stride_q_head, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring, v_ring, k_ready,
+                 v_ready, k_free, v_free, gl.constexpr(1), GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, PIPELINED)),
+             (_gather, (k_ptr, v_ptr, slots_ptr, items_ptr, first, work, kv_heads, stride_page, stride_slot,
+                 stride_kv_head, offsets, k_ring, v_ring, k_ready, v_ready, k_free, v_free, HEAD_DIM, BLOCK_N, PAGE,
+                 STAGES))],
+            [4, 4],
+            [MULTIPLY_REGISTERS, GATHER_REGISTERS],
+        )  # fmt: skip

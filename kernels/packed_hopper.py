@@ -61,27 +61,36 @@ def _gather(
 
 
 @gluon.jit
-def rows_of(
-    query_rows_ptr, partial_rows_ptr, first_row, q_off, q_cnt, GROUP: gl.constexpr, layout: gl.constexpr
+def load_q(
+    q_ptr, query_rows_ptr, q_tile, first_row, q_off, q_cnt, kv_head, stride_q_token, stride_q_head,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
-    """Of ROWS rows from ``first_row`` on the row of q and out, and that of the partial results or -1."""
-    row = first_row + gl.arange(0, ROWS, layout)
+    """ROWS rows of a tile into shared memory, from ``first_row`` on."""
+    threads: gl.constexpr = HEAD_DIM // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     live = row // GROUP < q_cnt
-    query = gl.load(query_rows_ptr + q_off + row // GROUP, mask=live, other=0)
-    return query, gl.load(partial_rows_ptr + q_off + row // GROUP, mask=live, other=0)
+    query = gl.load(query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)
+    q_row = query * stride_q_token + (kv_head * GROUP + row % GROUP) * stride_q_head
+    q_offset = gl.expand_dims(q_row, 1) + gl.expand_dims(d, 0)
+    q_tile.store(gl.load(q_ptr + q_offset, mask=gl.expand_dims(live, 1), other=0.0))
+    fence_async_shared()
 
 
 @gluon.jit
 def store_results(
-    acc, top, total, query, part, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, first_row, q_cnt, piece, kv_head,
-    n_heads, stride_out_token, stride_out_head, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, o_layout: gl.constexpr,
+    acc, top, total, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, query_rows_ptr, partial_rows_ptr, first_row,
+    q_off, q_cnt, piece, kv_head, n_heads, stride_out_token, stride_out_head,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """The same rows' results: to the output, or to the item's partial results."""
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout))
     live = row // GROUP < q_cnt
     head = kv_head * GROUP + row % GROUP
-    query = query.to(gl.int64)
+    query = gl.load(query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)
+    part = gl.load(partial_rows_ptr + q_off + row // GROUP, mask=live, other=0)
     direct = live & (part < 0)
     partial = live & (part >= 0)
     result = acc / gl.expand_dims(gl.where(total == 0.0, 1.0, total), 1)
@@ -108,8 +117,6 @@ def _multiply(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
-    threads: gl.constexpr = HEAD_DIM // 8
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     n = 0
     for w in range(gl.program_id(0), work, gl.num_programs(0)):
@@ -119,14 +126,9 @@ def _multiply(
         q_cnt = gl.load(item_ptr + Q_CNT)
         a_len = gl.load(item_ptr + A_LEN)
         piece = gl.load(item_ptr + PIECE)
-        row = gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
-        d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, q_layout))
-        live = row // GROUP < q_cnt
-        query = gl.load(query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)
-        q_row = query * stride_q_token + (kv_head * GROUP + row % GROUP) * stride_q_head
-        q_offset = gl.expand_dims(q_row, 1) + gl.expand_dims(d, 0)
-        q_tile.store(gl.load(q_ptr + q_offset, mask=gl.expand_dims(live, 1), other=0.0))
-        fence_async_shared()
+        load_q(
+            q_ptr, query_rows_ptr, q_tile, 0, q_off, q_cnt, kv_head, stride_q_token, stride_q_head, GROUP, HEAD_DIM
+        )  # fmt: skip
 
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
         top = gl.full([ROWS], -float("inf"), gl.float32, row_layout)
@@ -160,10 +162,9 @@ def _multiply(
             mbarrier.arrive(free.index(stage), count=1)
             n += 1
 
-        query, part = rows_of(query_rows_ptr, partial_rows_ptr, 0, q_off, q_cnt, GROUP, row_layout)
         store_results(
-            acc, top, total, query, part, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, 0, q_cnt, piece, kv_head,
-            n_heads, stride_out_token, stride_out_head, GROUP, HEAD_DIM, o_layout,
+            acc, top, total, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, query_rows_ptr, partial_rows_ptr, 0,
+            q_off, q_cnt, piece, kv_head, n_heads, stride_out_token, stride_out_head, GROUP, HEAD_DIM, o_layout,
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ class Tile:
     Attributes:
         rows: query rows, that is tokens times query heads of a KV head.
         tokens: KV tokens of a block.
-        warps: of a program of the plain kernel.
+        warps: of a program of the plain kernel; 0 where there is none.
         stages: blocks in flight.
         registers: most of a thread; so few that programs of both classes fit a multiprocessor together. Of the
             warp-specialised kernels, which run on Hopper in place of the plain one: the mean of all threads.
@@ -26,7 +26,6 @@ class Tile:
         resident: programs of a multiprocessor at once, by which pieces are cut.
         programs: programs launched for each multiprocessor.
         shares: programs of a multiprocessor among which a class that runs alone is divided; 0 for never.
-        q_tiles: tiles of queries of the extend kernel: with two the next item's come while one is multiplied.
         pipelined: whether a warpgroup of the extend kernel multiplies for the next block beside its softmax.
     """
 
@@ -39,14 +38,12 @@ class Tile:
     resident: int
     programs: int
     shares: int
-    q_tiles: int = 1
     pipelined: bool = False
 
     @property
     def multiply_registers(self) -> int:
-        """Of a multiplying thread of the extend kernel, with a warpgroup for each 64 rows and one that gathers."""
-        multiplying = self.rows // 64
-        return ((multiplying + 1) * self.registers - self.gather_registers) // multiplying // 8 * 8
+        """Of a multiplying thread of the extend kernel, with two such warpgroups for each that gathers."""
+        return (3 * self.registers - self.gather_registers) // 2
 
 
 # Largest class first. Those of head_dim 128 were measured with scripts/tune_kernels.py on an H200; 64 and 256 are
@@ -59,8 +56,8 @@ TILES = {
 
 # Of extend plans on Hopper, where the large class runs on kernels/packed_extend.py. Unmeasured at head_dim 64.
 EXTEND_TILES = {
-    64: (Tile(192, 64, 0, 3, 128, 40, 1, 1, 0, 2), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
-    128: (Tile(192, 64, 0, 3, 128, 40, 1, 1, 0, 2), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
+    64: (Tile(128, 128, 0, 2, 168, 40, 1, 1, 0, True), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
+    128: (Tile(128, 128, 0, 2, 168, 40, 1, 1, 0, True), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
 }
 
 # Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.

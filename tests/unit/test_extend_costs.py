@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packinfer_sgl.cuda_extend import extend_planner, is_measured
+from packinfer_sgl.cuda_extend import extend_planner
 from packinfer_sgl.extend_costs import BLOCK, EXTEND_H200, ROWS, SMS, ExtendCosts
 from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.tiles import EXTEND_TILES, policy_of
@@ -131,21 +130,3 @@ def test_short_suffixes_ride_with_their_prefix() -> None:
 def test_long_tails_do_not_ride() -> None:
     plan = MIXED.planned()
     assert plan is not None and plan.n_partials > 0 and plan.kv_tokens_read < plan.kv_tokens_logical / 5
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "logit_cap", "capability", "measured"),
-    [(128, 0.0, 9, True), (64, 0.0, 9, True), (256, 0.0, 9, False), (128, 30.0, 9, False), (128, 0.0, 10, False),
-     (128, 0.0, 8, False)],
-)  # fmt: skip
-def test_where_times_are_known(
-    monkeypatch: pytest.MonkeyPatch, head_dim: int, logit_cap: float, capability: int, measured: bool
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-
-    class Layer:
-        pass
-
-    layer = Layer()
-    layer.head_dim, layer.logit_cap = head_dim, logit_cap  # type: ignore[attr-defined]
-    assert is_measured(layer, torch.device("cuda")) is measured  # type: ignore[arg-type]
