@@ -39,7 +39,8 @@ LEGEND = (
     "Requests of a workload are sent at once and wait for their turn in the engine. Medians of the rounds, in brackets "
     "lowest and highest. TPOT: time per output token after the first. *KV tokens read*: in packed decode steps, "
     "of what a kernel that knows of no prefixes reads; *at least*: what any kernel must read there. *Hit rate*: prompt "
-    "tokens found in the radix cache; *at best*: in one that never forgets, requests coming one after the other."
+    "tokens found in the radix cache; *at best*: in one that never forgets, requests coming one after the other. "
+    "*In one piece*: shared KV tokens that were read from contiguous slots, where there is an arena."
 )
 
 
@@ -60,6 +61,10 @@ class Cell:
         )
         self.plan_us = total("plan_us_total") / (total("plans") or 1)
         self.plans = total("plans") / len(runs)
+        arena = lambda name: sum(run.get(f"arena_{name}", 0) for run in runs)  # noqa: E731
+        shared = arena("shared_tokens_read")
+        self.contiguous = arena("contiguous_tokens_read") / shared if shared else None  # unknown without an arena
+        self.copied_mb = arena("copied_bytes") / len(runs) / 1e6
 
 
 def cells(results: Results) -> dict[tuple[str, str], Cell]:
@@ -177,7 +182,7 @@ def comparison_rows(step: Step, found: list[tuple[str, Cell, Cell]], spreads: bo
 
 def cell_rows(results: Results) -> list[list[str]]:
     rows = [["workload", "configuration", *TITLES.values(), "KV tokens read", "at least", "packed steps",
-             "hit rate", "at best", "plan, us", "plans"]]  # fmt: skip
+             "hit rate", "at best", "plan, us", "plans", "in one piece", "copied, MB"]]  # fmt: skip
     known = cells(results)
     for workload in results["workloads"]:
         for name in results["configs"]:
@@ -186,6 +191,7 @@ def cell_rows(results: Results) -> list[list[str]]:
                     workload, name, *map(str, cell.spread.values()), f"{cell.kv_read:.0%}", f"{cell.kv_least:.0%}",
                     f"{cell.packed:.0%}", f"{1 - cell.computed:.0%}", f"{1 - cell.computed_least:.0%}",
                     f"{cell.plan_us:,.0f}", f"{cell.plans:.0f}",
+                    "-" if cell.contiguous is None else f"{cell.contiguous:.0%}", f"{cell.copied_mb:,.0f}",
                 ])  # fmt: skip
     return rows
 
@@ -236,7 +242,8 @@ def write_csv(results: Results, path: Path) -> None:
     with path.open("w", newline="") as file:
         out = csv.writer(file)
         spreads = [f"{m}{end}" for m in TITLES for end in ("", "_low", "_high")]
-        plain = ["kv_read", "kv_least", "packed", "computed", "computed_least", "plan_us", "plans"]
+        plain = ["kv_read", "kv_least", "packed", "computed", "computed_least", "plan_us", "plans",
+                 "contiguous", "copied_mb"]  # fmt: skip
         out.writerow(["workload", *AXES, *spreads, *plain])
         for (name, workload), cell in known.items():
             config: Config = results["configs"][name]

@@ -111,7 +111,11 @@ def test_markdown_and_csv(tmp_path: Path) -> None:
     assert markdown(one).startswith("# What grouping gives\n")
     assert "| fork | usual settings | 160 (150 to 170) |" in text
     row = next(line for line in text.splitlines() if line.startswith("| fork | usual settings"))
-    assert row.endswith("| 20% | 12% | 90% | 75% | 80% | 100 | 4 |")
+    assert row.endswith("| 20% | 12% | 90% | 75% | 80% | 100 | 4 | - | 0 |")
+    arena = {"arena_shared_tokens_read": 50, "arena_contiguous_tokens_read": 48, "arena_copied_bytes": 3e6}
+    copied = {**RESULTS, "runs": runs("usual settings", "fork", (150, 170), (4, 6), **arena)}
+    row = next(line for line in markdown(copied).splitlines() if line.startswith("| fork | usual settings"))
+    assert row.endswith("| 4 | 96% | 3 |")
     assert "- fork: a tree" in text and "- size: cpu" in text
     write_csv(RESULTS, tmp_path / "cells.csv")
     with (tmp_path / "cells.csv").open() as file:
