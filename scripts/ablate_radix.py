@@ -27,6 +27,7 @@ from ablate_cells import Cells, Records, engine_defaults
 from ablate_matrix import AXES, Config, engine_arguments, label
 from ablate_report import show, write
 from ablate_workloads import MAKERS, SIZES, as_json
+from choices import names
 from engine_worker import EngineWorker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -112,16 +113,6 @@ def one_run(cells: Cells, config: Config, workload: str, run: str, engine: Engin
         console.print(Text(f"ablate_radix: {engine.name}, {workload}: {answer['error']}"), soft_wrap=True)
     else:
         cells.add(config, workload, run, answer)
-
-
-def names(known: Any) -> Any:
-    def parse(text: str) -> list[str]:
-        found = list(dict.fromkeys(text.split(",")))
-        if unknown := [name for name in found if name not in known]:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(known)}")
-        return found
-
-    return parse
 
 
 def json_object(text: str) -> dict[str, Any]:

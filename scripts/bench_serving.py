@@ -22,6 +22,7 @@ from typing import Any
 
 import requests
 import torch
+from choices import names
 from machine import machine, nvidia_smi
 from rich.console import Console
 from rich.text import Text
@@ -142,20 +143,6 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     return {**machine(args.model), "rounds": args.rounds, "servers": servers}
 
 
-def arm_names(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
-    if unknown := set(names) - set(ARMS):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {', '.join(ARMS)}")
-    return names
-
-
-def workload_names(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
-    if unknown := set(names) - set(WORKLOADS):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {', '.join(WORKLOADS)}")
-    return names
-
-
 def rates(text: str) -> list[str]:
     texts = list(dict.fromkeys(text.split(",")))
     if not all(float(rate) > 0 for rate in texts):
@@ -168,10 +155,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for results, plots and logs")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--workload", type=workload_names, help=f"by comma, of {', '.join(WORKLOADS)}")
+    what.add_argument("--workload", type=names(WORKLOADS), help=f"by comma, of {', '.join(WORKLOADS)}")
     what.add_argument("--trace", type=Path, help="request trace of Mooncake (.jsonl) or Azure (.csv)")
     stock = base_backend(Config(), "cuda" if ON_GPU else "cpu")
-    parser.add_argument("--arms", type=arm_names, default=f"packinfer,{stock}",
+    parser.add_argument("--arms", type=names(ARMS), default=f"packinfer,{stock}",
                         help=f"by comma, of {', '.join(ARMS)} (default %(default)s)")  # fmt: skip
     parser.add_argument("--rounds", type=int, choices=range(1, 100), default=3, metavar="N", help="default 3")
     parser.add_argument(
