@@ -3,7 +3,7 @@
 One program of ``packed_attention_kernel`` is one work item and one KV head. Its rows are (query token, query head of
 the KV head) pairs, token after token, so any GQA ratio fills a tile without padding between tokens. Each tile class is
 a launch of its own, because tiles of few and of many rows want different numbers of warps; they run at the same time.
-Queries with several partial results are merged by ``merge_kernel``.
+Queries with several partial results are merged in ``merge.py``.
 
 With PDL (programmatic dependent launch, Hopper and later) each launch begins when the one before it has begun, not when
 it is done: classes do not need each other's results. A launch is done only when the one before it is, because its
@@ -32,6 +32,7 @@ OPEN_ROW = tl.constexpr(int(Col.OPEN_ROW))
 NEXT = tl.constexpr(int(Col.NEXT))
 N_COLS = tl.constexpr(len(Col))
 # entries of ``counts``: first those of ``Plan.class_indptr``
+N_MERGED = tl.constexpr(5)
 N_QUERIES = tl.constexpr(6)
 N_SPANS = tl.constexpr(7)
 
@@ -250,90 +251,6 @@ def packed_attention_kernel(
         # not all programs: those that wait would keep others of this launch from starting
         if tl.program_id(0) == 0:
             gdc_wait()
-
-
-@triton.jit
-def _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM: tl.constexpr):
-    """The softmax over the union of what partial results ``begin`` to ``end`` of a head saw."""
-    BLOCK_P: tl.constexpr = 16
-    d = tl.arange(0, HEAD_DIM)
-    acc = tl.zeros([HEAD_DIM], tl.float32)
-    top = -float("inf")
-    total = 0.0
-    for i in range(begin, end, BLOCK_P):
-        row = i + tl.arange(0, BLOCK_P)
-        part = row.to(tl.int64) * n_heads + head
-        lse2 = tl.load(part_lse2_ptr + part, mask=row < end, other=-float("inf"))
-        o = tl.load(part_out_ptr + part[:, None] * HEAD_DIM + d[None, :], mask=(row < end)[:, None], other=0.0)
-        new_top = tl.maximum(top, tl.max(lse2, 0))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weight = tl.exp2(lse2 - shift)
-        keep = tl.exp2(top - shift)
-        acc = acc * keep + tl.sum(weight[:, None] * o, 0)
-        total = total * keep + tl.sum(weight, 0)
-        top = new_top
-    return acc / tl.where(total == 0.0, 1.0, total), top + tl.log2(total)
-
-
-@triton.jit(do_not_specialize=["n_heads", "most_queries"])
-def merge_kernel(
-    part_out_ptr,
-    part_lse2_ptr,
-    merge_indptr_ptr,
-    counts_ptr,
-    out_ptr,
-    lse2_ptr,
-    stride_out_token,
-    stride_out_head,
-    n_heads,
-    most_queries,
-    HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program (query, i) merges the partial results of a query for the ``i``th HEADS of its heads.
-
-    Queries past those of the plan are padding: they come out as 0, with an lse2 of -inf. ``merge_indptr`` has room for
-    ``most_queries``.
-    """
-    query = tl.program_id(0)
-    first_head = tl.program_id(1) * HEADS
-    # padding may lie past the list; all three loads go out at once
-    begin = tl.load(merge_indptr_ptr + tl.minimum(query, most_queries))
-    end = tl.load(merge_indptr_ptr + tl.minimum(query + 1, most_queries))
-    is_padding = query >= tl.load(counts_ptr + N_QUERIES)
-    head = first_head + tl.arange(0, HEADS)
-    d = tl.arange(0, HEAD_DIM)
-    out = out_ptr + query.to(tl.int64) * stride_out_token + head[:, None] * stride_out_head + d[None, :]
-    lse2_out = lse2_ptr + query * n_heads + head
-    if PDL:
-        # those with nothing to do leave at once, but for one: this launch must not be done before the others are
-        if is_padding | (end > begin) | (query + first_head == 0):
-            gdc_wait()
-    if is_padding:
-        tl.store(out, tl.zeros([HEADS, HEAD_DIM], out_ptr.dtype.element_ty))
-        tl.store(lse2_out, tl.full([HEADS], -float("inf"), tl.float32))
-    elif end > begin:
-        if end - begin <= 4:
-            # all loads of all heads at once
-            row = begin + tl.arange(0, 4)[None, :]
-            part = row.to(tl.int64) * n_heads + head[:, None]
-            lse2 = tl.load(part_lse2_ptr + part, mask=row < end, other=-float("inf"))
-            part_out = part_out_ptr + part[:, :, None] * HEAD_DIM + d[None, None, :]
-            o = tl.load(part_out, mask=(row < end)[:, :, None], other=0.0)
-            top = tl.max(lse2, 1)
-            weight = tl.exp2(lse2 - tl.where(top == -float("inf"), 0.0, top)[:, None])
-            total = tl.sum(weight, 1)
-            result = tl.sum(weight[:, :, None] * o, 1) / tl.where(total == 0.0, 1.0, total)[:, None]
-            tl.store(out, result.to(out_ptr.dtype.element_ty))
-            tl.store(lse2_out, top + tl.log2(total))
-        else:
-            for i in tl.static_range(HEADS):
-                h = first_head + i
-                one, one_lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, h, n_heads, HEAD_DIM)
-                out_row = out_ptr + query.to(tl.int64) * stride_out_token + h * stride_out_head
-                tl.store(out_row + d, one.to(out_ptr.dtype.element_ty))
-                tl.store(lse2_ptr + query * n_heads + h, one_lse2)
 
 
 @triton.jit

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import triton
 
+from packinfer_sgl.kernels.merge import merge_kernel, merge_listed_kernel
 from packinfer_sgl.kernels.packed import (
+    N_MERGED,
     N_QUERIES,
     N_SPANS,
     append_kernel,
-    merge_kernel,
     packed_attention_kernel,
     snapshot_kernel,
 )
@@ -99,6 +101,7 @@ class PackedCuda:
             "win_lo": c.slots,
             "win_hi": c.slots,
             "merge_indptr": c.queries + 1,
+            "merged": c.queries,
             "spans": c.spans * 5,
             "append_base": c.queries,
         }
@@ -136,9 +139,13 @@ class PackedCuda:
         block = staging.numpy()
         counts = block[self._at["counts"]]
         counts[: len(plan.class_indptr)] = plan.class_indptr
+        merged = np.flatnonzero(plan.merge_indptr[1:] > plan.merge_indptr[:-1])
         counts[int(N_QUERIES)], counts[int(N_SPANS)] = len(plan.merge_indptr) - 1, len(plan.spans)
-        for name in ("items", "query_rows", "partial_rows", "win_lo", "win_hi", "merge_indptr", "spans", "append_base"):
-            values = getattr(plan, name).reshape(-1)
+        counts[int(N_MERGED)] = len(merged)
+        self._n_queries, self._n_merged = len(plan.merge_indptr) - 1, len(merged)
+        self._n_programs = np.diff(plan.class_indptr).tolist()
+        names = ("items", "query_rows", "partial_rows", "win_lo", "win_hi", "merge_indptr", "spans", "append_base")
+        for name, values in (("merged", merged), *((name, getattr(plan, name).reshape(-1)) for name in names)):
             start = self._at[name].start
             block[start : start + len(values)] = values
         self._block.copy_(staging, non_blocking=True)
@@ -209,8 +216,10 @@ class PackedCuda:
         lse2 = torch.empty(n, n_heads, dtype=torch.float32, device=q.device) if lse2 is None else lse2
         stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
         view = self._view
-        if self.tiles[0].rows > 64 and not (_aligned(k) and _aligned(v)):  # its kernel copies 16 bytes at a time
-            raise ValueError("heads of K and V that do not begin at multiples of 16 bytes are not supported")
+        if self.tiles[0].rows > 64:  # its kernel copies 16 bytes at a time
+            if not (_aligned(k) and _aligned(v)):
+                raise ValueError("heads of K and V that do not begin at multiples of 16 bytes are not supported")
+            q = q if _aligned(q) else q.clone(memory_format=torch.contiguous_format)
 
         tensors = (
             q, k, v, out, lse2, self._part_out, self._part_lse2, self.kv_slots, view["items"], view["counts"],
@@ -221,17 +230,21 @@ class PackedCuda:
             sm_scale * LOG2_E, logits_soft_cap * LOG2_E,
         )  # fmt: skip
         flags = (view["counts"], view["counts"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
-        for i, tile in enumerate(self.tiles):
+        # a captured launch must do for other plans, too
+        exact = windowed and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        launches = [i for i in range(len(self.tiles)) if self._n_programs[i] or not exact]
+        for i in launches:
+            tile = self.tiles[i]
             grid, heads = (self._sms * tile.programs,), (i, i + 1, self.kv_heads, n_heads)
             kind = {
                 "GROUP": n_heads // self.kv_heads, "HEAD_DIM": head_dim, "BLOCK_N": tile.tokens, "PAGE": page_size,
                 "SOFT_CAP": logits_soft_cap > 0, "STAGES": tile.stages,
                 # the first launch needs all that came before it on the stream
-                "launch_pdl": self._pdl and i > 0,
+                "launch_pdl": self._pdl and i > launches[0],
             }  # fmt: skip
             if tile.rows > 64:
                 packed_attention_extend_kernel[grid](
-                    *tensors, view["win_lo"], view["win_hi"], *numbers, *heads, **kind, PIPELINED=tile.pipelined,
+                    *tensors, view["win_lo"], view["win_hi"], *numbers, *heads, **kind,
                     MULTIPLY_REGISTERS=tile.multiply_registers, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
                     maxnreg=tile.registers,
                 )  # fmt: skip
@@ -251,11 +264,16 @@ class PackedCuda:
         # a multiprocessor holds 32 programs at once: where there are more, each merges several heads
         crowded = n * n_heads > 32 * self._sms
         heads = next(h for h in (4, 2, 1) if n_heads % h == 0 and (crowded or h == 1))
-        merge_kernel[(n, n_heads // heads)](
-            self._part_out, self._part_lse2, view["merge_indptr"], view["counts"], out, lse2,
-            out.stride(0), out.stride(1), n_heads, self.capacity.queries, HEAD_DIM=head_dim, HEADS=heads, PDL=self._pdl,
-            num_warps=1, launch_pdl=self._pdl,
-        )  # fmt: skip
+        partials = (self._part_out, self._part_lse2, view["merge_indptr"])
+        results = (out, lse2, out.stride(0), out.stride(1), n_heads)
+        kind = {"HEAD_DIM": head_dim, "HEADS": heads, "PDL": self._pdl, "num_warps": 1, "launch_pdl": self._pdl}
+        if windowed:
+            many = self._n_merged + n - self._n_queries if exact else n
+            if many:
+                grid = (min(many, max(1, 32 * self._sms * heads // n_heads)), n_heads // heads)
+                merge_listed_kernel[grid](*partials, view["merged"], view["counts"], *results, n, **kind)
+        else:
+            merge_kernel[(n, n_heads // heads)](*partials, view["counts"], *results, self.capacity.queries, **kind)
         return out, lse2
 
 

@@ -1,9 +1,9 @@
 """Packed attention of extend batches on Hopper: warp-specialised, in Gluon.
 
 The same items and the same results as ``packed.packed_attention_kernel`` with run B, for tiles of 128 rows. Products
-bound it, so the tensor cores must never wait: one warpgroup gathers keys and values into two rings of blocks in shared
-memory, two multiply, each 64 of the rows; one's softmax runs beside the other's products, and with PIPELINED also
-beside its own (FlashAttention-3, https://arxiv.org/abs/2407.08608).
+bound it, so the tensor cores must not wait: one warpgroup gathers queries, keys and values into shared memory, blocks
+and items ahead, and two multiply, each 64 of the rows, so that the softmax of one runs beside the products of the other
+(FlashAttention-3, https://arxiv.org/abs/2407.08608).
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from packinfer_sgl.kernels.packed import A_LEN, A_OFF, B_LEN, B_OFF, N_COLS, PIECE, Q_CNT, Q_OFF
-from packinfer_sgl.kernels.packed_hopper import ROWS, load_q, store_results
+from packinfer_sgl.kernels.packed_hopper import ROWS
 
 CHUNK = gl.constexpr(32)  # rows that are copied together
+WARPGROUPS = gl.constexpr(2)  # that multiply, each ROWS of a tile
+Q_TILES = gl.constexpr(2)  # queries of the next item come while those of one are multiplied
 
 
 @gluon.jit
@@ -32,42 +34,78 @@ def _n_blocks(length, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _copy_block(block, ready, pointer, offsets, n_inside, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Begin to copy the rows at ``offsets`` (in shared memory); those after the first ``n_inside`` become 0."""
+def _rounds(work):
+    """How many items this program has: in each round, the programs take one each, in turn forwards and backwards.
+
+    Items come with most tokens first, so that who has the longest of one round has the shortest of the next.
+    """
+    programs = gl.num_programs(0)
+    full = work // programs
+    place = gl.program_id(0) if full % 2 == 0 else programs - 1 - gl.program_id(0)
+    return full + (place < work % programs).to(gl.int32)
+
+
+@gluon.jit
+def _item_of(nth):
+    """The ``nth`` item of this program, of all items and KV heads."""
+    programs = gl.num_programs(0)
+    backwards = nth % 2
+    place = gl.program_id(0) + backwards * (programs - 1 - 2 * gl.program_id(0))
+    return nth * programs + place
+
+
+@gluon.jit
+def _copy_rows(rows, pointer, offsets, n_inside, HEAD_DIM: gl.constexpr, FIRST: gl.constexpr = 0):
+    """Begin to copy rows to shared memory, from the ``offsets`` after the FIRST; past ``n_inside`` they become 0."""
     threads: gl.constexpr = HEAD_DIM // 8  # of a row: 16 bytes each
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
     d = gl.expand_dims(gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout)), 0)
-    for i in gl.static_range(BLOCK_N // CHUNK):
-        kv_row = gl.multiple_of(offsets.index(i).load(gl.SliceLayout(1, layout)), 8)
-        offset = gl.expand_dims(kv_row, 1) + d
-        inside = gl.expand_dims(i * CHUNK + row < n_inside, 1)
-        async_copy.async_copy_global_to_shared(block.slice(i * CHUNK, CHUNK), pointer + offset, mask=inside)
-    async_copy.mbarrier_arrive(ready, increment_count=False)
+    for i in gl.static_range(rows.shape[0] // CHUNK):
+        from_row = gl.multiple_of(offsets.index(FIRST // CHUNK + i).load(gl.SliceLayout(1, layout)), 8)
+        offset = gl.expand_dims(from_row, 1) + d
+        inside = gl.expand_dims(FIRST + i * CHUNK + row < n_inside, 1)
+        async_copy.async_copy_global_to_shared(rows.slice(i * CHUNK, CHUNK), pointer + offset, mask=inside)
 
 
 @gluon.jit
 def _gather(
-    k_ptr, v_ptr, slots_ptr, items_ptr, first, work, kv_heads, stride_page, stride_slot, stride_kv_head,
-    offsets, k_ring, v_ring, k_ready, v_ready, k_free, v_free,
-    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+    args, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """Fill the rings with the items' blocks, one after the other.
+    """Fill the rings with the items' queries and blocks, one after the other.
 
-    Each slot is looked up once and goes to those who copy from it through shared memory, because registers are few.
+    Each row is looked up once and goes to those who copy from it through shared memory, because registers are few.
     """
+    (
+        q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads, stride_q_token,
+        stride_q_head, stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles, k_ring, v_ring, q_ready,
+        k_ready, v_ready, q_free, k_free, v_free,
+    ) = args  # fmt: skip
+    nth = gl.arange(0, WARPGROUPS * ROWS, gl.BlockedLayout([1], [32], [4], [0]))
     at = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
+    all_q_offsets = q_offsets._reinterpret(gl.int64, [WARPGROUPS * ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     all_offsets = offsets._reinterpret(gl.int64, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     n = 0
-    for w in range(gl.program_id(0), work, gl.num_programs(0)):
+    for nth_item in range(_rounds(work)):
+        w = _item_of(nth_item)
         item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
+        kv_head = w % kv_heads
+        q_off = gl.load(item_ptr + Q_OFF)
+        q_cnt = gl.load(item_ptr + Q_CNT)
         a_len = gl.load(item_ptr + A_LEN)
         length = a_len + gl.load(item_ptr + B_LEN)
         a_off = gl.load(item_ptr + A_OFF)
         b_off = gl.load(item_ptr + B_OFF) - a_len
-        head = (w % kv_heads) * stride_kv_head
+        query = gl.load(query_rows_ptr + q_off + nth // GROUP, mask=nth // GROUP < q_cnt, other=0)
         # slots are loaded a block ahead; the slot list ends in room for it
         slot = gl.load(slots_ptr + (gl.where(at < a_len, a_off, b_off) + at))
+        all_q_offsets.store(query.to(gl.int64) * stride_q_token + (kv_head * GROUP + nth % GROUP) * stride_q_head)
+        tile = nth_item % Q_TILES
+        mbarrier.wait(q_free.index(tile), (nth_item // Q_TILES) & 1 ^ 1)
+        for i in gl.static_range(WARPGROUPS):
+            _copy_rows(q_tiles.index(WARPGROUPS * tile + i), q_ptr, q_offsets, q_cnt * GROUP, HEAD_DIM, i * ROWS)
+        async_copy.mbarrier_arrive(q_ready.index(tile), increment_count=False)
+        head = kv_head * stride_kv_head
         for b in range(_n_blocks(length, BLOCK_N)):
             if PAGE == 1:
                 kv_row = slot.to(gl.int64) * stride_slot
@@ -80,25 +118,27 @@ def _gather(
             phase = (n // STAGES) & 1 ^ 1
             rest = length - b * BLOCK_N
             mbarrier.wait(k_free.index(stage), phase)
-            _copy_block(k_ring.index(stage), k_ready.index(stage), k_ptr + head, offsets, rest, HEAD_DIM, BLOCK_N)
+            _copy_rows(k_ring.index(stage), k_ptr + head, offsets, rest, HEAD_DIM)
+            async_copy.mbarrier_arrive(k_ready.index(stage), increment_count=False)
             mbarrier.wait(v_free.index(stage), phase)
-            _copy_block(v_ring.index(stage), v_ready.index(stage), v_ptr + head, offsets, rest, HEAD_DIM, BLOCK_N)
+            _copy_rows(v_ring.index(stage), v_ptr + head, offsets, rest, HEAD_DIM)
+            async_copy.mbarrier_arrive(v_ready.index(stage), increment_count=False)
             n += 1
 
 
 @gluon.jit
 def _weigh(
-    s, top, total, begin, a_len, lo, hi, scale2, cap2, MASK: gl.constexpr, SOFT_CAP: gl.constexpr,
-    s_layout: gl.constexpr,
+    s, top, total, begin, a_len, lo, hi, scale2, cap2, SOFT_CAP: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Online softmax: the weights of a block that begins at ``begin``, and the factor of all that came before it.
 
-    With MASK a row sees tokens before ``a_len``, and of the others those in [lo, hi).
+    A row sees tokens before ``a_len``, and of the others those in [lo, hi).
     """
+    BLOCK_N: gl.constexpr = s.shape[1]
     if SOFT_CAP:
         s = cap2 * (1.0 - 2.0 / (1.0 + gl.exp2(s * scale2 * (2.0 * 1.4426950408889634) / cap2)))
-    if MASK:
-        pos = gl.expand_dims(begin + gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout)), 0)
+    if begin + BLOCK_N > a_len:
+        pos = gl.expand_dims(begin + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout)), 0)
         seen = ((pos < a_len) | (pos >= gl.expand_dims(lo, 1))) & (pos < gl.expand_dims(hi, 1))
         s = gl.where(seen, s, -float("inf"))
     s_top = gl.max(s, 1)
@@ -110,126 +150,122 @@ def _weigh(
 
 
 @gluon.jit
-def _step(
-    p, acc, top, total, b, n, a_len, lo, hi, scale2, cap2, q_tile,
-    k_ring, v_ring, k_ready, v_ready, k_free, v_free,
-    MASK: gl.constexpr, SOFT_CAP: gl.constexpr, STAGES: gl.constexpr, PIPELINED: gl.constexpr, FIRST: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
+def _store_results(
+    acc, top, total, query, part, tile, free, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, first_row, q_cnt, piece,
+    kv_head, n_heads, stride_out_token, stride_out_head,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Block ``b`` of an item, the ``n``th of the program.
+    """ROWS rows' results, to the output or to the item's partial results; then the ``tile`` is free.
 
-    With PIPELINED the product of its weights ``p`` with the values is left to the next step, which computes its own
-    weights meanwhile. The FIRST has none to do.
+    Rows of the output leave through the tile, which no product reads any more: a thread stores 16 bytes at once.
     """
-    BLOCK_N: gl.constexpr = k_ring.shape[1]
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    stage = n % STAGES
-    phase = (n // STAGES) & 1
-    last = (n - 1) % STAGES
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-    mbarrier.wait(k_ready.index(stage), phase)
-    if PIPELINED and not FIRST:
-        mbarrier.wait(v_ready.index(last), ((n - 1) // STAGES) & 1)
-    fence_async_shared()  # keys came by cp.async, the product reads them through the async proxy
-    s = warpgroup_mma(q_tile, k_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if PIPELINED and not FIRST:
-        acc = warpgroup_mma(p, v_ring.index(last), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-    else:
-        s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_free.index(stage), count=1)
-    weights, top, total, keep = _weigh(
-        s, top, total, b * BLOCK_N, a_len, lo, hi, scale2, cap2, MASK, SOFT_CAP, s_layout
-    )  # fmt: skip
-    if PIPELINED and not FIRST:
-        # long since through, but a branch: without one, ptxas waits for the product before it computes the weights
-        mbarrier.wait(v_ready.index(last), ((n - 1) // STAGES) & 1)
-        acc, total = warpgroup_mma_wait(0, deps=[acc, total])
-        mbarrier.arrive(v_free.index(last), count=1)
-    acc = acc * gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, o_layout)), 1)
-    p = gl.convert_layout(weights.to(p.dtype), p_layout)
-    if not PIPELINED:
-        acc = _add_values(p, acc, n, v_ring, v_ready, v_free, STAGES)
-    return p, acc, top, total
-
-
-@gluon.jit
-def _add_values(p, acc, n, v_ring, v_ready, v_free, STAGES: gl.constexpr):
-    """The product of the weights of the ``n``th block with its values, at once."""
-    stage = n % STAGES
-    mbarrier.wait(v_ready.index(stage), (n // STAGES) & 1)
-    fence_async_shared()
-    acc = warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(v_free.index(stage), count=1)
-    return acc
+    rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    row = first_row + gl.arange(0, ROWS, rows)
+    head = kv_head * GROUP + row % GROUP
+    live = row // GROUP < q_cnt
+    direct = live & (part < 0)
+    partial = live & (part >= 0)
+    acc = acc / gl.expand_dims(gl.where(total == 0.0, 1.0, total), 1)
+    lse2 = top + gl.log2(total)
+    gl.store(lse2_ptr + query.to(gl.int64) * n_heads + head, lse2, mask=direct)
+    part_row = (part + piece).to(gl.int64) * n_heads + head
+    part_offset = gl.expand_dims(part_row * HEAD_DIM, 1) + gl.expand_dims(
+        gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout)), 0
+    )
+    gl.store(part_out_ptr + part_offset, acc, mask=gl.expand_dims(partial, 1))
+    gl.store(part_lse2_ptr + part_row, lse2, mask=partial)
+    threads: gl.constexpr = HEAD_DIM // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+    tile.store(acc.to(out_ptr.dtype.element_ty))
+    result = tile.load(layout)
+    mbarrier.arrive(free, count=1)
+    query = gl.convert_layout(gl.where(direct, query, -1), gl.SliceLayout(1, layout))
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    out_row = query.to(gl.int64) * stride_out_token + (kv_head * GROUP + row % GROUP) * stride_out_head
+    out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout)), 0)
+    gl.store(out_ptr + out_offset, result, mask=gl.expand_dims(query >= 0, 1))
 
 
 @gluon.jit
 def _multiply(
-    q_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr,
-    win_hi_ptr, first, work, kv_heads, n_heads, stride_q_token, stride_q_head, stride_out_token, stride_out_head,
-    scale2, cap2, q_tiles, k_ring, v_ring, k_ready, v_ready, k_free, v_free,
-    WHICH: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SOFT_CAP: gl.constexpr, PIPELINED: gl.constexpr,
+    WHICH: gl.constexpr, args, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the blocks in the rings for the first or the second 64 rows (WHICH), and their results."""
+    """Online softmax over the blocks in the rings for the first or second 64 rows of each tile, and their results."""
+    (
+        out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr,
+        win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring,
+        v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free,
+    ) = args  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     FIRST_ROW: gl.constexpr = WHICH * ROWS
-    q_tile = q_tiles.index(WHICH)
     n = 0
-    for w in range(gl.program_id(0), work, gl.num_programs(0)):
-        item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
-        kv_head = w % kv_heads
-        q_off = gl.load(item_ptr + Q_OFF)
-        q_cnt = gl.load(item_ptr + Q_CNT)
-        a_len = gl.load(item_ptr + A_LEN)
-        b_len = gl.load(item_ptr + B_LEN)
-        piece = gl.load(item_ptr + PIECE)
+    rounds = _rounds(work)
+    # what an item says is loaded while the one before it is multiplied
+    item_ptr = items_ptr + (first + gl.program_id(0) // kv_heads) * N_COLS
+    next_q_off = gl.load(item_ptr + Q_OFF)
+    next_q_cnt = gl.load(item_ptr + Q_CNT)
+    next_a_len = gl.load(item_ptr + A_LEN)
+    next_b_len = gl.load(item_ptr + B_LEN)
+    next_piece = gl.load(item_ptr + PIECE)
+    for nth_item in range(rounds):
+        kv_head = _item_of(nth_item) % kv_heads
+        q_off, q_cnt, a_len, b_len, piece = next_q_off, next_q_cnt, next_a_len, next_b_len, next_piece
+        item_ptr = items_ptr + (first + _item_of(gl.minimum(nth_item + 1, rounds - 1)) // kv_heads) * N_COLS
+        next_q_off = gl.load(item_ptr + Q_OFF)
+        next_q_cnt = gl.load(item_ptr + Q_CNT)
+        next_a_len = gl.load(item_ptr + A_LEN)
+        next_b_len = gl.load(item_ptr + B_LEN)
+        next_piece = gl.load(item_ptr + PIECE)
         blocks = _n_blocks(a_len + b_len, BLOCK_N)
+        tile = nth_item % Q_TILES
+        q_tile = q_tiles.index(WARPGROUPS * tile + WHICH)
         if q_cnt * GROUP > FIRST_ROW:
-            load_q(
-                q_ptr, query_rows_ptr, q_tile, FIRST_ROW, q_off, q_cnt, kv_head, stride_q_token, stride_q_head, GROUP,
-                HEAD_DIM,
-            )  # fmt: skip
-            token = (FIRST_ROW + gl.arange(0, ROWS, row_layout)) // GROUP
+            token = (FIRST_ROW + gl.arange(0, ROWS, s_rows)) // GROUP
             lo = a_len + gl.load(win_lo_ptr + q_off + token, mask=token < q_cnt, other=0)
             # the windows are those of the tile's last piece
             hi = a_len + gl.minimum(gl.load(win_hi_ptr + q_off + token, mask=token < q_cnt, other=0), b_len)
+            token = (FIRST_ROW + gl.arange(0, ROWS, o_rows)) // GROUP
+            query = gl.load(query_rows_ptr + q_off + token, mask=token < q_cnt, other=0)
+            part = gl.load(partial_rows_ptr + q_off + token, mask=token < q_cnt, other=0)
             acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
-            top = gl.full([ROWS], -float("inf"), gl.float32, row_layout)
-            total = gl.zeros([ROWS], gl.float32, row_layout)
-            p = gl.zeros([ROWS, BLOCK_N], q_ptr.dtype.element_ty, p_layout)
-            full = a_len // BLOCK_N
-            if PIPELINED:
-                p, acc, top, total = _step(
-                    p, acc, top, total, 0, n, a_len, lo, hi, scale2, cap2, q_tile, k_ring, v_ring, k_ready, v_ready,
-                    k_free, v_free, True, SOFT_CAP, STAGES, True, True, s_layout, o_layout,
+            top = gl.full([ROWS], -float("inf"), gl.float32, s_rows)
+            total = gl.zeros([ROWS], gl.float32, s_rows)
+            zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+            mbarrier.wait(q_ready.index(tile), (nth_item // Q_TILES) & 1)
+            # Not a loop over full blocks and one over masked ones: from two loops that multiply by the same queries, at
+            # an address that changes, ptxas (CUDA 12.8) takes the address from the first even if that did not run.
+            for b in range(blocks):
+                stage = (n + b) % STAGES
+                phase = ((n + b) // STAGES) & 1
+                mbarrier.wait(k_ready.index(stage), phase)
+                fence_async_shared()  # q, K and V came by cp.async, products read them through the async proxy
+                s = warpgroup_mma(q_tile, k_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(0, deps=[s])
+                mbarrier.arrive(k_free.index(stage), count=1)
+                weights, top, total, keep = _weigh(
+                    s, top, total, b * BLOCK_N, a_len, lo, hi, scale2, cap2, SOFT_CAP, s_layout
                 )  # fmt: skip
-            started: gl.constexpr = 1 if PIPELINED else 0
-            for b in range(started, full):
-                p, acc, top, total = _step(
-                    p, acc, top, total, b, n + b, a_len, lo, hi, scale2, cap2, q_tile, k_ring, v_ring, k_ready,
-                    v_ready, k_free, v_free, False, SOFT_CAP, STAGES, PIPELINED, False, s_layout, o_layout,
-                )  # fmt: skip
-            for b in range(gl.maximum(full, started), blocks):
-                p, acc, top, total = _step(
-                    p, acc, top, total, b, n + b, a_len, lo, hi, scale2, cap2, q_tile, k_ring, v_ring, k_ready,
-                    v_ready, k_free, v_free, True, SOFT_CAP, STAGES, PIPELINED, False, s_layout, o_layout,
-                )  # fmt: skip
-            if PIPELINED:
-                acc = _add_values(p, acc, n + blocks - 1, v_ring, v_ready, v_free, STAGES)
-            o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-            store_results(
-                acc, gl.convert_layout(top, o_rows), gl.convert_layout(total, o_rows), out_ptr, lse2_ptr, part_out_ptr,
-                part_lse2_ptr, query_rows_ptr, partial_rows_ptr, FIRST_ROW, q_off, q_cnt, piece, kv_head, n_heads,
-                stride_out_token, stride_out_head, GROUP, HEAD_DIM, o_layout,
+                acc = acc * gl.expand_dims(gl.convert_layout(keep, o_rows), 1)
+                p = gl.convert_layout(weights.to(k_ring.dtype), p_layout)
+                mbarrier.wait(v_ready.index(stage), phase)
+                fence_async_shared()
+                acc = warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(v_free.index(stage), count=1)
+            _store_results(
+                acc, gl.convert_layout(top, o_rows), gl.convert_layout(total, o_rows), query, part, q_tile,
+                q_free.index(tile), out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, FIRST_ROW, q_cnt, piece, kv_head,
+                n_heads, stride_out_token, stride_out_head, GROUP, HEAD_DIM, o_layout,
             )  # fmt: skip
         else:
-            # no row of mine is live: give the blocks back in step with the other warpgroup
+            # no row of mine is live: give everything back in step with the other warpgroup
+            mbarrier.wait(q_ready.index(tile), (nth_item // Q_TILES) & 1)
+            mbarrier.arrive(q_free.index(tile), count=1)
             for b in range(blocks):
                 stage = (n + b) % STAGES
                 phase = ((n + b) // STAGES) & 1
@@ -246,12 +282,13 @@ def packed_attention_extend_kernel(
     query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, stride_q_token, stride_q_head, stride_out_token,
     stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, first_count, last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    STAGES: gl.constexpr, PIPELINED: gl.constexpr, MULTIPLY_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, MULTIPLY_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that do not grow and that none follows.
 
     12 warps, of which 4 gather. A gathering thread gets GATHER_REGISTERS, one of the second multiplying warpgroup
-    MULTIPLY_REGISTERS, and one of the first what ``maxnreg`` leaves.
+    MULTIPLY_REGISTERS, and one of the first what ``maxnreg`` leaves. Heads of q, K and V begin at multiples of 16
+    bytes.
     """
     first = gl.load(counts_ptr + first_count)
     work = (gl.load(counts_ptr + last_count) - first) * kv_heads
@@ -260,34 +297,43 @@ def packed_attention_extend_kernel(
         gdc_launch_dependents()
         dtype: gl.constexpr = q_ptr.dtype.element_ty
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+        rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
         v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
-        q_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, HEAD_DIM], layout)
-        offsets = gl.allocate_shared_memory(
-            gl.int64, [BLOCK_N // CHUNK, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0])
-        )  # fmt: skip
+        q_tiles = gl.allocate_shared_memory(dtype, [WARPGROUPS * Q_TILES, ROWS, HEAD_DIM], layout)
+        q_offsets = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * ROWS // CHUNK, CHUNK], rows_layout)
+        offsets = gl.allocate_shared_memory(gl.int64, [BLOCK_N // CHUNK, CHUNK], rows_layout)
+        q_ready = gl.allocate_shared_memory(gl.int64, [Q_TILES, 1], mbarrier.MBarrierLayout())
         k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        q_free = gl.allocate_shared_memory(gl.int64, [Q_TILES, 1], mbarrier.MBarrierLayout())
         k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        # each gathering thread arrives when its copies have, and each multiplying warpgroup when it has read
+        for i in gl.static_range(Q_TILES):
+            mbarrier.init(q_ready.index(i), count=128)
+            mbarrier.init(q_free.index(i), count=WARPGROUPS)
         for i in gl.static_range(STAGES):
-            # each gathering thread arrives when its copies have, and each multiplying warpgroup when it has read
             mbarrier.init(k_ready.index(i), count=128)
             mbarrier.init(v_ready.index(i), count=128)
-            mbarrier.init(k_free.index(i), count=2)
-            mbarrier.init(v_free.index(i), count=2)
+            mbarrier.init(k_free.index(i), count=WARPGROUPS)
+            mbarrier.init(v_free.index(i), count=WARPGROUPS)
+        multiply = (
+            out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr,
+            win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2, cap2, q_tiles,
+            k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free,
+        )  # fmt: skip
+        gather = (
+            q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads, stride_q_token,
+            stride_q_head, stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles, k_ring, v_ring,
+            q_ready, k_ready, v_ready, q_free, k_free, v_free,
+        )  # fmt: skip
         gl.warp_specialize(
-            [(_multiply, (q_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr,
-                 partial_rows_ptr, win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_q_token,
-                 stride_q_head, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring, v_ring, k_ready,
-                 v_ready, k_free, v_free, gl.constexpr(0), GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, PIPELINED)),
-             (_multiply, (q_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr,
-                 partial_rows_ptr, win_lo_ptr, win_hi_ptr, first, work, kv_heads, n_heads, stride_q_token,
-                 stride_q_head, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring, v_ring, k_ready,
-                 v_ready, k_free, v_free, gl.constexpr(1), GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, PIPELINED)),
-             (_gather, (k_ptr, v_ptr, slots_ptr, items_ptr, first, work, kv_heads, stride_page, stride_slot,
-                 stride_kv_head, offsets, k_ring, v_ring, k_ready, v_ready, k_free, v_free, HEAD_DIM, BLOCK_N, PAGE,
-                 STAGES))],
+            [
+                (_multiply, (0, multiply, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
+                (_multiply, (1, multiply, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
+                (_gather, (gather, GROUP, HEAD_DIM, BLOCK_N, PAGE, STAGES)),
+            ],
             [4, 4],
             [MULTIPLY_REGISTERS, GATHER_REGISTERS],
-        )  # fmt: skip
+        )

@@ -26,7 +26,6 @@ class Tile:
         resident: programs of a multiprocessor at once, by which pieces are cut.
         programs: programs launched for each multiprocessor.
         shares: programs of a multiprocessor among which a class that runs alone is divided; 0 for never.
-        pipelined: whether a warpgroup of the extend kernel multiplies for the next block beside its softmax.
     """
 
     rows: int
@@ -38,7 +37,6 @@ class Tile:
     resident: int
     programs: int
     shares: int
-    pipelined: bool = False
 
     @property
     def multiply_registers(self) -> int:
@@ -56,8 +54,8 @@ TILES = {
 
 # Of extend plans on Hopper, where the large class runs on kernels/packed_extend.py. Unmeasured at head_dim 64.
 EXTEND_TILES = {
-    64: (Tile(128, 128, 0, 2, 168, 40, 1, 1, 0, True), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
-    128: (Tile(128, 128, 0, 2, 168, 40, 1, 1, 0, True), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
+    64: (Tile(128, 128, 0, 2, 168, 40, 1, 1, 0), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
+    128: (Tile(128, 128, 0, 2, 168, 40, 1, 1, 0), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
 }
 
 # Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.

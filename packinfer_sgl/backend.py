@@ -15,7 +15,7 @@ from packinfer_sgl.config import Config
 from packinfer_sgl.cpu_decode import CpuDecode
 from packinfer_sgl.cpu_extend import CpuExtend
 from packinfer_sgl.cuda_decode import CudaDecode
-from packinfer_sgl.cuda_extend import CudaExtend
+from packinfer_sgl.cuda_extend import CudaExtend, is_measured
 from packinfer_sgl.groups import CPU, AttentionShape
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
@@ -374,8 +374,8 @@ def wrap(
             backend._packinfer_extend = CpuExtend(shape, always=extends == "on", **extend)
     else:
         backend.needs_cpu_seq_lens = True  # plans are made on the host
-        if extends == "on":  # auto: when the cost model has seen more than five batches
-            backend._packinfer_extend = CudaExtend(shape, always=True, **extend)
+        if extends == "on" or extends == "auto" and is_measured(packed, torch.device(runner.device)):
+            backend._packinfer_extend = CudaExtend(shape, always=extends == "on", **extend)
         pool_tokens = runner.token_to_kv_pool.size
         backend._packinfer_make = lambda max_rows: CudaDecode(
             shape, max_rows=max_rows, pool_tokens=pool_tokens, **settings

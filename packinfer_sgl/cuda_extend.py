@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,14 +12,22 @@ from packinfer_sgl.cpu_decode import check_shared_slots
 from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200
 from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
-from packinfer_sgl.kernels.tiles import Tile, multiprocessors, policy_of, tiles_for
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, Tile, is_hopper, multiprocessors, policy_of, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import ExtendPlanner, Rows
 from packinfer_sgl.prefix_tree import Int32
 
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
 BUFFER_BYTES = 1 << 27  # most memory for partial results, and for slots: SGLang's budget has no room for more
 RIDE_TOKENS = 4096  # at a tile; unmeasured beyond tails of 200 tokens
+
+
+def is_measured(layer: RadixAttention, device: torch.device) -> bool:
+    """Whether times of such layers on such a GPU are known, so that batches can go to who is faster."""
+    return is_hopper(device) and layer.head_dim in EXTEND_TILES and not layer.logit_cap
 
 
 def fits(plan: Plan, shape: AttentionShape) -> bool:

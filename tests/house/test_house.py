@@ -31,7 +31,7 @@ NEIGHBOURS = {
     "paged": {"paged_cpu", "paged_cuda"}, "wrapper": {"paged"}, "metrics": {"regroup"},
 }  # fmt: skip
 # the CUDA kernels are one thing in five files; the reference stays by itself
-CUDA_KERNELS = {"packed", "packed_cuda", "packed_extend", "packed_hopper", "tiles"}
+CUDA_KERNELS = {"merge", "packed", "packed_cuda", "packed_extend", "packed_hopper", "tiles"}
 OPEN_FLOORS = {4, 5}
 THIRD_PARTY = {
     0: set(),

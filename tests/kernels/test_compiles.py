@@ -20,11 +20,12 @@ def test_every_kernel_compiles_for_hopper() -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["kernel"] for kernel in found} == {
         "packed_attention_kernel", "packed_attention_hopper_kernel", "packed_attention_extend_kernel", "merge_kernel",
+        "merge_listed_kernel",
         "snapshot_kernel", "append_kernel", "copy_slots_kernel",
     }  # fmt: skip
     assert [kernel for kernel in found if kernel["shared_bytes"] > SHARED_BYTES] == []
-    # the tuned ones keep everything in registers
+    # the tuned ones keep everything in registers, but for a number of the thread that masked blocks read
     extend = [kernel for kernel in found if kernel["kernel"] == "packed_attention_extend_kernel"]
     tuned = [kernel for kernel in found if kernel["head_dim"] < 256 and not kernel["windowed"]] + extend
     assert len(tuned) >= 10 and {kernel["head_dim"] for kernel in extend} == {64, 128}
-    assert [kernel for kernel in tuned if kernel["stack_bytes"]] == []
+    assert [kernel for kernel in tuned if kernel["stack_bytes"] > (8 if kernel in extend else 0)] == []

@@ -18,7 +18,7 @@ from packinfer_sgl.extend_costs import EXTEND_H200, SMS
 
 CASES = [Case(work, work.extend_plan(TILES, SMS), 0.0, 0.0) for work in workloads() if work.name[0] in "PMCR"]
 PLANTED = replace(
-    EXTEND_H200, block_us=1.8, half_block_us=0.8, item_us=3.5, partials=0.5, call_us=6.0, stock_block_us=1.5,
+    EXTEND_H200, block_us=1.8, half_block_us=0.8, item_us=3.5, small=1.2, partials=0.5, call_us=6.0, stock_block_us=1.5,
     stock_half_block_us=1.3, stock_tile_us=4.0, stock_call_us=7.0,
 )  # fmt: skip
 
@@ -76,12 +76,12 @@ def test_an_unknown_constant_is_refused(tmp_path: Path) -> None:
     assert "block_us=2," in (tmp_path / "costs.py").read_text()
 
 
-# one H200: the packed kernel as it was first measured, and FA3
+# one H200
 @pytest.mark.parametrize(
     ("name", "packed_us", "stock_us"),
-    [("P1", 985, 946), ("P2", 292, 232), ("P3", 73.5, 83), ("M1", 604, 786), ("M2", 295, 592)],
+    [("P1", 937, 945), ("P2", 233, 234), ("P3", 91.7, 82.4), ("M1", 593, 770), ("M2", 290, 589)],
 )  # fmt: skip
 def test_times_are_near_what_was_measured(name: str, packed_us: float, stock_us: float) -> None:
     case = next(case for case in CASES if case.work.name.startswith(name + " "))
-    assert case.packed_model(EXTEND_H200) == pytest.approx(packed_us, rel=0.4)
-    assert case.stock_model(EXTEND_H200) == pytest.approx(stock_us, rel=0.1)
+    assert case.packed_model(EXTEND_H200) == pytest.approx(packed_us, rel=0.2)
+    assert case.stock_model(EXTEND_H200) == pytest.approx(stock_us, rel=0.15)

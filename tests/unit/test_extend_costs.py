@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packinfer_sgl.cuda_extend import extend_planner
+from packinfer_sgl.cuda_extend import extend_planner, is_measured
 from packinfer_sgl.extend_costs import BLOCK, EXTEND_H200, ROWS, SMS, ExtendCosts
 from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.tiles import EXTEND_TILES, policy_of
@@ -68,11 +69,11 @@ def test_stock_time_is_that_of_its_tiles(batch: list[tuple[int, int]]) -> None:
         for nth in range(math.ceil(q * SHAPE.group_size / rows)):
             seen = c + min(q, (nth + 1) * rows // SHAPE.group_size)
             tiles.append(math.ceil(seen / BLOCK) * block_us + EXTEND_H200.stock_tile_us)
-    each = [0.0] * 2
-    for i, us in enumerate(us for us in sorted(tiles, reverse=True) for _ in range(SHAPE.kv_heads)):
-        each[i % 2] += us
+    each = [0.0] * 3  # multiprocessors: the next free one takes the next tile
+    for us in (us for us in sorted(tiles, reverse=True) for _ in range(SHAPE.kv_heads)):
+        each[each.index(min(each))] += us
     q, kv = np.array(q_lens, np.int32), np.add(q_lens, cached, dtype=np.int32)
-    assert EXTEND_H200.stock_us(q, kv, SHAPE, 2) == pytest.approx(max(each) + EXTEND_H200.stock_call_us)
+    assert EXTEND_H200.stock_us(q, kv, SHAPE, 3) == pytest.approx(max(each) + EXTEND_H200.stock_call_us)
 
 
 def test_one_long_request_is_split_by_stock() -> None:
@@ -115,7 +116,7 @@ PROMPTS = Batch(4096, 64, [100] * 64, [0] * 64)
 
 def test_decodes_beside_a_chunk_are_packed_and_cold_prompts_are_not() -> None:
     assert MIXED.planned(always=False) is not None
-    cold = Batch(0, 0, [300] * 64, [0] * 64)
+    cold = Batch(0, 0, [2000] * 8, [0] * 8)
     assert cold.planned(always=False) is None and cold.planned() is not None
 
 
@@ -130,3 +131,21 @@ def test_short_suffixes_ride_with_their_prefix() -> None:
 def test_long_tails_do_not_ride() -> None:
     plan = MIXED.planned()
     assert plan is not None and plan.n_partials > 0 and plan.kv_tokens_read < plan.kv_tokens_logical / 5
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "logit_cap", "capability", "measured"),
+    [(128, 0.0, 9, True), (64, 0.0, 9, True), (256, 0.0, 9, False), (128, 30.0, 9, False), (128, 0.0, 10, False),
+     (128, 0.0, 8, False)],
+)  # fmt: skip
+def test_where_times_are_known(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, logit_cap: float, capability: int, measured: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+
+    class Layer:
+        pass
+
+    layer = Layer()
+    layer.head_dim, layer.logit_cap = head_dim, logit_cap  # type: ignore[attr-defined]
+    assert is_measured(layer, torch.device("cuda")) is measured  # type: ignore[arg-type]
