@@ -143,7 +143,6 @@ class PackedCuda:
         counts[int(N_QUERIES)], counts[int(N_SPANS)] = len(plan.merge_indptr) - 1, len(plan.spans)
         counts[int(N_MERGED)] = len(merged)
         self._n_queries, self._n_merged = len(plan.merge_indptr) - 1, len(merged)
-        self._n_programs = np.diff(plan.class_indptr).tolist()
         names = ("items", "query_rows", "partial_rows", "win_lo", "win_hi", "merge_indptr", "spans", "append_base")
         for name, values in (("merged", merged), *((name, getattr(plan, name).reshape(-1)) for name in names)):
             start = self._at[name].start
@@ -230,17 +229,13 @@ class PackedCuda:
             sm_scale * LOG2_E, logits_soft_cap * LOG2_E,
         )  # fmt: skip
         flags = (view["counts"], view["counts"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
-        # a captured launch must do for other plans, too
-        exact = windowed and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-        launches = [i for i in range(len(self.tiles)) if self._n_programs[i] or not exact]
-        for i in launches:
-            tile = self.tiles[i]
+        for i, tile in enumerate(self.tiles):
             grid, heads = (self._sms * tile.programs,), (i, i + 1, self.kv_heads, n_heads)
             kind = {
                 "GROUP": n_heads // self.kv_heads, "HEAD_DIM": head_dim, "BLOCK_N": tile.tokens, "PAGE": page_size,
                 "SOFT_CAP": logits_soft_cap > 0, "STAGES": tile.stages,
                 # the first launch needs all that came before it on the stream
-                "launch_pdl": self._pdl and i > launches[0],
+                "launch_pdl": self._pdl and i > 0,
             }  # fmt: skip
             if tile.rows > 64:
                 packed_attention_extend_kernel[grid](
@@ -268,7 +263,9 @@ class PackedCuda:
         results = (out, lse2, out.stride(0), out.stride(1), n_heads)
         kind = {"HEAD_DIM": head_dim, "HEADS": heads, "PDL": self._pdl, "num_warps": 1, "launch_pdl": self._pdl}
         if windowed:
-            many = self._n_merged + n - self._n_queries if exact else n
+            # a captured launch must do for other plans, too
+            captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            many = n if captured else self._n_merged + n - self._n_queries
             if many:
                 grid = (min(many, max(1, 32 * self._sms * heads // n_heads)), n_heads // heads)
                 merge_listed_kernel[grid](*partials, view["merged"], view["counts"], *results, n, **kind)

@@ -373,12 +373,13 @@ def wrap(
         if extends != "off":
             backend._packinfer_extend = CpuExtend(shape, always=extends == "on", **extend)
     else:
-        backend.needs_cpu_seq_lens = True  # plans are made on the host
+        backend.needs_cpu_seq_lens, pool = True, runner.token_to_kv_pool  # plans are made on the host
         if extends == "on" or extends == "auto" and is_measured(packed, torch.device(runner.device)):
             backend._packinfer_extend = CudaExtend(shape, always=extends == "on", **extend)
-        pool_tokens = runner.token_to_kv_pool.size
+            k, v = pool.get_key_buffer(packed.layer_id), pool.get_value_buffer(packed.layer_id)
+            backend._packinfer_extend.warm_up(k, v, runner.dtype)
         backend._packinfer_make = lambda max_rows: CudaDecode(
-            shape, max_rows=max_rows, pool_tokens=pool_tokens, **settings
+            shape, max_rows=max_rows, pool_tokens=pool.size, **settings
         )
     return backend
 

@@ -6,23 +6,26 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from packinfer_sgl.cpu_decode import check_shared_slots
+from packinfer_sgl.cut import make_plan
 from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200
 from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
 from packinfer_sgl.kernels.tiles import EXTEND_TILES, Tile, is_hopper, multiprocessors, policy_of, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
-from packinfer_sgl.planner import ExtendPlanner, Rows
-from packinfer_sgl.prefix_tree import Int32
+from packinfer_sgl.planner import ExtendPlanner, Rows, causal
+from packinfer_sgl.prefix_tree import Int32, PrefixTree
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
 
 BUFFER_BYTES = 1 << 27  # most memory for partial results, and for slots: SGLang's budget has no room for more
 RIDE_TOKENS = 4096  # at a tile; unmeasured beyond tails of 200 tokens
+WARM_UP_KV = 512
 
 
 def is_measured(layer: RadixAttention, device: torch.device) -> bool:
@@ -99,6 +102,30 @@ class CudaExtend:
         packed.load(replace(plan, append_base=plan.append_base[:0]))  # no tail grows
         packed.snapshot(self.req_to_token, pool_rows)
         return True
+
+    def warm_up(self, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> None:
+        """Run every kernel in each form that batches may need, so that no request waits for a compiler.
+
+        Of the KV only slot 0 is read, which belongs to no request.
+
+        Args:
+            k, v: a layer's, as for ``run``.
+            dtype: of its queries.
+        """
+        shape, sms = self.shape, multiprocessors(k.device)
+        cut = replace(policy_of(shape, self._tiles, sms), timings=None, chunk_tokens=WARM_UP_KV // 4)
+        tree = PrefixTree.from_neighbours(range(2), [0])
+        # merges of few and of many queries; a prompt is of the large tile class, a decode of the small one
+        for queries in (17, 32 * sms // shape.qo_heads):
+            q_lens = np.array([queries, 1], np.int32)
+            kv_lens = q_lens + WARM_UP_KV
+            plan = make_plan(
+                tree, kv_lens, cut, kv_tokens_unique=int(kv_lens.sum()), **causal(q_lens, kv_lens)
+            )  # fmt: skip
+            self._planner.stock_us(q_lens, kv_lens)  # numba compiles, too
+            self._buffers(plan).load(replace(plan, append_base=plan.append_base[:0]))
+            q = torch.zeros(queries + 1, shape.qo_heads, shape.head_dim, dtype=dtype, device=k.device)
+            self.run(q, k, v, torch.from_numpy(kv_lens).long().to(k.device), sm_scale=1.0, logits_soft_cap=0.0)
 
     def _buffers(self, plan: Plan) -> PackedCuda:
         have = self._packed.capacity if self._packed is not None else Capacity.of(plan)

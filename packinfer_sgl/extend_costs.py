@@ -132,14 +132,14 @@ def _next_free_us(tile_us: np.ndarray, kv_heads: int, sms: int) -> float:
 
 # Of an H200, bf16, random slots: scripts/fit_extend.py fits them to results of scripts/bench_kernels.py.
 EXTEND_H200 = ExtendCosts(
-    block_us=1.96,
-    half_block_us=1.25,
-    item_us=1.7,
-    small=1.43,
-    partials=0.889,
-    call_us=5.02,
-    stock_block_us=1.73,
-    stock_half_block_us=1.29,
-    stock_tile_us=3.9,
-    stock_call_us=3.77,
+    block_us=1.9,
+    half_block_us=1.19,
+    item_us=2.65,
+    small=1.49,
+    partials=0.94,
+    call_us=5.6,
+    stock_block_us=1.71,
+    stock_half_block_us=1.3,
+    stock_tile_us=3.93,
+    stock_call_us=3.61,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -115,6 +115,14 @@ class DecodePlanner:
         self.stats.count_plan(plan, kept, (time.perf_counter() - started) * 1e6)
 
 
+def causal(q_lens: Int32, kv_lens: Int32) -> dict[str, Any]:
+    """What the new tokens of each row, its last, see: arguments of ``make_plan``."""
+    qo_indptr = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    row = np.repeat(np.arange(len(q_lens)), q_lens)
+    position = kv_lens[row] - qo_indptr[row + 1] + np.arange(len(row), dtype=np.int32)
+    return {"qo_indptr": qo_indptr, "visible": (np.zeros(len(row), np.int32), position + 1)}
+
+
 class ExtendPlanner:
     """Plans extend batches: prefill, chunked prefill, and decodes among them (mixed batches, one new token each).
 
@@ -165,10 +173,7 @@ class ExtendPlanner:
 
     def fastest(self, tree: PrefixTree, q_lens: Int32, kv_lens: Int32) -> Plan | None:
         """The plan that is expected to be the fastest of those that fit, or None. See ``plan``."""
-        qo_indptr = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
-        row = np.repeat(np.arange(len(q_lens)), q_lens)
-        position = kv_lens[row] - qo_indptr[row + 1] + np.arange(len(row), dtype=np.int32)
-        queries = {"qo_indptr": qo_indptr, "visible": (np.zeros(len(row), np.int32), position + 1)}
+        queries = causal(q_lens, kv_lens)
         unique = tree.unique_tokens(kv_lens)
         for grouping, ways in self._attempts:
             plans: list[Plan] = []

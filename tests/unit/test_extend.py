@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from packinfer_sgl.backend import _extend_reason
 from packinfer_sgl.cpu_extend import CpuExtend
 from packinfer_sgl.cuda_extend import CudaExtend
 from packinfer_sgl.groups import AttentionShape
+from packinfer_sgl.kernels.packed_cuda import PackedCuda
+from packinfer_sgl.kernels.tiles import multiprocessors
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.prefix_tree import PrefixTree
 from packinfer_sgl.radix import BatchRows
@@ -164,6 +167,28 @@ def test_a_batch_that_does_not_fit_shares_less() -> None:
     assert attend(extend, batch, torch.float32) < 1e-5
     extend._planner.fits = lambda plan: False
     assert not extend.step(*batch.arguments()) and stats.packed_extends == 1
+
+
+def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    k, v = (torch.full((4, SHAPE.kv_heads, SHAPE.head_dim), math.nan, dtype=torch.float16, device=device) for _ in "kv")
+    k[0] = v[0] = 1
+    run, ran = PackedCuda.run, []
+
+    def checked(self: PackedCuda, *args: object, **more: object) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse2 = run(self, *args, **more)  # type: ignore[arg-type]
+        many = len(out) * SHAPE.qo_heads > 32 * multiprocessors(device)
+        ran.append((many, self._view["counts"][: len(self.tiles) + 1].diff().all().item(), self._n_merged == len(out)))
+        assert (out == 1).all()
+        return out, lse2
+
+    monkeypatch.setattr(PackedCuda, "run", checked)
+    extend = CudaExtend(
+        SHAPE, grouping="multi", verify=False, req_to_token=torch.zeros(1, 8, dtype=torch.int32, device=device),
+        stats=Stats(), always=True,
+    )  # fmt: skip
+    extend.warm_up(k, v, torch.float16)
+    assert ran == [(False, True, True), (True, True, True)]
 
 
 def test_what_fits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
