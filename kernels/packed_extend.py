@@ -157,7 +157,7 @@ def _store_results(
 ):  # fmt: skip
     """ROWS rows' results, to the output or to the item's partial results; then the ``tile`` is free.
 
-    Rows of the output leave through the tile, which no product reads any more: a thread stores 16 bytes at once.
+    Rows of an output of its dtype leave through the tile, which no product reads any more: 16 bytes a thread at once.
     """
     rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     row = first_row + gl.arange(0, ROWS, rows)
@@ -174,16 +174,25 @@ def _store_results(
     )
     gl.store(part_out_ptr + part_offset, acc, mask=gl.expand_dims(partial, 1))
     gl.store(part_lse2_ptr + part_row, lse2, mask=partial)
-    threads: gl.constexpr = HEAD_DIM // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
-    tile.store(acc.to(out_ptr.dtype.element_ty))
-    result = tile.load(layout)
-    mbarrier.arrive(free, count=1)
-    query = gl.convert_layout(gl.where(direct, query, -1), gl.SliceLayout(1, layout))
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    out_row = query.to(gl.int64) * stride_out_token + (kv_head * GROUP + row % GROUP) * stride_out_head
-    out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout)), 0)
-    gl.store(out_ptr + out_offset, result, mask=gl.expand_dims(query >= 0, 1))
+    if out_ptr.dtype.element_ty == tile.dtype:
+        threads: gl.constexpr = HEAD_DIM // 8
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+        tile.store(acc.to(tile.dtype))
+        result = tile.load(layout)
+        mbarrier.arrive(free, count=1)
+        query = gl.convert_layout(gl.where(direct, query, -1), gl.SliceLayout(1, layout))
+        row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+        out_row = query.to(gl.int64) * stride_out_token + (kv_head * GROUP + row % GROUP) * stride_out_head
+        gl.store(
+            out_ptr + gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0), result, mask=gl.expand_dims(query >= 0, 1)
+        )
+    else:
+        mbarrier.arrive(free, count=1)
+        d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout))
+        out_row = query.to(gl.int64) * stride_out_token + head * stride_out_head
+        out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0)
+        gl.store(out_ptr + out_offset, acc.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(direct, 1))
 
 
 @gluon.jit

@@ -377,7 +377,7 @@ def wrap(
         if extends == "on" or extends == "auto" and is_measured(packed, torch.device(runner.device)):
             backend._packinfer_extend = CudaExtend(shape, always=extends == "on", **extend)
             k, v = pool.get_key_buffer(packed.layer_id), pool.get_value_buffer(packed.layer_id)
-            backend._packinfer_extend.warm_up(k, v, runner.dtype)
+            backend._packinfer_extend.warm_up(k, v, runner.dtype, packed.logit_cap)
         backend._packinfer_make = lambda max_rows: CudaDecode(
             shape, max_rows=max_rows, pool_tokens=pool.size, **settings
         )

@@ -39,7 +39,7 @@ class Config:
     extend: str = _setting(
         "auto",
         "which prefills, chunks and mixed batches are packed: auto = where that is expected to be faster (on GPUs "
-        "other than Hopper none: not measured), on = all, off = none",
+        "other than Hopper, and with other head dimensions than 128, none: not measured), on = all, off = none",
         unit="mode",
         choices=("auto", "on", "off"),
     )

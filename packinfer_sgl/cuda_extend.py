@@ -11,10 +11,10 @@ import torch
 
 from packinfer_sgl.cpu_decode import check_shared_slots
 from packinfer_sgl.cut import make_plan
-from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200
+from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200, HEAD_DIM
 from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
-from packinfer_sgl.kernels.tiles import EXTEND_TILES, Tile, is_hopper, multiprocessors, policy_of, tiles_for
+from packinfer_sgl.kernels.tiles import Tile, is_hopper, multiprocessors, policy_of, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
 from packinfer_sgl.planner import ExtendPlanner, Rows, causal
@@ -30,7 +30,7 @@ WARM_UP_KV = 512
 
 def is_measured(layer: RadixAttention, device: torch.device) -> bool:
     """Whether times of such layers on such a GPU are known, so that batches can go to who is faster."""
-    return is_hopper(device) and layer.head_dim in EXTEND_TILES and not layer.logit_cap
+    return is_hopper(device) and layer.head_dim == HEAD_DIM and not layer.logit_cap
 
 
 def fits(plan: Plan, shape: AttentionShape) -> bool:
@@ -103,14 +103,15 @@ class CudaExtend:
         packed.snapshot(self.req_to_token, pool_rows)
         return True
 
-    def warm_up(self, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> None:
-        """Run every kernel in each form that batches may need, so that no request waits for a compiler.
+    def warm_up(self, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, logits_soft_cap: float) -> None:
+        """Run attention and merge in each form that batches may need, so that no request waits for a compiler.
 
         Of the KV only slot 0 is read, which belongs to no request.
 
         Args:
             k, v: a layer's, as for ``run``.
             dtype: of its queries.
+            logits_soft_cap: the layer's, as for ``run``.
         """
         shape, sms = self.shape, multiprocessors(k.device)
         cut = replace(policy_of(shape, self._tiles, sms), timings=None, chunk_tokens=WARM_UP_KV // 4)
@@ -125,7 +126,10 @@ class CudaExtend:
             self._planner.stock_us(q_lens, kv_lens)  # numba compiles, too
             self._buffers(plan).load(replace(plan, append_base=plan.append_base[:0]))
             q = torch.zeros(queries + 1, shape.qo_heads, shape.head_dim, dtype=dtype, device=k.device)
-            self.run(q, k, v, torch.from_numpy(kv_lens).long().to(k.device), sm_scale=1.0, logits_soft_cap=0.0)
+            self.run(
+                q, k, v, torch.from_numpy(kv_lens).long().to(k.device), sm_scale=1.0, logits_soft_cap=logits_soft_cap
+            )
+        self._packed = None  # batches need larger buffers
 
     def _buffers(self, plan: Plan) -> PackedCuda:
         have = self._packed.capacity if self._packed is not None else Capacity.of(plan)

@@ -73,6 +73,9 @@ def main() -> None:
             packed.snapshot(case.req_to_token, case.pool_rows)
             packed.append(case.kv_lens, case.kv_lens)
             packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed)
+            if tiles is not None:
+                out = torch.empty_like(case.q, dtype=torch.float32)
+                packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed, out=out)
         what = {"head_dim": head_dim, "windowed": True}
         mask = torch.ones(40, dtype=torch.bool), torch.zeros(len(case.q), dtype=torch.int64)
         packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=True, mask=mask)

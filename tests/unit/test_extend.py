@@ -17,8 +17,8 @@ from packinfer_sgl.backend import _extend_reason
 from packinfer_sgl.cpu_extend import CpuExtend
 from packinfer_sgl.cuda_extend import CudaExtend
 from packinfer_sgl.groups import AttentionShape
+from packinfer_sgl.kernels import packed_cuda
 from packinfer_sgl.kernels.packed_cuda import PackedCuda
-from packinfer_sgl.kernels.tiles import multiprocessors
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.prefix_tree import PrefixTree
 from packinfer_sgl.radix import BatchRows
@@ -173,22 +173,29 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     k, v = (torch.full((4, SHAPE.kv_heads, SHAPE.head_dim), math.nan, dtype=torch.float16, device=device) for _ in "kv")
     k[0] = v[0] = 1
-    run, ran = PackedCuda.run, []
+    run, merge, ran, heads = PackedCuda.run, packed_cuda.merge_listed_kernel, [], []
+
+    class Merge:
+        def __getitem__(self, grid: object) -> object:
+            return lambda *args, **more: (heads.append(more["HEADS"]), merge[grid](*args, **more))
 
     def checked(self: PackedCuda, *args: object, **more: object) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse2 = run(self, *args, **more)  # type: ignore[arg-type]
-        many = len(out) * SHAPE.qo_heads > 32 * multiprocessors(device)
-        ran.append((many, self._view["counts"][: len(self.tiles) + 1].diff().all().item(), self._n_merged == len(out)))
+        ran.append(
+            (heads[-1], self._view["counts"][: len(self.tiles) + 1].diff().all().item(), self._n_merged == len(out))
+        )
         assert (out == 1).all()
         return out, lse2
 
     monkeypatch.setattr(PackedCuda, "run", checked)
+    monkeypatch.setattr(packed_cuda, "merge_listed_kernel", Merge())
     extend = CudaExtend(
         SHAPE, grouping="multi", verify=False, req_to_token=torch.zeros(1, 8, dtype=torch.int32, device=device),
         stats=Stats(), always=True,
     )  # fmt: skip
-    extend.warm_up(k, v, torch.float16)
-    assert ran == [(False, True, True), (True, True, True)]
+    extend.warm_up(k, v, torch.float16, 0.0)
+    # programs of few queries merge one head each, of many all four; the interpreter's two multiprocessors are soon full
+    assert ran == [(heads, True, True) for heads in ((1, 4) if torch.cuda.is_available() else (4, 4))]
 
 
 def test_what_fits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
