@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 import triton
 
@@ -139,7 +138,7 @@ class PackedCuda:
         block = staging.numpy()
         counts = block[self._at["counts"]]
         counts[: len(plan.class_indptr)] = plan.class_indptr
-        merged = np.flatnonzero(plan.merge_indptr[1:] > plan.merge_indptr[:-1])
+        merged = plan.merged
         counts[int(N_QUERIES)], counts[int(N_SPANS)] = len(plan.merge_indptr) - 1, len(plan.spans)
         counts[int(N_MERGED)] = len(merged)
         self._n_queries, self._n_merged = len(plan.merge_indptr) - 1, len(merged)

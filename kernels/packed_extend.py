@@ -55,6 +55,17 @@ def _item_of(nth):
 
 
 @gluon.jit
+def _load_item(items_ptr, first, w, kv_heads):
+    """What the multiplying warpgroups must know of an item."""
+    item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
+    q_off = gl.load(item_ptr + Q_OFF)
+    q_cnt = gl.load(item_ptr + Q_CNT)
+    a_len = gl.load(item_ptr + A_LEN)
+    b_len = gl.load(item_ptr + B_LEN)
+    return q_off, q_cnt, a_len, b_len, gl.load(item_ptr + PIECE)
+
+
+@gluon.jit
 def _copy_rows(rows, pointer, offsets, n_inside, HEAD_DIM: gl.constexpr, FIRST: gl.constexpr = 0):
     """Begin to copy rows to shared memory, from the ``offsets`` after the FIRST; past ``n_inside`` they become 0."""
     threads: gl.constexpr = HEAD_DIM // 8  # of a row: 16 bytes each
@@ -215,21 +226,11 @@ def _multiply(
     n = 0
     rounds = _rounds(work)
     # what an item says is loaded while the one before it is multiplied
-    item_ptr = items_ptr + (first + gl.program_id(0) // kv_heads) * N_COLS
-    next_q_off = gl.load(item_ptr + Q_OFF)
-    next_q_cnt = gl.load(item_ptr + Q_CNT)
-    next_a_len = gl.load(item_ptr + A_LEN)
-    next_b_len = gl.load(item_ptr + B_LEN)
-    next_piece = gl.load(item_ptr + PIECE)
+    item = _load_item(items_ptr, first, _item_of(0), kv_heads)
     for nth_item in range(rounds):
         kv_head = _item_of(nth_item) % kv_heads
-        q_off, q_cnt, a_len, b_len, piece = next_q_off, next_q_cnt, next_a_len, next_b_len, next_piece
-        item_ptr = items_ptr + (first + _item_of(gl.minimum(nth_item + 1, rounds - 1)) // kv_heads) * N_COLS
-        next_q_off = gl.load(item_ptr + Q_OFF)
-        next_q_cnt = gl.load(item_ptr + Q_CNT)
-        next_a_len = gl.load(item_ptr + A_LEN)
-        next_b_len = gl.load(item_ptr + B_LEN)
-        next_piece = gl.load(item_ptr + PIECE)
+        q_off, q_cnt, a_len, b_len, piece = item
+        item = _load_item(items_ptr, first, _item_of(gl.minimum(nth_item + 1, rounds - 1)), kv_heads)
         blocks = _n_blocks(a_len + b_len, BLOCK_N)
         tile = nth_item % Q_TILES
         q_tile = q_tiles.index(WARPGROUPS * tile + WHICH)

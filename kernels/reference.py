@@ -150,7 +150,7 @@ class PackedReference:
             self._part_at[c.part_to] = c.part_from + offset
             offset += c.queries.numel()
         indptr = torch.from_numpy(plan.merge_indptr).long()
-        (self._merged,) = (indptr[1:] > indptr[:-1]).nonzero(as_tuple=True)
+        self._merged = torch.from_numpy(plan.merged)
         self._merge_indptr = torch.cat([indptr[:1], indptr[self._merged + 1]])
 
     def bind(self, kv_slots: torch.Tensor, kv_lens: torch.Tensor | None = None) -> None:

@@ -120,9 +120,7 @@ class CudaExtend:
         for queries in (17, 32 * sms // shape.qo_heads):
             q_lens = np.array([queries, 1], np.int32)
             kv_lens = q_lens + WARM_UP_KV
-            plan = make_plan(
-                tree, kv_lens, cut, kv_tokens_unique=int(kv_lens.sum()), **causal(q_lens, kv_lens)
-            )  # fmt: skip
+            plan = make_plan(tree, kv_lens, cut, kv_tokens_unique=int(kv_lens.sum()), **causal(q_lens, kv_lens))
             self._planner.stock_us(q_lens, kv_lens)  # numba compiles, too
             self._buffers(plan).load(replace(plan, append_base=plan.append_base[:0]))
             q = torch.zeros(queries + 1, shape.qo_heads, shape.head_dim, dtype=dtype, device=k.device)

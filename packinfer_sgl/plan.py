@@ -133,5 +133,10 @@ class Plan:
     kv_tokens_unique: int
 
     @property
+    def merged(self) -> np.ndarray:
+        """[n] queries that have partial results."""
+        return np.flatnonzero(self.merge_indptr[1:] > self.merge_indptr[:-1])
+
+    @property
     def n_partials(self) -> int:
         return int(self.merge_indptr[-1])

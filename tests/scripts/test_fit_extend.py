@@ -76,12 +76,13 @@ def test_an_unknown_constant_is_refused(tmp_path: Path) -> None:
     assert "block_us=2," in (tmp_path / "costs.py").read_text()
 
 
-# one H200
+# one H200; FA3's time on P3 comes out 11 % too long
 @pytest.mark.parametrize(
-    ("name", "packed_us", "stock_us"),
-    [("P1", 887, 969), ("P2", 252, 234), ("P3", 95.8, 83.1), ("M1", 567, 737), ("M2", 284, 585)],
+    ("name", "packed_us", "stock_us", "stock_rel"),
+    [("P1", 887, 969, 0.1), ("P2", 252, 234, 0.1), ("P3", 95.8, 83.1, 0.12), ("M1", 567, 737, 0.1),
+     ("M2", 284, 585, 0.1)],
 )  # fmt: skip
-def test_times_are_near_what_was_measured(name: str, packed_us: float, stock_us: float) -> None:
+def test_times_are_near_what_was_measured(name: str, packed_us: float, stock_us: float, stock_rel: float) -> None:
     case = next(case for case in CASES if case.work.name.startswith(name + " "))
-    assert case.packed_model(EXTEND_H200) == pytest.approx(packed_us, rel=0.2)
-    assert case.stock_model(EXTEND_H200) == pytest.approx(stock_us, rel=0.15)
+    assert case.packed_model(EXTEND_H200) == pytest.approx(packed_us, rel=0.15)
+    assert case.stock_model(EXTEND_H200) == pytest.approx(stock_us, rel=stock_rel)

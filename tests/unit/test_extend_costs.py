@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ PROMPTS = Batch(4096, 64, [100] * 64, [0] * 64)
 
 def test_decodes_beside_a_chunk_are_packed_and_cold_prompts_are_not() -> None:
     assert MIXED.planned(always=False) is not None
-    cold = Batch(0, 0, [2000] * 8, [0] * 8)
+    cold = Batch(0, 0, [300] * 64, [0] * 64)
     assert cold.planned(always=False) is None and cold.planned() is not None
 
 
@@ -152,10 +153,5 @@ def test_where_times_are_known(
     monkeypatch: pytest.MonkeyPatch, head_dim: int, logit_cap: float, capability: int, measured: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-
-    class Layer:
-        pass
-
-    layer = Layer()
-    layer.head_dim, layer.logit_cap = head_dim, logit_cap  # type: ignore[attr-defined]
+    layer = SimpleNamespace(head_dim=head_dim, logit_cap=logit_cap)
     assert is_measured(layer, torch.device("cuda")) is measured  # type: ignore[arg-type]
