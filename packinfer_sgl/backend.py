@@ -16,10 +16,12 @@ from packinfer_sgl.cpu_decode import CpuDecode
 from packinfer_sgl.cpu_extend import CpuExtend
 from packinfer_sgl.cuda_decode import CudaDecode
 from packinfer_sgl.cuda_extend import CudaExtend, is_measured
+from packinfer_sgl.cuda_verify import CudaVerify, chain_drafts
 from packinfer_sgl.groups import CPU, AttentionShape
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
-from packinfer_sgl.kernels.tiles import TILES, tile_policy
+from packinfer_sgl.kernels.tiles import tile_policy
+from packinfer_sgl.layers import heads_of, layer_reason
 from packinfer_sgl.metrics import STATS
 from packinfer_sgl.plan import TilePolicy
 from packinfer_sgl.radix import BatchRows, running_rows
@@ -43,13 +45,11 @@ CPU_ARENA_GAIN, CUDA_ARENA_GAIN = 0.3, 0.05
 # Rows of an eager decode batch, or of a captured graph if that is more, for which buffers are held on a GPU.
 EAGER_ROWS = 256
 
-
-class UnsupportedModel(RuntimeError):
-    """Models of this kind never run on the packed kernels."""
+Step = CpuDecode | CudaDecode | CpuExtend | CudaExtend | CudaVerify  # what can run a forward pass
 
 
 class PackInferMixin:
-    """Decode and extend by work items over the batch's prefix tree; all else by ``super()``, the stock backend.
+    """Decode, extend and verify by work items over the batch's prefix tree; all else by ``super()``, the stock backend.
 
     The class is ``type("PackInfer" + Base, (PackInferMixin, Base), {})`` over the ``__dict__`` of a built stock
     backend, so that its flags, buffers and metadata keep working (see ``wrap``).
@@ -58,9 +58,12 @@ class PackInferMixin:
     _packinfer_decode: CpuDecode | CudaDecode | None = None  # on CUDA built when the size of its buffers is known
     _packinfer_make: Callable[[int], CpuDecode | CudaDecode]
     _packinfer_extend: CpuExtend | CudaExtend | None
+    _packinfer_drafts: CudaVerify | None = None  # built when the number of drafts is known
+    _packinfer_make_drafts: Callable[[int, int], CudaVerify] | None = None
+    _packinfer_max_rows: int = 0  # of captured graphs
     _packinfer_layers: dict[int, LayerReason | None]
     _packinfer_heads: tuple[int, int, int]  # of the layers that are packed
-    _packinfer_step: CpuDecode | CudaDecode | CpuExtend | CudaExtend | None = None  # runs this forward pass, if packed
+    _packinfer_step: Step | None = None  # runs this forward pass, if packed
     _packinfer_verify: bool
     _packinfer_check: bool = False  # this step is eager, and compared with the stock backend
     _packinfer_tokens: int = 0  # query tokens of an eager step that are no padding
@@ -69,6 +72,7 @@ class PackInferMixin:
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)  # type: ignore[misc]
         self._packinfer_decode = self._packinfer_make(max(max_bs, EAGER_ROWS))
+        self._packinfer_max_rows = max_bs
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Before an eager forward pass."""
@@ -80,26 +84,24 @@ class PackInferMixin:
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Before a graph is captured or replayed; some stock backends come here before an eager pass, too."""
         super().init_forward_metadata_out_graph(forward_batch, in_capture)  # type: ignore[misc]
-        decode = self._packinfer_decode
         self._packinfer_step, self._packinfer_check, self._packinfer_tokens = None, False, 0
-        if not isinstance(decode, CudaDecode):
+        if not isinstance(self._packinfer_decode, CudaDecode):
             return
         replayed = not in_capture and hasattr(forward_batch, "num_padding")
-        reason = _mode_reason(forward_batch.forward_mode)
-        if reason is not None:
+        mode = forward_batch.forward_mode
+        step = self._packinfer_decode if mode.is_decode() else self._packinfer_chain(forward_batch)
+        if step is None:
             if replayed and not forward_batch.actual_forward_mode.is_idle():
-                STATS.count_fallback(reason)
+                STATS.count_fallback(_mode_reason(mode) or BatchReason.EXTEND)
         elif in_capture:
-            self._packinfer_step = decode
-            decode.step_for_capture(forward_batch.req_pool_indices)
+            self._packinfer_step = step
+            step.step_for_capture(forward_batch.req_pool_indices)
         elif replayed:
             # The captured graph runs the packed kernels whatever the batch is: without rows nothing is shared. An idle
             # rank of data-parallel attention replays it, too, with no row at all.
             n = forward_batch.batch_size - forward_batch.num_padding
-            rows = running_rows()
-            if rows is None or len(rows.reqs) != n:
-                rows = None
-            decode.step(rows, forward_batch.req_pool_indices[:n], forward_batch.seq_lens_cpu[:n].numpy())
+            lens = forward_batch.seq_lens_cpu[:n].numpy() if n else np.zeros(0, np.int64)
+            step.step(_of_rows(n), forward_batch.req_pool_indices[:n], lens)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Captured with the graph, and run at each replay."""
@@ -107,38 +109,58 @@ class PackInferMixin:
         if isinstance(self._packinfer_step, CudaDecode):
             self._packinfer_step.append(forward_batch.seq_lens, forward_batch.out_cache_loc)
 
-    def _packinfer_plan(self, batch: ForwardBatch) -> CpuDecode | CudaDecode | CpuExtend | CudaExtend | None:
-        """Plan an eager batch; returns what will run it, None for the stock backend."""
-        if batch.forward_mode.is_idle():
+    def _packinfer_chain(self, batch: ForwardBatch) -> CudaVerify | None:
+        """What runs this batch if it verifies drafts that are a chain, or None; the same at capture and at replay."""
+        if self._packinfer_make_drafts is None or not batch.forward_mode.is_target_verify():
             return None
-        rows = running_rows()
-        extend = self._packinfer_extend if _is_plain_extend(batch.forward_mode) else None
-        if extend is not None:
-            reason = _extend_reason(batch, rows) or self._packinfer_plan_extend(extend, batch, rows)
+        if batch.spec_info is None:  # an idle rank of data-parallel attention
+            return self._packinfer_drafts
+        drafts = chain_drafts(batch.spec_info)
+        if drafts and self._packinfer_drafts is None:
+            self._packinfer_drafts = self._packinfer_make_drafts(drafts, self._packinfer_max_rows or EAGER_ROWS)
+        return self._packinfer_drafts if drafts and drafts == self._packinfer_drafts.drafts else None
+
+    def _packinfer_plan(self, batch: ForwardBatch) -> Step | None:
+        """Plan an eager batch; returns what will run it, None for the stock backend."""
+        mode, rows = batch.forward_mode, running_rows()
+        if mode.is_idle():
+            return None
+        step: Step | None = self._packinfer_extend if _is_plain_extend(mode) else self._packinfer_chain(batch)
+        if isinstance(step, CudaVerify):
+            reason = self._packinfer_plan_rows(step, batch, step.drafts)
+        elif step is not None:
+            reason = _extend_reason(batch, rows) or self._packinfer_plan_extend(step, batch, rows)
         else:
-            reason = _batch_reason(batch, rows is not None) or self._packinfer_plan_decode(batch, rows)
+            reason = _batch_reason(batch, rows is not None) or self._packinfer_plan_decode(batch)
+            step = self._packinfer_decode
         if reason is None:
-            return extend or self._packinfer_decode
+            return step
         STATS.count_fallback(reason)
         return None
 
-    def _packinfer_plan_decode(self, batch: ForwardBatch, rows: BatchRows | None) -> BatchReason | None:
+    def _packinfer_plan_decode(self, batch: ForwardBatch) -> BatchReason | None:
         """Why the stock backend runs this decode batch after all, or None."""
         if self._packinfer_decode is None:  # not for a prefill: graphs may need larger buffers
             self._packinfer_decode = self._packinfer_make(EAGER_ROWS)
         decode = self._packinfer_decode
-        if isinstance(decode, CudaDecode) and batch.batch_size > decode.max_rows:
-            return BatchReason.TOO_MANY_ROWS
-        # data-parallel attention pads the batches of its ranks to one size
-        n = batch.batch_size if batch._original_batch_size is None else batch._original_batch_size
-        self._packinfer_tokens = n
-        if rows is not None and n != len(rows.reqs):
-            rows = None
         if isinstance(decode, CudaDecode):
-            decode.step(rows, batch.req_pool_indices[:n], batch.seq_lens_cpu[:n].numpy())
-            decode.append(batch.seq_lens, batch.out_cache_loc)
-        else:
-            decode.step(rows, batch.req_pool_indices, batch.seq_lens, batch.out_cache_loc)
+            reason = self._packinfer_plan_rows(decode, batch, 1)
+            if reason is None:
+                decode.append(batch.seq_lens, batch.out_cache_loc)
+            return reason
+        n = self._packinfer_tokens = _n_rows(batch)
+        decode.step(_of_rows(n), batch.req_pool_indices, batch.seq_lens, batch.out_cache_loc)
+        return None
+
+    def _packinfer_plan_rows(
+        self, step: CudaDecode | CudaVerify, batch: ForwardBatch, row_tokens: int
+    ) -> BatchReason | None:
+        """The same of rows with so many query tokens each, on a GPU."""
+        if batch.batch_size > step.max_rows:
+            return BatchReason.TOO_MANY_ROWS
+        n = _n_rows(batch)
+        self._packinfer_tokens = n * row_tokens
+        step.step(_of_rows(n), batch.req_pool_indices[:n], batch.seq_lens_cpu[:n].numpy())
         return None
 
     def _packinfer_plan_extend(
@@ -212,6 +234,17 @@ class PackInferMixin:
         return self._packinfer_layers[layer.layer_id]
 
 
+def _n_rows(batch: ForwardBatch) -> int:
+    """Rows of an eager batch: data-parallel attention pads those of its ranks to one size."""
+    return int(batch.batch_size if batch._original_batch_size is None else batch._original_batch_size)
+
+
+def _of_rows(n: int) -> BatchRows | None:
+    """The scheduler's batch if it has so many rows."""
+    rows = running_rows()
+    return rows if rows is not None and len(rows.reqs) == n else None
+
+
 def _mode_reason(mode: ForwardMode) -> BatchReason | None:
     if mode.is_decode():
         return None
@@ -247,43 +280,6 @@ def _batch_reason(batch: ForwardBatch, known: bool) -> BatchReason | None:
     return None if known else BatchReason.NO_BATCH
 
 
-def heads_of(layer: RadixAttention) -> tuple[int, int, int]:
-    """Query heads, KV heads and head dimension of this process's part of a layer."""
-    return layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
-
-
-def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
-    """Why this layer can never run on the packed kernels, or None."""
-    from sglang.srt.layers.radix_attention import AttentionType
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-
-    if (layer.sliding_window_size is not None and layer.sliding_window_size > -1) or layer.use_irope:
-        return LayerReason.SLIDING_WINDOW
-    if type(pool) is SWAKVPool:  # its layers without a window have a pool of their own, whose slots SGLang's table has
-        pool = pool.full_kv_pool
-    if layer.is_cross_attention:
-        return LayerReason.CROSS_ATTENTION
-    if layer.attn_type != AttentionType.DECODER:
-        return LayerReason.NOT_DECODER
-    if layer.qk_head_dim != layer.v_head_dim:
-        return LayerReason.UNEQUAL_HEAD_DIMS
-    if getattr(layer, "xai_temperature_len", -1) > 0:
-        return LayerReason.TEMPERATURE_BY_LENGTH
-    if type(pool) is not MHATokenToKVPool or getattr(pool, "use_hnd", False):
-        return LayerReason.KV_POOL
-    if torch.device(pool.device).type == "cuda":
-        if layer.head_dim not in TILES:
-            return LayerReason.HEAD_DIM
-        if layer.tp_q_head_num > TILES[layer.head_dim][-1].rows * layer.tp_k_head_num:
-            return LayerReason.GROUP_SIZE
-        if pool.dtype not in (torch.bfloat16, torch.float16):
-            return LayerReason.KV_DTYPE
-    if not pool.dtype.is_floating_point or pool.dtype.itemsize < 2:
-        return LayerReason.KV_DTYPE
-    return None
-
-
 def _check_output(out: torch.Tensor, stock: torch.Tensor, layer_id: int) -> None:
     """Raise RuntimeError if a row of ``out`` ([n, heads * head_dim]) is not the stock backend's within rounding."""
     error = (out.float() - stock.float()).norm(dim=1) / stock.float().norm(dim=1)
@@ -307,44 +303,6 @@ def _write_kv(pool: Any, layer: RadixAttention, slots: torch.Tensor, k: torch.Te
 def packed_class(base: type) -> type:
     """``PackInfer<Base>``, a subclass of the stock backend class."""
     return type(f"PackInfer{base.__name__}", (PackInferMixin, base), {})
-
-
-def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
-    """Why each attention layer of the model can never be packed, or None.
-
-    Raises:
-        UnsupportedModel: packinfer has nothing for such a model or device, whatever its settings.
-    """
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    device, name = torch.device(runner.device).type, type(runner.model).__name__
-    if device not in ("cpu", "cuda"):
-        raise UnsupportedModel(
-            f"packinfer: there are packed kernels for CPU and CUDA, not for {device}; choose a stock "
-            "--attention-backend"
-        )
-    if runner.use_mla_backend:
-        raise UnsupportedModel(
-            f"packinfer: {name} uses multi-head latent attention, which packinfer never packs; "
-            "choose a stock --attention-backend"
-        )
-    if getattr(runner.model_config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"packinfer: {name} is an encoder-decoder model, which packinfer never packs; "
-            "choose a stock --attention-backend"
-        )
-    reasons = {}
-    for module in runner.model.modules():
-        for layer in module.children():
-            if isinstance(layer, RadixAttention):
-                reason = layer_reason(layer, runner.token_to_kv_pool)
-                has_sinks = getattr(module, "sinks", None) is not None
-                reasons[layer] = LayerReason.SINKS if has_sinks and reason is None else reason
-    if getattr(runner.server_args, "dcp_size", 1) > 1:
-        raise UnsupportedModel("packinfer: with --dcp-size nothing is packed; choose a stock --attention-backend")
-    if not reasons:
-        raise UnsupportedModel(f"packinfer: {name} has no attention layers; choose a stock --attention-backend")
-    return reasons
 
 
 def wrap(
@@ -381,6 +339,10 @@ def wrap(
         backend._packinfer_make = lambda max_rows: CudaDecode(
             shape, max_rows=max_rows, pool_tokens=pool.size, **settings
         )
+        if is_measured(packed, torch.device(runner.device)):
+            backend._packinfer_make_drafts = lambda drafts, max_rows: CudaVerify(
+                shape, drafts, max_rows=max_rows, pool_tokens=pool.size, **extend
+            )
     return backend
 
 

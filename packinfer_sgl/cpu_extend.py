@@ -47,7 +47,7 @@ class CpuExtend:
             shape,
             ((cost_of(shape), TILES),),
             grouping=grouping,
-            stats=stats,
+            count=stats.count_extend,
             packed_us=self.packed_us,
             stock_us=(lambda q_lens, kv_lens: math.inf) if always else self.stock_us,
         )

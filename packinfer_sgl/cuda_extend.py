@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -33,13 +34,20 @@ def is_measured(layer: RadixAttention, device: torch.device) -> bool:
     return is_hopper(device) and layer.head_dim == HEAD_DIM and not layer.logit_cap
 
 
-def fits(plan: Plan, shape: AttentionShape) -> bool:
+def _fits(plan: Plan, shape: AttentionShape) -> bool:
     row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
     return max(plan.n_partials * row_bytes, plan.kv_capacity * 4) <= BUFFER_BYTES
 
 
 def extend_planner(
-    shape: AttentionShape, tiles: tuple[Tile, ...], sms: int, *, grouping: str, stats: Stats, always: bool
+    shape: AttentionShape,
+    tiles: tuple[Tile, ...],
+    sms: int,
+    *,
+    grouping: str,
+    count: Callable[[Plan, PrefixTree, float], None],
+    always: bool,
+    fits: Callable[[Plan], bool] | None = None,
 ) -> ExtendPlanner:
     """Groups leave partial results, or, if their tails are short, these ride with them and partial results are few.
 
@@ -47,6 +55,7 @@ def extend_planner(
         tiles: ``tiles.tiles_for`` the GPU.
         sms: its multiprocessors.
         always: run every batch packed, whatever is expected.
+        count, fits: see ``ExtendPlanner``; by default plans fit within ``BUFFER_BYTES``.
     """
     policy, cost = policy_of(shape, tiles, sms), EXTEND_H200.grouping(tiles[0].rows)
     timings = policy.timings
@@ -56,10 +65,10 @@ def extend_planner(
         shape,
         ((cost, policy), (replace(cost, partial_us=0, partial_bytes_per_us=math.inf), riding)),
         grouping=grouping,
-        stats=stats,
+        count=count,
         packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, timings, tiles[0].rows, tiles[0].tokens),
         stock_us=lambda q, kv: math.inf if always else EXTEND_H200.stock_us(q, kv, shape, sms),
-        fits=lambda plan: fits(plan, shape),
+        fits=fits or (lambda plan: _fits(plan, shape)),
     )
 
 
@@ -86,7 +95,7 @@ class CudaExtend:
         device = req_to_token.device
         self._tiles = tiles_for(shape.head_dim, device, extend=True)
         self._planner = extend_planner(
-            shape, self._tiles, multiprocessors(device), grouping=grouping, stats=stats, always=always
+            shape, self._tiles, multiprocessors(device), grouping=grouping, count=stats.count_extend, always=always
         )
         self._packed: PackedCuda | None = None
 

@@ -17,7 +17,7 @@ from packinfer_sgl.siblings import Held
 
 EXPORT_INTERVAL_S = 1.0
 _TOTALS = {
-    "packed_steps": "decode steps that ran on the packed kernels",
+    "packed_steps": "decode steps, verify steps of speculative decoding included, that ran on the packed kernels",
     "kv_tokens_logical": "KV tokens a prefix-unaware kernel would have read in those steps, one layer",
     "kv_tokens_unique": "least KV tokens that any kernel could have read",
     "kv_tokens_read": "KV tokens that the work items read",
@@ -91,8 +91,13 @@ class Stats:
         self.kv_tokens_read += plan.kv_tokens_read + grown_tokens
         self._export()
 
-    def count_extend(self, plan: Plan) -> None:
-        """An extend batch will run on ``plan``."""
+    def count_verify(self, plan: Plan, tree: PrefixTree, took_us: float) -> None:
+        """A verify step of speculative decoding will run on ``plan``, made from ``tree`` in ``took_us``."""
+        self.count_plan(plan, tree, took_us)
+        self.count_packed(plan, 0)
+
+    def count_extend(self, plan: Plan, tree: PrefixTree, took_us: float) -> None:
+        """An extend batch will run on ``plan``; its groups are gone with it."""
         self.packed_extends += 1
         self.extend_kv_tokens_logical += plan.kv_tokens_logical
         self.extend_kv_tokens_unique += plan.kv_tokens_unique

@@ -1,4 +1,4 @@
-"""Plans of SGLang's batches: one for as long as a decode batch stays the same, one for each extend batch."""
+"""Plans of SGLang's batches: one for as long as a decode batch stays the same, one for each batch of other kinds."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def causal(q_lens: Int32, kv_lens: Int32) -> dict[str, Any]:
 
 
 class ExtendPlanner:
-    """Plans extend batches: prefill, chunked prefill, and decodes among them (mixed batches, one new token each).
+    """Plans batches of several new tokens a row: prefill, chunked prefill, and decodes among them (mixed batches, one
+    new token each); drafts to verify.
 
     Each batch goes to whom a cost model expects to be faster, the packed kernels or the stock backend.
     """
@@ -135,7 +136,7 @@ class ExtendPlanner:
         ways: tuple[tuple[CostModel, TilePolicy], ...],
         *,
         grouping: str,
-        stats: Stats,
+        count: Callable[[Plan, PrefixTree, float], None],
         packed_us: Callable[[Plan], float],
         stock_us: Callable[[Int32, Int32], float],
         fits: Callable[[Plan], bool] = lambda plan: True,
@@ -144,45 +145,55 @@ class ExtendPlanner:
         Args:
             ways: how groups are chosen and cut; of several the plan that is expected to be fastest is taken.
             grouping: see ``config.Config``.
+            count: gets each plan that will run, the spans that it reads once, and the microseconds that it took.
             packed_us: expected time of a plan in one layer.
             stock_us: expected time of the stock backend, by new tokens and KV tokens of each row ([n_rows] int32).
             fits: whether a plan can be run; if not, less is shared.
         """
-        self.shape, self.stats, self.fits = shape, stats, fits
+        self.shape, self.count, self.fits = shape, count, fits
         self.packed_us, self.stock_us = packed_us, stock_us
         uncut = tuple((cost, dataclasses.replace(policy, chunk_tokens=1 << 30, timings=None)) for cost, policy in ways)
         # each smaller than the one before
         self._attempts = (*((mode, ways) for mode in dict.fromkeys((grouping, "single", "off"))), ("off", uncut))
 
-    def plan(self, rows: Rows, q_lens: Int32, kv_lens: Int32) -> tuple[Plan, PrefixTree] | None:
+    def plan(self, rows: Rows | None, q_lens: Int32, kv_lens: Int32) -> tuple[Plan, PrefixTree] | None:
         """The plan of a batch and who shares what in it, or None if the stock backend is expected to be faster.
 
         Args:
-            rows: the scheduler's batch.
+            rows: the scheduler's batch; None if it is not known: then nothing counts as shared.
             q_lens: [n_rows] new tokens of each row, its last.
             kv_lens: [n_rows] KV tokens of each row, the new ones included.
         """
-        tree = rows.prefix_tree()
-        if tree is None:  # a cache without paths
+        started = time.perf_counter()
+        tree = rows.prefix_tree() if rows is not None else None
+        if tree is None:  # or a cache without paths
             tree = PrefixTree.from_neighbours(range(len(kv_lens)), [0] * (len(kv_lens) - 1))
-        plan = self.fastest(tree, q_lens, kv_lens)
-        if plan is None or self.packed_us(plan) > self.stock_us(q_lens, kv_lens):
+        found = self.fastest(tree, q_lens, kv_lens)
+        if found is None:
             return None
-        self.stats.count_extend(plan)
+        packed_us, plan, kept = found
+        if packed_us > self.stock_us(q_lens, kv_lens):
+            return None
+        self.count(plan, kept, (time.perf_counter() - started) * 1e6)
         return plan, tree
 
-    def fastest(self, tree: PrefixTree, q_lens: Int32, kv_lens: Int32) -> Plan | None:
-        """The plan that is expected to be the fastest of those that fit, or None. See ``plan``."""
+    def fastest(self, tree: PrefixTree, q_lens: Int32, kv_lens: Int32) -> tuple[float, Plan, PrefixTree] | None:
+        """The plan that is expected to be the fastest of those that fit, or None. See ``plan``.
+
+        Returns:
+            its expected time, the plan, and the spans that it reads once.
+        """
         queries = causal(q_lens, kv_lens)
         unique = tree.unique_tokens(kv_lens)
         for grouping, ways in self._attempts:
-            plans: list[Plan] = []
+            plans: list[tuple[float, Plan, PrefixTree]] = []
             for cost, policy in ways:
                 kept = prune(tree, self.shape, cost, grouping, q_lens)
                 if plans and not kept.n_nodes:
                     continue  # ways differ in what they do with groups
-                plans.append(make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, **queries))
-            plans = [plan for plan in plans if self.fits(plan)]
+                plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, **queries)
+                if self.fits(plan):
+                    plans.append((self.packed_us(plan), plan, kept))
             if plans:
-                return min(plans, key=self.packed_us)
+                return min(plans, key=lambda found: found[0])
         return None

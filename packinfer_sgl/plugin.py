@@ -107,7 +107,8 @@ def create_backend(runner: Any) -> Any:
 
 
 def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]) -> Any:
-    from packinfer_sgl.backend import layer_reasons, wrap
+    from packinfer_sgl.backend import wrap
+    from packinfer_sgl.layers import layer_reasons
     from packinfer_sgl.metrics import STATS, start_prometheus
     from packinfer_sgl.patches import hold
     from packinfer_sgl.patches.arena import carve

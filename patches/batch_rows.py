@@ -28,8 +28,19 @@ def scope_rows(forward: Callable[..., Any], runner: Any, forward_batch: Any, *ar
         return forward(runner, forward_batch, *args, **kwargs)
 
 
+def scope_loaded(load: Callable[..., Any], graphs: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``DecodeCudaGraphRunner.load_batch``: speculative decoding loads what it will verify ahead of the pass."""
+    rows = getattr(forward_batch, _ATTRIBUTE, None)
+    if rows is None:
+        return load(graphs, forward_batch, *args, **kwargs)
+    with running(rows):
+        return load(graphs, forward_batch, *args, **kwargs)
+
+
 def hooks() -> list[Hook]:
+    graphs = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.load_batch"
     return [
+        Hook(graphs, scope_loaded, HookType.AROUND),
         Hook("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", read_rows, HookType.AFTER),
         Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", scope_rows, HookType.AROUND),
     ]

@@ -4,9 +4,9 @@
                                     [--trees kernel_trees.json] [--out DIR]    # results.json, results.md, plots
 
 Workloads: decode (D, E), prompts over cached prefixes and without (P), prompts beside decodes (M), and, if asked for,
-one request's chunk over its cached tokens (C256@0 to C4096@32k) and random batches of prompts and decodes (R0 to R39).
-FlashInfer compiles its kernels when they are first called, some for minutes: ``--baselines`` can leave out those of
-decode and prefill (``fi``), ``cascade``, ``batch`` (BatchAttention) and ``pod`` (BatchPOD).
+drafts to verify (V), one request's chunk over its cached tokens (C256@0 to C4096@32k) and random batches of prompts and
+decodes (R0 to R39). FlashInfer compiles its kernels when they are first called, some for minutes: ``--baselines`` can
+leave out those of decode and prefill (``fi``), ``cascade``, ``batch`` (BatchAttention) and ``pod`` (BatchPOD).
 
 Every method is checked against float32 attention before it is timed. A time is the median over replays of a CUDA graph
 that walks through copies of the inputs larger than the L2 cache; the methods of a workload take turns. ``floor`` is

@@ -51,6 +51,7 @@ EAGLE = {
     "speculative_eagle_topk": 4,
     "speculative_num_draft_tokens": 8,
 }
+CHAIN = {**EAGLE, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
 # SGLang's own all-reduce may use NVLink multicast, which not every host allows
 TP2, DP2 = {"tp_size": 2, "disable_custom_all_reduce": True}, {"dp_size": 2}
 DP_ATTENTION = {**TP2, **DP2, "enable_dp_attention": True}
@@ -69,6 +70,10 @@ SCENARIOS = {
     "verify-fp16": Scenario("llama", {**OURS, **EAGER, "dtype": "float16"}, VERIFY),
     "eagle-fa3": Scenario("llama", {**FA3, **EAGLE}, logprobs=False),
     "eagle-packinfer": Scenario("llama", {**OURS, **EAGLE}, logprobs=False),
+    "fa3-128": Scenario("llama128", FA3),
+    "chain-fa3": Scenario("llama128", {**FA3, **CHAIN}, logprobs=False),
+    "chain-packinfer": Scenario("llama128", {**OURS, **CHAIN}, rounds=UNEVEN, logprobs=False),
+    "chain-eager": Scenario("llama128", {**OURS, **CHAIN, **EAGER}, VERIFY, rounds=UNEVEN, logprobs=False),
     "fp8-fa3": Scenario("llama", {**FA3, **FP8}),
     "fp8-packinfer": Scenario("llama", {**OURS, **FP8}),
     "gemma2-fa3": Scenario("gemma2", FA3),
@@ -103,7 +108,9 @@ CHECKS = {
     "tp": ("fa3", "triton", "tp2-fa3", "tp2-packinfer"),
     "dp": ("fa3", "triton", "dp2-packinfer", "dpa-fa3", "dpa-packinfer", "dpa-eager-packinfer"),
     "pd": ("pd-decode", "pd-prefill"),
-    "eagle": ("fa3", "triton", "eagle-fa3", "eagle-packinfer"),
+    "eagle": (
+        "fa3", "triton", "eagle-fa3", "eagle-packinfer", "fa3-128", "chain-fa3", "chain-packinfer", "chain-eager",
+    ),
     "wrap": (
         "fa3", "triton", "gemma2-fa3", "gemma2-packinfer", "gemma3-fa3", "gemma3-packinfer", "llama4-wrap",
         "gpt_oss-wrap", "gemma4-wrap",
@@ -225,6 +232,14 @@ class Judge:
         counted = state.get("fallback_steps", {}).get("speculative", 0)
         accepted = {name: self.ran[name].state.get("accept_length") for name in ("eagle-packinfer", "eagle-fa3")}
         self.add("eagle counted", bool(state.get("active")) and counted > 0, f"{counted} verify steps; {accepted}")
+        if not self.started("eagle chain", "chain-packinfer", "chain-eager", stock=("fa3-128", "chain-fa3")):
+            return
+        for name in ("chain-packinfer", "chain-eager"):
+            self.same("eagle chain", name, "fa3-128", control="chain-fa3")
+            counted = self.ran[name].state["fallback_steps"].get("speculative", 0)
+            self.add("eagle chain packed", counted == 0, f"{name}: {counted} verify steps on the base backend")
+        error = self.ran["chain-eager"].state["verify_error"]
+        self.add("eagle chain verified", error > 0, f"worst relative error of a row {error:.2g}")
 
     def wrap(self) -> None:
         for kind in ("gemma2", "gemma3"):

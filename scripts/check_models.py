@@ -25,6 +25,8 @@ def write_model(kind: str, folder: Path) -> Path:
     """Writes the model ``kind`` (a key of KINDS) below ``folder``; returns its own folder."""
     path = folder / kind
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 256} if kind == "gemma2" else {}
+    if kind == "llama128":
+        return write_tiny_model(path, heads=8, kv_heads=2, head_dim=128)
     llama = write_tiny_model(folder / ("llama-256" if shape else "llama"), **shape)
     if kind == "llama":
         return llama

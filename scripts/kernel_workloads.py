@@ -1,4 +1,4 @@
-"""Batches for scripts/bench_kernels.py (decode, extend, both at once), and their inputs in device memory."""
+"""Batches for scripts/bench_kernels.py (decode, extend, both at once, drafts), and their inputs in device memory."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ class Workload:
 
     def extend_plan(self, tiles: tuple[Tile, ...], sms: int) -> Plan:
         """With which SGLang's extend batches of this kind are served."""
-        planner = extend_planner(self.shape, tiles, sms, grouping="multi", stats=Stats(), always=True)
-        plan = planner.fastest(self.tree(), np.array(self.new, np.int32), self.kv_lens)
-        assert plan is not None
-        return plan
+        planner = extend_planner(self.shape, tiles, sms, grouping="multi", count=Stats().count_extend, always=True)
+        found = planner.fastest(self.tree(), np.array(self.new, np.int32), self.kv_lens)
+        assert found is not None
+        return found[1]
 
 
 def tree_workload(name: str, heads: tuple[int, int], nodes: list[int], tokens: list[int], jitter: int = 0) -> Workload:
@@ -115,7 +115,7 @@ def tree_workload(name: str, heads: tuple[int, int], nodes: list[int], tokens: l
 
 
 def workloads() -> list[Workload]:
-    return [*decodes(), *extends(), *chunks(), *ragged()]
+    return [*decodes(), *extends(), *drafts(), *chunks(), *ragged()]
 
 
 def decodes() -> list[Workload]:
@@ -157,6 +157,23 @@ def extends() -> list[Workload]:
             "M2 4k prefix, 16 x 20-200 new, 96 decodes", 32, 8, [4096], under(112), [*new, *decoded], [*new, *[1] * 96]
         ),
     ]  # fmt: skip
+
+
+def drafts() -> list[Workload]:
+    """Verify steps of speculative decoding: the drafts of each request are a chain (V)."""
+
+    def step(name: str, prefixes: int, prefix: int, own: list[int], n: int) -> Workload:
+        paths = [[r * prefixes // len(own)] if prefixes else [] for r in range(len(own))]
+        return Workload(f"{name}, {n} drafts", 32, 8, [prefix] * prefixes, paths, own, [n] * len(own))
+
+    return [
+        step("V1 4k prefix, 64 x 512", 1, 4096, [512] * 64, 4),
+        step("V2 8 groups of 2k, 64 x 256", 8, 2048, [256] * 64, 4),
+        step("V3 64 x 2k", 0, 0, [2048] * 64, 4),
+        step("V4 64 x 2k", 0, 0, [2048] * 64, 8),
+        step("V5 8 x 8k", 0, 0, [8192] * 8, 4),
+        step("V6 8k prefix, 16 x 256", 1, 8192, [256] * 16, 4),
+    ]
 
 
 def chunks() -> list[Workload]:

@@ -48,6 +48,21 @@ def test_eagle_drafts_on_the_base_backend(draft_factory, monkeypatch):
         make(draft_factory, {"torch_native": table["torch_native"]})
 
 
+@pytest.mark.parametrize(("topk", "drafts"), [(1, 4), (2, 0)])
+def test_chains_of_drafts(topk, drafts):
+    """With one branch each draft sees those before it; more branches are a tree."""
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+    from packinfer_sgl.cuda_verify import chain_drafts
+
+    class Other(EagleVerifyInput):
+        pass
+
+    made = [kind.create_idle_input(topk, 3, 4, "cpu") for kind in (EagleVerifyInput, Other)]
+    assert [chain_drafts(spec_info) for spec_info in made] == [drafts, 0]
+    assert chain_drafts(None) == 0
+
+
 def layer_and_pools():
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -72,7 +87,7 @@ def layer_and_pools():
 
 
 def test_reasons_of_layers():
-    from packinfer_sgl.backend import layer_reason
+    from packinfer_sgl.layers import layer_reason
     from packinfer_sgl.reasons import LayerReason
 
     layer, pool, hybrid = layer_and_pools()

@@ -20,8 +20,8 @@ FLOORS = {
     "extend_costs": 1,
     "kernels": 2,
     "paged_cpu": 3, "paged_cuda": 3, "paged": 3, "wrapper": 3, "regroup": 3, "metrics": 3,
-    "backend": 4, "planner": 4, "cpu_decode": 4, "cuda_decode": 4, "cpu_extend": 4, "cuda_extend": 4,
-    "radix": 4, "cpu_platform": 4, "__init__": 4,
+    "backend": 4, "layers": 4, "planner": 4, "cpu_decode": 4, "cuda_decode": 4, "cpu_extend": 4, "cuda_extend": 4,
+    "cuda_verify": 4, "radix": 4, "cpu_platform": 4, "__init__": 4,
     "plugin": 5, "cli": 5, "tiny_model": 5, "show": 5, "doctor": 5, "patches": 5,
 }  # fmt: skip
 # Within a floor only these may be imported; on the floors that touch SGLang everybody may import everybody.

@@ -44,7 +44,9 @@ def test_planted_times_come_back() -> None:
 def test_what_no_batch_tells_stays() -> None:
     measured = [case for case in cases(results()) if case.work.name.startswith("C4096")]
     fitted = fit_all(measured, EXTEND_H200)
-    assert (fitted.partials, fitted.half_block_us) == (EXTEND_H200.partials, EXTEND_H200.half_block_us)
+    # float64: a value that is taken apart and put together again may differ in its last bit
+    assert fitted.partials == pytest.approx(EXTEND_H200.partials, rel=1e-12)
+    assert fitted.half_block_us == pytest.approx(EXTEND_H200.half_block_us, rel=1e-12)
     assert fitted.block_us == pytest.approx(PLANTED.block_us, rel=0.02)
 
 

@@ -46,7 +46,7 @@ class Batch:
         return self.tree
 
     def planned(self, always: bool = True, shape: AttentionShape = SHAPE, grouping: str = "multi") -> Plan | None:
-        planner = extend_planner(shape, TILES, SMS, grouping=grouping, stats=Stats(), always=always)
+        planner = extend_planner(shape, TILES, SMS, grouping=grouping, count=Stats().count_extend, always=always)
         planned = planner.plan(self, self.q_lens, self.kv_lens)  # type: ignore[arg-type]
         return planned and planned[0]
 

@@ -1,0 +1,118 @@
+"""Verify steps of speculative decoding on the GPU: each row's drafts are a chain; grouped by prefix like decode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from packinfer_sgl.cpu_decode import check_shared_slots
+from packinfer_sgl.cuda_extend import BUFFER_BYTES, extend_planner
+from packinfer_sgl.groups import AttentionShape
+from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.kernels.tiles import multiprocessors, tiles_for
+from packinfer_sgl.metrics import Stats
+from packinfer_sgl.plan import Plan
+from packinfer_sgl.planner import Rows
+from packinfer_sgl.prefix_tree import PrefixTree
+
+
+def chain_drafts(spec_info: Any) -> int:
+    """Tokens that each row has in a verify step if each of them sees those before it; 0 for trees of drafts."""
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+    return int(spec_info.draft_token_num) if type(spec_info) is EagleVerifyInput and spec_info.topk == 1 else 0
+
+
+class CudaVerify:
+    """Turns verify steps into work for the extend kernels, in buffers at fixed addresses, so that a captured graph
+    replays any of them.
+
+    Each step has a plan of its own: rows grow by as many drafts as were accepted.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        drafts: int,
+        *,
+        grouping: str,
+        verify: bool,
+        req_to_token: torch.Tensor,
+        pool_tokens: int,
+        max_rows: int,
+        stats: Stats,
+    ) -> None:
+        """
+        Args:
+            drafts: tokens of each row (``chain_drafts``).
+            req_to_token: [pool rows, max context] int32 on the GPU, SGLang's table of slots.
+            pool_tokens: KV tokens in the pool.
+            max_rows: most rows of a batch.
+            grouping, verify: see ``config.Config``.
+        """
+        self.drafts, self.verify, self.req_to_token, self.max_rows = drafts, verify, req_to_token, max_rows
+        device, queries = req_to_token.device, max_rows * drafts
+        row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
+        # Uncut and with one group for each row, any batch fits but for its slots (``CudaDecode``).
+        capacity = Capacity(
+            queries=queries,
+            slots=8 * queries,
+            items=8 * max_rows + queries + 4096,
+            spans=2 * max_rows,
+            partials=min(8 * queries + 65536 // shape.qo_heads, BUFFER_BYTES // row_bytes),
+            kv_slots=min(max_rows * req_to_token.shape[1], 4 * pool_tokens) + queries,
+        )
+        tiles = tiles_for(shape.head_dim, device, extend=True)
+        heads = {"qo_heads": shape.qo_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+        self._packed = PackedCuda(capacity, tiles, **heads, device=device)
+        self._planner = extend_planner(
+            shape, tiles, multiprocessors(device), grouping=grouping, count=stats.count_verify, always=True,
+            fits=capacity.holds,
+        )  # fmt: skip
+
+    def step(self, rows: Rows | None, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
+        """Make the plan of this verify step the loaded one.
+
+        Args:
+            rows: the scheduler's batch, or None if it is not known: then nothing counts as shared.
+            pool_rows: [n] row of ``req_to_token`` of each request, on the GPU.
+            lens: [n] int64 KV tokens of each row, its drafts not included.
+        """
+        kv_lens = lens.astype(np.int32) + np.int32(self.drafts)
+        planned = self._planner.plan(rows, np.full(len(lens), self.drafts, np.int32), kv_lens)
+        if planned is None:
+            raise RuntimeError("packinfer: a batch does not fit the buffers; please report this")
+        plan, tree = planned
+        if self.verify:
+            check_shared_slots(tree, self.req_to_token, pool_rows)
+        self._load(plan, pool_rows)
+
+    def step_for_capture(self, pool_rows: torch.Tensor) -> None:
+        """Load a plan for rows of nothing but drafts."""
+        n = len(pool_rows)
+        lens = np.full(n, self.drafts, np.int32)
+        found = self._planner.fastest(PrefixTree.from_neighbours(range(n), [0] * (n - 1)), lens, lens)
+        assert found is not None
+        self._load(found[1], pool_rows)
+
+    def _load(self, plan: Plan, pool_rows: torch.Tensor) -> None:
+        self._packed.load(replace(plan, append_base=plan.append_base[:0]))  # no tail grows
+        self._packed.snapshot(self.req_to_token, pool_rows)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_lens: torch.Tensor,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float,
+    ) -> torch.Tensor:
+        """Attention of one layer, [n * drafts, qo_heads, head_dim]; may be captured. See ``PackedCuda.run``."""
+        return self._packed.run(
+            q, k, v, kv_lens, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, windowed=True
+        )[0]  # fmt: skip

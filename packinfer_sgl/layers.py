@@ -1,0 +1,92 @@
+"""Which attention layers of a model can run on the packed kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from packinfer_sgl.kernels.tiles import TILES
+from packinfer_sgl.reasons import LayerReason
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+
+class UnsupportedModel(RuntimeError):
+    """Models of this kind never run on the packed kernels."""
+
+
+def heads_of(layer: RadixAttention) -> tuple[int, int, int]:
+    """Query heads, KV heads and head dimension of this process's part of a layer."""
+    return layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
+
+
+def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
+    """Why this layer can never run on the packed kernels, or None."""
+    from sglang.srt.layers.radix_attention import AttentionType
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    if (layer.sliding_window_size is not None and layer.sliding_window_size > -1) or layer.use_irope:
+        return LayerReason.SLIDING_WINDOW
+    if type(pool) is SWAKVPool:  # its layers without a window have a pool of their own, whose slots SGLang's table has
+        pool = pool.full_kv_pool
+    if layer.is_cross_attention:
+        return LayerReason.CROSS_ATTENTION
+    if layer.attn_type != AttentionType.DECODER:
+        return LayerReason.NOT_DECODER
+    if layer.qk_head_dim != layer.v_head_dim:
+        return LayerReason.UNEQUAL_HEAD_DIMS
+    if getattr(layer, "xai_temperature_len", -1) > 0:
+        return LayerReason.TEMPERATURE_BY_LENGTH
+    if type(pool) is not MHATokenToKVPool or getattr(pool, "use_hnd", False):
+        return LayerReason.KV_POOL
+    if torch.device(pool.device).type == "cuda":
+        if layer.head_dim not in TILES:
+            return LayerReason.HEAD_DIM
+        if layer.tp_q_head_num > TILES[layer.head_dim][-1].rows * layer.tp_k_head_num:
+            return LayerReason.GROUP_SIZE
+        if pool.dtype not in (torch.bfloat16, torch.float16):
+            return LayerReason.KV_DTYPE
+    if not pool.dtype.is_floating_point or pool.dtype.itemsize < 2:
+        return LayerReason.KV_DTYPE
+    return None
+
+
+def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
+    """Why each attention layer of the model can never be packed, or None.
+
+    Raises:
+        UnsupportedModel: packinfer has nothing for such a model or device, whatever its settings.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    device, name = torch.device(runner.device).type, type(runner.model).__name__
+    if device not in ("cpu", "cuda"):
+        raise UnsupportedModel(
+            f"packinfer: there are packed kernels for CPU and CUDA, not for {device}; choose a stock "
+            "--attention-backend"
+        )
+    if runner.use_mla_backend:
+        raise UnsupportedModel(
+            f"packinfer: {name} uses multi-head latent attention, which packinfer never packs; "
+            "choose a stock --attention-backend"
+        )
+    if getattr(runner.model_config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"packinfer: {name} is an encoder-decoder model, which packinfer never packs; "
+            "choose a stock --attention-backend"
+        )
+    reasons = {}
+    for module in runner.model.modules():
+        for layer in module.children():
+            if isinstance(layer, RadixAttention):
+                reason = layer_reason(layer, runner.token_to_kv_pool)
+                has_sinks = getattr(module, "sinks", None) is not None
+                reasons[layer] = LayerReason.SINKS if has_sinks and reason is None else reason
+    if getattr(runner.server_args, "dcp_size", 1) > 1:
+        raise UnsupportedModel("packinfer: with --dcp-size nothing is packed; choose a stock --attention-backend")
+    if not reasons:
+        raise UnsupportedModel(f"packinfer: {name} has no attention layers; choose a stock --attention-backend")
+    return reasons
