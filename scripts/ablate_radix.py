@@ -138,8 +138,8 @@ def arguments() -> argparse.Namespace:
     text = "fill the KV pool with other requests before each run, so that slots lie scattered (see --arena)"
     parser.add_argument("--scatter", action="store_true", help=text)
     parser.add_argument("--full", action="store_true", help="all products of all values, not one change at a time")
-    parser.add_argument("--workloads", type=names(MAKERS), default=list(MAKERS), metavar="NAMES",
-                        help=f"by comma, of {', '.join(MAKERS)} (default: all)")  # fmt: skip
+    parser.add_argument("--workloads", type=names(MAKERS), metavar="NAMES",
+                        help=f"by comma, of {', '.join(MAKERS)} (default: all that --size has)")  # fmt: skip
     text = "a workload made from a request trace of Mooncake (.jsonl) or Azure (.csv); may be repeated"
     parser.add_argument("--trace", type=Path, action="append", default=[], metavar="FILE", help=text)
     parser.add_argument("--rounds", type=int, choices=range(1, 100), default=3, metavar="N", help="default 3")
@@ -152,6 +152,10 @@ def arguments() -> argparse.Namespace:
             setattr(args, name, list(axis.values if args.full else axis.default))
     if args.model is None and ON_GPU:
         parser.error("on a GPU give --model; a folder with a config and a tokenizer is enough with --load-format dummy")
+    of_size = SIZES[args.size].workloads
+    args.workloads = args.workloads or list(of_size)
+    if left_out := [name for name in args.workloads if name not in of_size]:
+        parser.error(f"--size {args.size} has no workload {left_out[0]}; it has {', '.join(of_size)}")
     if args.at_once is None:
         free_gib = psutil.virtual_memory().available >> 30
         args.at_once = GPU_ENGINES if ON_GPU else max(1, free_gib // ENGINE_GIB)

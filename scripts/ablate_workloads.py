@@ -33,7 +33,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Size:
-    """What a kind of machine can do: ``workloads`` gives the arguments of the functions in ``MAKERS``.
+    """What a kind of machine can do: ``workloads`` gives what is run there, with arguments of those in ``MAKERS``.
 
     ``start_s`` and ``run_s`` are rough times, for the estimate: an engine comes up, a workload runs once.
     """
@@ -99,6 +99,7 @@ def unrelated(words: Words, requests: int, own: int, new: int) -> Workload:
 
 MAKERS: dict[str, Callable[..., Workload]] = {
     "shared-prefix": shared_prefix,
+    "hot-prefix": shared_prefix,
     "n-sampling": samples,
     "nested-fork": fork,
     "few-shot": few_shot,
@@ -122,6 +123,8 @@ SIZES = {
         range(1000, 30000), running=64, pool_tokens=155000, start_s=90, run_s=8,
         workloads={
             "shared-prefix": {"groups": 4, "prompts": 32, "shared": 4096, "own": 64, "new": 128},
+            # long enough to tell what copies are worth that are made on the way
+            "hot-prefix": {"groups": 1, "prompts": 256, "shared": 4096, "own": 64, "new": 256},
             "n-sampling": {"prompts": 8, "n": 8, "prompt": 2048, "new": 256},
             "nested-fork": {
                 "roots": 4, "shared": 4096, "branches": 4, "branch": 128, "leaves": 4, "leaf": 64, "new": 64,

@@ -151,6 +151,7 @@ def test_a_mistake_of_the_command_line_starts_nothing(tmp_path: Path) -> None:
     for more, what in (
         (("--page", "1,2"), "argument --page: 2 is none of 1, 16, 64"),
         (("--workloads", "few-shot,best"), "best is none of shared-prefix"),
+        (("--workloads", "hot-prefix", "--size", "cpu"), "--size cpu has no workload hot-prefix"),
         (("--engine", "[]"), "must be a JSON object"),
     ):
         done = run(tmp_path / "out", *more)

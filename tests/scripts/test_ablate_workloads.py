@@ -37,8 +37,7 @@ def prompts(turns: list[Turn], before: tuple[int, ...] = ()) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(("name", "size"), [(name, size) for size in SIZES for name in SIZES[size].workloads])
 def test_every_workload_fits_its_size_and_is_the_same_twice(name: str, size: str) -> None:
     workload = make(name, SIZES[size])
     assert as_json(workload.turns) == as_json(make(name, SIZES[size]).turns)
@@ -47,6 +46,10 @@ def test_every_workload_fits_its_size_and_is_the_same_twice(name: str, size: str
     assert set(prompts(workload.turns)[0]) <= set(SIZES[size].vocabulary)
     least = least_prefill_tokens(prompts(workload.turns), 0)
     assert (least < sum(map(len, prompts(workload.turns)))) == (name not in ("unrelated", "n-sampling"))
+
+
+def test_every_workload_is_in_a_size() -> None:
+    assert {name for size in SIZES.values() for name in size.workloads} == set(MAKERS)
 
 
 def test_shared_prefix() -> None:
