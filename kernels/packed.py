@@ -38,6 +38,12 @@ N_SPANS = tl.constexpr(7)
 
 
 @triton.jit
+def _entry(pos, a_len, to_b):
+    """Where in the slot list, from run A's first slot on, the slot of a token of either run is."""
+    return pos + tl.where(pos < a_len, 0, to_b)
+
+
+@triton.jit
 def _attend(
     q,
     acc,
@@ -50,6 +56,8 @@ def _attend(
     begin,
     end,
     length,
+    a_len,
+    to_b,
     win_lo,
     win_hi,
     live,
@@ -70,8 +78,9 @@ def _attend(
 
     ``next_slot`` are the slots of the first block, and are returned as those of the block after the last.
 
-    MASK 0: every block is full; 1: tokens from ``length`` on are hidden; 2: query rows see [win_lo, win_hi) only. With
-    CUSTOM_MASK a ``live`` row sees of those only tokens with a flag at ``mask_rows``.
+    MASK 0: every block is full; 1: tokens from ``length`` on are hidden; 2: the first ``a_len`` tokens are run A, the
+    others run B, whose slots lie ``to_b`` entries further on; of these a query row sees those in [win_lo, win_hi). With
+    CUSTOM_MASK a ``live`` row sees of all that only tokens with a flag at ``mask_rows``.
     """
     at = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HEAD_DIM)
@@ -80,7 +89,10 @@ def _attend(
     for j in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         slot = next_slot
         pos = j + at
-        next_slot = tl.load(slots_ptr + pos + BLOCK_N)
+        if MASK == 2:
+            next_slot = tl.load(slots_ptr + _entry(pos + BLOCK_N, a_len, to_b))
+        else:
+            next_slot = tl.load(slots_ptr + pos + BLOCK_N)
         if PAGE == 1:
             kv_row = slot.to(tl.int64) * stride_slot
         else:
@@ -100,7 +112,8 @@ def _attend(
         if MASK == 1:
             s = tl.where((pos < length)[None, :], s, -float("inf"))
         if MASK == 2:
-            s = tl.where((pos[None, :] >= win_lo[:, None]) & (pos[None, :] < win_hi[:, None]), s, -float("inf"))
+            seen = ((pos < a_len)[None, :] | (pos[None, :] >= win_lo[:, None])) & (pos[None, :] < win_hi[:, None])
+            s = tl.where(seen, s, -float("inf"))
         if CUSTOM_MASK:
             wanted = live[:, None] & (pos < length)[None, :]
             s = tl.where(tl.load(mask_rows[:, None] + pos[None, :], mask=wanted, other=0) != 0, s, -float("inf"))
@@ -207,27 +220,33 @@ def packed_attention_kernel(
             if PEEL:
                 full = a_len // BLOCK_N * BLOCK_N
                 acc, top, total, slot = _attend(
-                    q, acc, top, total, k_head, v_head, a_slots, slot, 0, full, a_len, nth, nth, live, mask_rows,
-                    scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 0, CUSTOM_MASK, SOFT_CAP, STAGES,
+                    q, acc, top, total, k_head, v_head, a_slots, slot, 0, full, a_len, a_len, 0, nth, nth, live,
+                    mask_rows, scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 0, CUSTOM_MASK,
+                    SOFT_CAP, STAGES,
                 )  # fmt: skip
+            if WINDOW:
+                begin = full if PEEL else 0
+                b_len = tl.load(item_ptr + B_LEN)
+                to_b = tl.load(item_ptr + B_OFF) - tl.load(item_ptr + A_OFF) - a_len
+                lo = a_len + tl.load(win_lo_ptr + q_off + nth, mask=live, other=0)
+                # the windows are those of the tile's last piece
+                hi = a_len + tl.minimum(tl.load(win_hi_ptr + q_off + nth, mask=live, other=0), b_len)
+                slot = tl.load(a_slots + _entry(begin + tl.arange(0, BLOCK_N), a_len, to_b))
                 acc, top, total, slot = _attend(
-                    q, acc, top, total, k_head, v_head, a_slots, slot, full, a_len, a_len, nth, nth, live, mask_rows,
-                    scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, CUSTOM_MASK, SOFT_CAP, 1,
+                    q, acc, top, total, k_head, v_head, a_slots, slot, begin, a_len + b_len, a_len + b_len, a_len, to_b,
+                    lo, hi, live, mask_rows, scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 2,
+                    CUSTOM_MASK, SOFT_CAP, STAGES,
+                )  # fmt: skip
+            elif PEEL:
+                acc, top, total, slot = _attend(
+                    q, acc, top, total, k_head, v_head, a_slots, slot, full, a_len, a_len, a_len, 0, nth, nth, live,
+                    mask_rows, scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, CUSTOM_MASK,
+                    SOFT_CAP, 1,
                 )  # fmt: skip
             else:
                 acc, top, total, slot = _attend(
-                    q, acc, top, total, k_head, v_head, a_slots, slot, 0, a_len, a_len, nth, nth, live, mask_rows,
-                    scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, CUSTOM_MASK, SOFT_CAP, STAGES,
-                )  # fmt: skip
-            if WINDOW:
-                b_len = tl.load(item_ptr + B_LEN)
-                lo = tl.load(win_lo_ptr + q_off + nth, mask=live, other=0)
-                hi = tl.load(win_hi_ptr + q_off + nth, mask=live, other=0)
-                b_slots = slots_ptr + tl.load(item_ptr + B_OFF)
-                slot = tl.load(b_slots + tl.arange(0, BLOCK_N))
-                acc, top, total, slot = _attend(
-                    q, acc, top, total, k_head, v_head, b_slots, slot, 0, b_len, b_len, lo, hi, live,
-                    mask_rows + a_len, scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 2, CUSTOM_MASK,
+                    q, acc, top, total, k_head, v_head, a_slots, slot, 0, a_len, a_len, a_len, 0, nth, nth, live,
+                    mask_rows, scale2, cap2, stride_page, stride_slot, HEAD_DIM, BLOCK_N, PAGE, 1, CUSTOM_MASK,
                     SOFT_CAP, STAGES,
                 )  # fmt: skip
             result = acc / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -132,14 +132,14 @@ def _next_free_us(tile_us: np.ndarray, kv_heads: int, sms: int) -> float:
 
 # Of an H200, bf16, random slots: scripts/fit_extend.py fits them to results of scripts/bench_kernels.py.
 EXTEND_H200 = ExtendCosts(
-    block_us=1.9,
-    half_block_us=1.19,
-    item_us=2.65,
-    small=1.49,
-    partials=0.94,
-    call_us=5.6,
-    stock_block_us=1.71,
-    stock_half_block_us=1.3,
-    stock_tile_us=3.93,
-    stock_call_us=3.61,
+    block_us=1.87,
+    half_block_us=1.22,
+    item_us=3.08,
+    small=1.45,
+    partials=0.98,
+    call_us=4.99,
+    stock_block_us=1.69,
+    stock_half_block_us=1.31,
+    stock_tile_us=4.06,
+    stock_call_us=3.48,
 )

@@ -200,10 +200,13 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_fits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, stats = behind(500, [40] * 8), Stats()
-    extend = CudaExtend(SHAPE, grouping="multi", verify=False, req_to_token=batch.table(), stats=stats, always=True)
-    assert extend.step(*batch.arguments())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table, (rows, pool_rows, *lens) = batch.table().to(device), batch.arguments()
+    arguments = (rows, pool_rows.to(device), *lens)
+    extend = CudaExtend(SHAPE, grouping="multi", verify=False, req_to_token=table, stats=stats, always=True)
+    assert extend.step(*arguments)
     monkeypatch.setattr("packinfer_sgl.cuda_extend.BUFFER_BYTES", 820 * 4 - 1)  # the slots of 820 tokens
-    assert not extend.step(*batch.arguments()) and stats.packed_extends == 1
+    assert not extend.step(*arguments) and stats.packed_extends == 1
 
 
 def extend_batch(**changed: object) -> SimpleNamespace:

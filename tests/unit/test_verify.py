@@ -17,6 +17,7 @@ from packinfer_sgl.cuda_verify import CudaVerify
 from packinfer_sgl.metrics import Stats
 
 DRAFTS = 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @st.composite
@@ -28,9 +29,9 @@ def drafted(draw: st.DrawFn) -> Batch:
     return Batch(rows, [DRAFTS] * len(rows), batch.caches_paths)
 
 
-def on_gpu(batch: Batch, stats: Stats, device: str = "cpu", **more: int) -> CudaVerify:
+def on_gpu(batch: Batch, stats: Stats, **more: int) -> CudaVerify:
     return CudaVerify(
-        SHAPE, DRAFTS, grouping="multi", verify=True, req_to_token=batch.table().to(device), stats=stats,
+        SHAPE, DRAFTS, grouping="multi", verify=True, req_to_token=batch.table().to(DEVICE), stats=stats,
         **{"max_rows": 8, "pool_tokens": 4096, **more},
     )  # fmt: skip
 
@@ -45,12 +46,12 @@ def step(verify: CudaVerify, batch: Batch, known: bool = True) -> None:
 @given(st.lists(st.tuples(drafted(), st.booleans()), min_size=2, max_size=3))
 def test_equals_brute_force(several: list[tuple[Batch, bool]]) -> None:
     """One batch after the other over the same buffers, its rows known or not."""
-    device, stats = "cuda" if torch.cuda.is_available() else "cpu", Stats()
-    verify = on_gpu(several[0][0], stats, device)
+    stats = Stats()
+    verify = on_gpu(several[0][0], stats)
     for batch, known in several:
-        verify.req_to_token = batch.table().to(device)
+        verify.req_to_token = batch.table().to(DEVICE)
         step(verify, batch, known)
-        assert attend(verify, batch, torch.float16, device) < 4e-3  # two roundings to 11 bits of values below 4
+        assert attend(verify, batch, torch.float16, DEVICE) < 4e-3  # two roundings to 11 bits of values below 4
     assert stats.packed_steps == stats.plans == len(several) and stats.packed_extends == 0
 
 
@@ -71,13 +72,13 @@ def test_other_slots_are_refused() -> None:
 
 def test_a_captured_plan_and_an_empty_one_run() -> None:
     verify = on_gpu(batch := behind(40, [DRAFTS] * 2), Stats())
-    verify.step_for_capture(torch.arange(2))
+    verify.step_for_capture(torch.arange(2, device=DEVICE))
     only_drafts = Batch([row[:DRAFTS] for row in batch.table().tolist()][::-1], [DRAFTS] * 2)
-    assert attend(verify, only_drafts, torch.float16) < 4e-3
-    verify.step(None, torch.arange(0), np.zeros(0, np.int64))
-    q = torch.ones(4, SHAPE.qo_heads, SHAPE.head_dim, dtype=torch.float16)
-    k = torch.ones(9, SHAPE.kv_heads, SHAPE.head_dim, dtype=torch.float16)
-    assert not verify.run(q, k, k, torch.zeros(0), sm_scale=1.0, logits_soft_cap=0.0).any()
+    assert attend(verify, only_drafts, torch.float16, DEVICE) < 4e-3
+    verify.step(None, torch.arange(0, device=DEVICE), np.zeros(0, np.int64))
+    q = torch.ones(4, SHAPE.qo_heads, SHAPE.head_dim, dtype=torch.float16, device=DEVICE)
+    k = torch.ones(9, SHAPE.kv_heads, SHAPE.head_dim, dtype=torch.float16, device=DEVICE)
+    assert not verify.run(q, k, k, torch.zeros(0, device=DEVICE), sm_scale=1.0, logits_soft_cap=0.0).any()
 
 
 def test_a_batch_beyond_the_buffers_is_an_error() -> None:
