@@ -103,7 +103,7 @@ class DecodePlanner:
             tree = tree_without_rows()
         unique = tree.unique_tokens(lens)
         for grouping, policy in self._attempts:
-            kept = prune(tree, self.shape, self.cost, grouping)
+            kept = prune(tree, self.shape, self.cost, grouping, kv_lens=lens)
             plan = make_plan(kept, lens, policy, kv_tokens_unique=unique, room_tokens=self.room_tokens)
             if self.fits(plan):
                 break

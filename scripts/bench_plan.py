@@ -129,7 +129,7 @@ def main() -> None:
         lens = np.full(n, sum(tokens) + 256, np.int64)
         kv_lens = lens.astype(np.int32)
         tree = before.prefix_tree()
-        kept = prune(tree, SHAPE, H200)
+        kept = prune(tree, SHAPE, H200, kv_lens=kv_lens)
 
         def unchanged(batch=batch, before=before, lens=lens) -> bool:
             return BatchRows.of(batch) == before and np.array_equal(lens + 1, lens)
@@ -139,10 +139,11 @@ def main() -> None:
 
         def change(batch=batch, kv_lens=kv_lens) -> object:
             tree = BatchRows.of(batch).prefix_tree()
-            kept = prune(tree, SHAPE, H200)
+            kept = prune(tree, SHAPE, H200, kv_lens=kv_lens)
             return make_plan(kept, kv_lens, TILES, kv_tokens_unique=tree.unique_tokens(kv_lens), room_tokens=64)
 
-        steps = (unchanged, before.prefix_tree, lambda tree=tree: prune(tree, SHAPE, H200), plan, change)
+        pruned = lambda tree=tree, kv_lens=kv_lens: prune(tree, SHAPE, H200, kv_lens=kv_lens)  # noqa: E731
+        steps = (unchanged, before.prefix_tree, pruned, plan, change)
         times = [time_us(step, rounds) for step in steps]
         cells = (f"{median:.1f} ({p90:.1f})" for median, p90 in times)
         table.add_row(str(n), str(len(branches)), str(kept.n_nodes), *cells)

@@ -90,7 +90,8 @@ class Workload:
 
     def pruned(self, cost: CostModel) -> PrefixTree:
         """The spans that packinfer reads once."""
-        return prune(self.tree(), self.shape, cost, q_lens=np.array(self.new, np.int32))
+        kv_lens = self.kv_lens if self.kind == "decode" else None
+        return prune(self.tree(), self.shape, cost, q_lens=np.array(self.new, np.int32), kv_lens=kv_lens)
 
     def plan(self, tree: PrefixTree, policy: TilePolicy) -> Plan:
         queries = {} if self.kind == "decode" else {"qo_indptr": self.qo_indptr, "visible": self.visible}

@@ -103,6 +103,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         partial_bytes_per_us=draw(positive(1e3, 1e7)),
         large_rows=draw(st.integers(small, 128)),
         small_rows=small,
+        least_saving=draw(st.floats(0.5, 3)),
     )
 
 
@@ -168,6 +169,37 @@ def test_never_dearer_than_no_grouping(tree: PrefixTree, shape: AttentionShape, 
 def test_off_keeps_nothing(tree: PrefixTree, shape: AttentionShape, cost: CostModel) -> None:
     pruned = prune(tree, shape, cost, "off")
     assert chosen(tree, pruned) == () and not pruned.tail_start.any()
+
+
+@given(trees(12), shapes(), cost_models(), st.sampled_from(["multi", "single"]), st.data())
+def test_groups_that_save_little_are_dropped(
+    tree: PrefixTree, shape: AttentionShape, cost: CostModel, mode: str, data: st.DataObject
+) -> None:
+    own = data.draw(st.lists(st.integers(1, 300), min_size=tree.n_rows, max_size=tree.n_rows))
+    kv_lens = np.zeros(tree.n_rows, np.int32)
+    kv_lens[tree.row_order] = tree.tail_start + np.array(own, np.int32)
+    kept, pruned = prune(tree, shape, cost, mode), prune(tree, shape, cost, mode, kv_lens=kv_lens)
+    read = 0
+    for begin, end, low, high in zip(kept.start, kept.end, kept.row_lo, kept.row_hi):
+        rows = int(high - low) * shape.group_size
+        read += int(end - begin) * math.ceil(rows / (cost.small_rows if rows <= cost.small_rows else cost.large_rows))
+    read += sum(int(kv_lens[row]) - int(tail) for row, tail in zip(kept.row_order, kept.tail_start))
+    worth = kept.n_nodes > 0 and kv_lens.sum() >= cost.least_saving * read
+    assert chosen(tree, pruned) == (chosen(tree, kept) if worth else ())
+    assert pruned.tail_start.tolist() == (kept.tail_start.tolist() if worth else [0] * tree.n_rows)
+
+
+# one H200, 32/8 heads, rows of unequal length behind one prefix: time without groups over that with them
+@pytest.mark.parametrize(
+    ("rows", "shared", "own", "times_faster"),
+    [(16, 128, 3000, 0.92), (48, 128, 400, 0.95), (48, 256, 3000, 0.87), (48, 512, 1500, 0.94), (64, 512, 1500, 0.98),
+     (16, 256, 400, 1.21), (48, 512, 400, 1.30), (64, 256, 400, 1.08), (64, 512, 400, 1.27)],
+)  # fmt: skip
+def test_groups_are_kept_where_they_were_faster(rows: int, shared: int, own: int, times_faster: float) -> None:
+    tree = levels([1, rows], [shared, own])
+    kv_lens = shared + (own * np.linspace(0.4, 1.6, rows)).astype(np.int32)
+    kept = prune(tree, LLAMA_8B, H200, kv_lens=kv_lens)
+    assert prune(tree, LLAMA_8B, H200).n_nodes == 1 and kept.n_nodes == (times_faster > 1)
 
 
 def levels(rows: list[int], tokens: list[int]) -> PrefixTree:
