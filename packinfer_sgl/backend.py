@@ -69,6 +69,11 @@ class PackInferMixin:
     _packinfer_tokens: int = 0  # query tokens of an eager step that are no padding
     _packinfer_regroup: Regroup | None
 
+    def packinfer_packs(self) -> list[str]:
+        """Kinds of batches that may run on the packed kernels."""
+        kinds = {"extend": self._packinfer_extend, "verify": self._packinfer_make_drafts}
+        return ["decode", *(kind for kind, runs in kinds.items() if runs is not None)]
+
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)  # type: ignore[misc]
         self._packinfer_decode = self._packinfer_make(max(max_bs, EAGER_ROWS))

@@ -154,6 +154,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     backend = wrap(stock, runner, config, packable[0], arena)
     want_rows()
     STATS.active, STATS.reason = True, None
+    STATS.details["packs"] = backend.packinfer_packs()
     ranks = getattr(runner, "ps", None) or get_parallel()  # 0.5.17 or 0.5.23
     start_prometheus({"tp_rank": str(ranks.tp_rank), "dp_rank": str(ranks.dp_rank or 0)})
     logger.info(

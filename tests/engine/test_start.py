@@ -245,6 +245,7 @@ def test_server_says_what_it_does(model):
         assert state["config"] == {
             "grouping": "multi", "extend": "auto", "verify": True, "arena_tokens": 1000, "hold_siblings": True,
         }  # fmt: skip
+        assert state["packs"] == ["decode", "extend"]
         assert state["packed_steps"] > 50 and state["plan_us_p50"] > 0
         # cold prompts are the stock backend's, what is behind a cached prefix is packed
         assert state["fallback_steps"]["extend"] >= 1 and state["packed_extends"] >= 1

@@ -93,7 +93,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> PackInferMixin:
     monkeypatch.setattr(backend_module, "chain_drafts", lambda spec_info: spec_info)
     made = object.__new__(PackInferMixin)
     made._packinfer_make_drafts = lambda drafts, max_rows: SimpleNamespace(drafts=drafts, max_rows=max_rows)  # type: ignore[assignment,return-value]
-    made._packinfer_max_rows = 7
+    made._packinfer_max_rows, made._packinfer_extend = 7, None
     return made
 
 
@@ -110,5 +110,7 @@ def test_only_chains_of_one_length_are_packed(backend: PackInferMixin) -> None:
     assert chain(verify_batch(4)) is made  # type: ignore[arg-type]
     assert chain(verify_batch(None)) is made  # type: ignore[arg-type]  # an idle rank replays what was captured
     assert chain(verify_batch(6)) is None and chain(verify_batch(0)) is None  # type: ignore[arg-type]
+    assert backend.packinfer_packs() == ["decode", "verify"]
     backend._packinfer_make_drafts = None
+    assert backend.packinfer_packs() == ["decode"]
     assert chain(verify_batch(4)) is None  # type: ignore[arg-type]
