@@ -74,7 +74,7 @@ def _attend(
     SOFT_CAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Online softmax over tokens ``begin`` to ``end`` of a run of ``length`` tokens, whose slots lie at ``slots_ptr``.
+    """Online softmax over tokens ``begin`` to ``end`` of ``length`` tokens, whose slots lie at ``slots_ptr``.
 
     ``next_slot`` are the slots of the first block, and are returned as those of the block after the last.
 

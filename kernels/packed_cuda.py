@@ -84,12 +84,15 @@ class PackedCuda:
         kv_heads: int,
         head_dim: int,
         device: torch.device,
+        replayed: bool = False,
     ) -> None:
         """
         Args:
             tiles: the classes by which plans are cut (``tiles.tiles_for``).
+            replayed: whether captured graphs run other plans than they were captured with: what one of them may need
+                is launched for each.
         """
-        self.capacity, self.tiles, self.device = capacity, tiles, device
+        self.capacity, self.tiles, self.device, self.replayed = capacity, tiles, device, replayed
         self.kv_heads = kv_heads
         c = capacity
         sizes = {
@@ -262,9 +265,7 @@ class PackedCuda:
         results = (out, lse2, out.stride(0), out.stride(1), n_heads)
         kind = {"HEAD_DIM": head_dim, "HEADS": heads, "PDL": self._pdl, "num_warps": 1, "launch_pdl": self._pdl}
         if windowed:
-            # a captured launch must do for other plans, too
-            captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            many = n if captured else self._n_merged + n - self._n_queries
+            many = n if self.replayed else self._n_merged + n - self._n_queries
             if many:
                 grid = (min(many, max(1, 32 * self._sms * heads // n_heads)), n_heads // heads)
                 merge_listed_kernel[grid](*partials, view["merged"], view["counts"], *results, n, **kind)

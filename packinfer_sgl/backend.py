@@ -42,7 +42,7 @@ CPU_TILES = TilePolicy(tile_queries=(1 << 20, 1), chunk_tokens=4096)
 # 0.1 on an H200.
 CPU_ARENA_GAIN, CUDA_ARENA_GAIN = 0.3, 0.05
 
-# Rows of an eager decode batch, or of a captured graph if that is more, for which buffers are held on a GPU.
+# Rows of an eager batch for which buffers are held on a GPU; graphs may need more, and drafts have those of graphs.
 EAGER_ROWS = 256
 
 Step = CpuDecode | CudaDecode | CpuExtend | CudaExtend | CudaVerify  # what can run a forward pass
@@ -61,6 +61,7 @@ class PackInferMixin:
     _packinfer_drafts: CudaVerify | None = None  # built when the number of drafts is known
     _packinfer_make_drafts: Callable[[int, int], CudaVerify] | None = None
     _packinfer_max_rows: int = 0  # of captured graphs
+    _packinfer_verifies: bool = False  # graphs of verify steps were captured packed
     _packinfer_layers: dict[int, LayerReason | None]
     _packinfer_heads: tuple[int, int, int]  # of the layers that are packed
     _packinfer_step: Step | None = None  # runs this forward pass, if packed
@@ -77,7 +78,7 @@ class PackInferMixin:
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)  # type: ignore[misc]
         self._packinfer_decode = self._packinfer_make(max(max_bs, EAGER_ROWS))
-        self._packinfer_max_rows = max_bs
+        self._packinfer_drafts, self._packinfer_max_rows = None, max_bs  # an eager dummy run may have built some
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Before an eager forward pass."""
@@ -96,10 +97,16 @@ class PackInferMixin:
         mode = forward_batch.forward_mode
         step = self._packinfer_decode if mode.is_decode() else self._packinfer_chain(forward_batch)
         if step is None:
+            if replayed and mode.is_target_verify() and self._packinfer_verifies:
+                raise RuntimeError(
+                    f"packinfer: a graph of verify steps is replayed with {type(forward_batch.spec_info).__name__}, "
+                    "not with the chain of drafts that it was captured for; please report this with the SGLang version"
+                )
             if replayed and not forward_batch.actual_forward_mode.is_idle():
                 STATS.count_fallback(_mode_reason(mode) or BatchReason.EXTEND)
         elif in_capture:
             self._packinfer_step = step
+            self._packinfer_verifies |= isinstance(step, CudaVerify)
             step.step_for_capture(forward_batch.req_pool_indices)
         elif replayed:
             # The captured graph runs the packed kernels whatever the batch is: without rows nothing is shared. An idle
@@ -115,7 +122,7 @@ class PackInferMixin:
             self._packinfer_step.append(forward_batch.seq_lens, forward_batch.out_cache_loc)
 
     def _packinfer_chain(self, batch: ForwardBatch) -> CudaVerify | None:
-        """What runs this batch if it verifies drafts that are a chain, or None; the same at capture and at replay."""
+        """What runs this batch if it verifies drafts that are a chain, or None."""
         if self._packinfer_make_drafts is None or not batch.forward_mode.is_target_verify():
             return None
         if batch.spec_info is None:  # an idle rank of data-parallel attention
@@ -221,7 +228,7 @@ class PackInferMixin:
 
     def _packinfer_takes(self, layer: RadixAttention, q: torch.Tensor, k: torch.Tensor | None, more: Any) -> bool:
         """Whether this call of a layer that can be packed is packed."""
-        # Gemma 3 gives SGLang's triton backend a mask after the batch was planned
+        # Gemma 3 gives SGLang's triton backend a mask after the batch was planned, and this a mask to each verify step
         masked = getattr(getattr(self, "forward_metadata", None), "custom_mask", None) is not None
         if masked or more or k is None or len(q) < self._packinfer_tokens:
             STATS.set_layer(layer.layer_id, LayerReason.CUSTOM_MASK if masked else LayerReason.EXTRA_ARGUMENTS)
@@ -344,11 +351,18 @@ def wrap(
         backend._packinfer_make = lambda max_rows: CudaDecode(
             shape, max_rows=max_rows, pool_tokens=pool.size, **settings
         )
-        if is_measured(packed, torch.device(runner.device)):
+        if extends != "off" and is_measured(packed, torch.device(runner.device)) and not _masks_chains(stock):
             backend._packinfer_make_drafts = lambda drafts, max_rows: CudaVerify(
                 shape, drafts, max_rows=max_rows, pool_tokens=pool.size, **extend
             )
     return backend
+
+
+def _masks_chains(stock: AttentionBackend) -> bool:
+    """Whether it gives verify steps a mask, though drafts are a chain; layers with a mask are not packed."""
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    return isinstance(stock, TritonAttnBackend)
 
 
 def _regroup(runner: Any, shape: AttentionShape, config: Config, arena: range | None) -> Regroup | None:

@@ -39,7 +39,8 @@ class Config:
     extend: str = _setting(
         "auto",
         "which prefills, chunks and mixed batches are packed: auto = where that is expected to be faster (on GPUs "
-        "other than Hopper, and with other head dimensions than 128, none: not measured), on = all, off = none",
+        "other than Hopper, and with other head dimensions than 128, none: not measured), on = all, off = none, nor "
+        "verify steps of speculative decoding",
         unit="mode",
         choices=("auto", "on", "off"),
     )

@@ -56,18 +56,19 @@ class CudaVerify:
         self.drafts, self.verify, self.req_to_token, self.max_rows = drafts, verify, req_to_token, max_rows
         device, queries = req_to_token.device, max_rows * drafts
         row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
-        # Uncut and with one group for each row, any batch fits but for its slots (``CudaDecode``).
+        # Uncut and with one group for each row, any batch fits but for its slots (``CudaDecode``); in a group a query
+        # has two partial results.
         capacity = Capacity(
             queries=queries,
             slots=8 * queries,
             items=8 * max_rows + queries + 4096,
             spans=2 * max_rows,
-            partials=min(8 * queries + 65536 // shape.qo_heads, BUFFER_BYTES // row_bytes),
+            partials=max(2 * queries, min(8 * queries + 65536 // shape.qo_heads, BUFFER_BYTES // row_bytes)),
             kv_slots=min(max_rows * req_to_token.shape[1], 4 * pool_tokens) + queries,
         )
         tiles = tiles_for(shape.head_dim, device, extend=True)
         heads = {"qo_heads": shape.qo_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-        self._packed = PackedCuda(capacity, tiles, **heads, device=device)
+        self._packed = PackedCuda(capacity, tiles, **heads, device=device, replayed=True)
         self._planner = extend_planner(
             shape, tiles, multiprocessors(device), grouping=grouping, count=stats.count_verify, always=True,
             fits=capacity.holds,

@@ -87,6 +87,11 @@ def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
                 reasons[layer] = LayerReason.SINKS if has_sinks and reason is None else reason
     if getattr(runner.server_args, "dcp_size", 1) > 1:
         raise UnsupportedModel("packinfer: with --dcp-size nothing is packed; choose a stock --attention-backend")
+    if getattr(runner.server_args, "enable_two_batch_overlap", False):
+        raise UnsupportedModel(
+            "packinfer: --enable-two-batch-overlap gives each half of a batch to a backend of its own, for which there "
+            "are no plans; leave it out or choose a stock --attention-backend"
+        )
     if not reasons:
         raise UnsupportedModel(f"packinfer: {name} has no attention layers; choose a stock --attention-backend")
     return reasons

@@ -46,9 +46,9 @@ _HELD_TOTALS = {
 class Stats:
     """Counters since the process started, and the groups of the last packed step.
 
-    ``kv_tokens_*`` count the KV tokens of one layer, summed over packed decode steps, ``extend_kv_tokens_*`` those over
-    packed extend batches. ``verify_error`` is the largest relative difference of a row from the stock backend that the
-    setting ``verify`` saw.
+    ``kv_tokens_*`` count the KV tokens of one layer, summed over packed decode and verify steps, ``extend_kv_tokens_*``
+    those over packed extend batches. ``verify_error`` is the largest relative difference of a row from the stock
+    backend that the setting ``verify`` saw.
     """
 
     active: bool = False

@@ -198,7 +198,7 @@ class PagedWrapper:
         for grouping, policy in self._kernels.attempts(shape, visible is not None and self._mask is None):
             if self._mask is not None:  # it is looked up by KV position, of which riding tails have no run
                 policy = replace(policy, ride_tokens=0)
-            kept = prune(tree, shape, cost, grouping, q_lens, kv_lens if visible is None else None)
+            kept = prune(tree, shape, cost, grouping, q_lens, kv_lens if (q_lens == 1).all() else None)
             plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, qo_indptr=self._qo_indptr, visible=visible)
             if self._kernels.fits(plan, shape):
                 break

@@ -169,7 +169,7 @@ class OnCuda:
             capacity = (have or Capacity.of(plan)).grown(plan)
         self._packed, self._layer = None, layer  # the old ones make room first
         heads = {"qo_heads": shape.qo_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-        return PackedCuda(capacity, tiles, **heads, device=self.device)
+        return PackedCuda(capacity, tiles, **heads, device=self.device, replayed=self.graph)
 
     def run(
         self,

@@ -154,7 +154,8 @@ class ExtendPlanner:
         self.packed_us, self.stock_us = packed_us, stock_us
         uncut = tuple((cost, dataclasses.replace(policy, chunk_tokens=1 << 30, timings=None)) for cost, policy in ways)
         # each smaller than the one before
-        self._attempts = (*((mode, ways) for mode in dict.fromkeys((grouping, "single", "off"))), ("off", uncut))
+        modes = dict.fromkeys((grouping, "single", "off"))
+        self._attempts = (*((mode, ways) for mode in modes), ("single", uncut), ("off", uncut))
 
     def plan(self, rows: Rows | None, q_lens: Int32, kv_lens: Int32) -> tuple[Plan, PrefixTree] | None:
         """The plan of a batch and who shares what in it, or None if the stock backend is expected to be faster.

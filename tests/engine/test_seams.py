@@ -63,6 +63,20 @@ def test_chains_of_drafts(topk, drafts):
     assert chain_drafts(None) == 0
 
 
+def test_two_batch_overlap_is_refused():
+    """Its halves would replay the plans with which graphs were captured."""
+    from sglang.srt.server_args import ServerArgs
+
+    from packinfer_sgl.layers import UnsupportedModel, layer_reasons
+
+    assert "enable_two_batch_overlap" in ServerArgs.__annotations__
+    config = SimpleNamespace(is_encoder_decoder=False)
+    runner = SimpleNamespace(device="cpu", use_mla_backend=False, model=torch.nn.Module(), model_config=config)
+    runner.server_args = SimpleNamespace(dcp_size=1, enable_two_batch_overlap=True)
+    with pytest.raises(UnsupportedModel, match="packinfer: --enable-two-batch-overlap gives"):
+        layer_reasons(runner)
+
+
 def layer_and_pools():
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from test_extend import SHAPE, Batch, attend, batches, behind
 
 from packinfer_sgl import backend as backend_module
 from packinfer_sgl.backend import PackInferMixin
+from packinfer_sgl.cuda_decode import CudaDecode
 from packinfer_sgl.cuda_verify import CudaVerify
 from packinfer_sgl.metrics import Stats
 
@@ -81,6 +83,19 @@ def test_a_captured_plan_and_an_empty_one_run() -> None:
     assert not verify.run(q, k, k, torch.zeros(0, device=DEVICE), sm_scale=1.0, logits_soft_cap=0.0).any()
 
 
+def test_a_batch_that_fits_grouped_only_is_grouped_whole() -> None:
+    """Room for two partial results of each query, but for each KV token only once."""
+    stats = Stats()
+    batch = behind(900, [DRAFTS] * 6)
+    batch.rows[0][900:900] = [*range(2000, 2200)]  # a tail that is cut where that is allowed
+    verify = on_gpu(batch, stats, pool_tokens=300)
+    verify._packed.capacity = dataclasses.replace(verify._packed.capacity, partials=2 * 6 * DRAFTS)
+    verify._planner.fits = verify._packed.capacity.holds
+    step(verify, batch)
+    assert attend(verify, batch, torch.float16, DEVICE) < 4e-3
+    assert stats.kv_tokens_read < 1400
+
+
 def test_a_batch_beyond_the_buffers_is_an_error() -> None:
     verify = on_gpu(batch := behind(40, [DRAFTS] * 2), Stats(), max_rows=1)
     with pytest.raises(RuntimeError, match="does not fit the buffers"):
@@ -97,8 +112,9 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> PackInferMixin:
     return made
 
 
-def verify_batch(spec_info: object, verifies: bool = True) -> SimpleNamespace:
-    return SimpleNamespace(spec_info=spec_info, forward_mode=SimpleNamespace(is_target_verify=lambda: verifies))
+def verify_batch(spec_info: object, verifies: bool = True, **more: object) -> SimpleNamespace:
+    mode = SimpleNamespace(is_target_verify=lambda: verifies, is_decode=lambda: False, is_idle=lambda: False)
+    return SimpleNamespace(spec_info=spec_info, forward_mode=mode, actual_forward_mode=mode, **more)
 
 
 def test_only_chains_of_one_length_are_packed(backend: PackInferMixin) -> None:
@@ -114,3 +130,33 @@ def test_only_chains_of_one_length_are_packed(backend: PackInferMixin) -> None:
     backend._packinfer_make_drafts = None
     assert backend.packinfer_packs() == ["decode"]
     assert chain(verify_batch(4)) is None  # type: ignore[arg-type]
+
+
+class Stock:
+    """A stock backend that does nothing."""
+
+    def init_forward_metadata_out_graph(self, forward_batch: object, in_capture: bool = False) -> None:
+        pass
+
+
+def test_a_graph_is_not_replayed_without_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spec infos stand for the numbers of drafts in a chain."""
+    monkeypatch.setattr(backend_module, "chain_drafts", lambda spec_info: spec_info)
+    calls: list[object] = []
+    monkeypatch.setattr(CudaVerify, "step_for_capture", lambda self, pool_rows: calls.append("capture"))
+    monkeypatch.setattr(CudaVerify, "step", lambda self, rows, pool_rows, lens: calls.append(lens.tolist()))
+    drafts = object.__new__(CudaVerify)
+    drafts.drafts = DRAFTS
+    made = backend_module.packed_class(Stock)()
+    made._packinfer_decode, made._packinfer_make_drafts = object.__new__(CudaDecode), lambda n, max_rows: drafts
+    pool_rows = torch.arange(3)
+    batch = {"req_pool_indices": pool_rows, "seq_lens_cpu": torch.tensor([5, 6, 1]), "batch_size": 3}
+
+    fallbacks = backend_module.STATS.fallback_steps["speculative"]
+    made.init_forward_metadata_out_graph(verify_batch(0, num_padding=0, **batch))  # captured as a tree: the stock's
+    assert backend_module.STATS.fallback_steps["speculative"] == fallbacks + 1 and not calls
+    made.init_forward_metadata_out_graph(verify_batch(DRAFTS, **batch), in_capture=True)
+    made.init_forward_metadata_out_graph(verify_batch(DRAFTS, num_padding=1, **batch))
+    assert calls == ["capture", [5, 6]]
+    with pytest.raises(RuntimeError, match="replayed with int, not with the chain of drafts"):
+        made.init_forward_metadata_out_graph(verify_batch(0, num_padding=0, **batch))
