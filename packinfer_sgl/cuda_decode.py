@@ -89,7 +89,7 @@ class CudaDecode:
             pool_rows: [n] row of ``req_to_token`` of each request, on the GPU.
             lens: [n] int64 KV tokens of each row, the new one included.
         """
-        if self._planner.step(rows, lens, lambda: _nothing_shared(len(lens))):
+        if self._planner.step(rows, lens, lambda: PrefixTree.unshared(len(lens))):
             if self.verify:
                 check_shared_slots(self._planner.tree, self.req_to_token, pool_rows)
             self._load(self._planner.plan, pool_rows)
@@ -98,7 +98,7 @@ class CudaDecode:
         """Load a plan for rows of one token each, as graphs are captured with."""
         n = len(pool_rows)
         ones = np.ones(n, np.int32)
-        tree = _nothing_shared(n)
+        tree = PrefixTree.unshared(n)
         plan = make_plan(tree, ones, self._planner.policy, kv_tokens_unique=n, room_tokens=ROOM_TOKENS)
         self._planner.forget()
         self._load(plan, pool_rows)
@@ -123,7 +123,3 @@ class CudaDecode:
     ) -> torch.Tensor:
         """Attention of one layer, [n, qo_heads, head_dim]; may be captured. See ``PackedCuda.run``."""
         return self._packed.run(q, k, v, kv_lens, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)[0]
-
-
-def _nothing_shared(n: int) -> PrefixTree:
-    return PrefixTree.from_neighbours(range(n), [0] * (n - 1))

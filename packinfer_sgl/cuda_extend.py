@@ -124,7 +124,7 @@ class CudaExtend:
         """
         shape, sms = self.shape, multiprocessors(k.device)
         cut = replace(policy_of(shape, self._tiles, sms), timings=None, chunk_tokens=WARM_UP_KV // 4)
-        tree = PrefixTree.from_neighbours(range(2), [0])
+        tree = PrefixTree.unshared(2)
         # merges of few and of many queries; a prompt is of the large tile class, a decode of the small one
         for queries in (17, 32 * sms // shape.qo_heads):
             q_lens = np.array([queries, 1], np.int32)

@@ -95,7 +95,7 @@ class CudaVerify:
         """Load a plan for rows of nothing but drafts."""
         n = len(pool_rows)
         lens = np.full(n, self.drafts, np.int32)
-        found = self._planner.fastest(PrefixTree.from_neighbours(range(n), [0] * (n - 1)), lens, lens)
+        found = self._planner.fastest(PrefixTree.unshared(n), lens, lens)
         assert found is not None
         self._load(found[1], pool_rows)
 

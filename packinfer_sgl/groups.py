@@ -58,19 +58,18 @@ class CostModel:
     small_rows: int
     least_saving: float
 
-    def tiles(self, query_rows: np.ndarray) -> np.ndarray:
-        """Tiles of so many query rows."""
-        rows = np.where(query_rows <= self.small_rows, self.small_rows, self.large_rows)
-        return np.asarray(-(-query_rows // rows))
+    def tiles(self, shape: AttentionShape, queries: int) -> tuple[int, int]:
+        """Into how many tiles so many queries go, and the query rows of each."""
+        query_rows = queries * shape.group_size
+        rows = self.small_rows if query_rows <= self.small_rows else self.large_rows
+        return -(-query_rows // rows), rows
 
     def read_us(self, shape: AttentionShape, queries: int) -> tuple[float, float]:
         """Time of reading a span once for so many queries: us per KV token, and us besides."""
-        query_rows = queries * shape.group_size
-        tile = self.small_rows if query_rows <= self.small_rows else self.large_rows
-        tiles = -(-query_rows // tile)
+        tiles, rows = self.tiles(shape, queries)
         kv_bytes = 2 * shape.kv_heads * shape.head_dim * shape.kv_bytes
         moved = kv_bytes / self.bytes_per_us + (tiles - 1) * (kv_bytes / self.reread_bytes_per_us)
-        multiplied = tiles * tile * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
+        multiplied = tiles * rows * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
         return max(moved, multiplied), tiles * shape.kv_heads * self.item_us
 
     def partials_us(self, shape: AttentionShape) -> float:
@@ -126,10 +125,8 @@ def prune(
         kv_lens: [n_rows] int32 KV tokens of each row: no node is kept where all together save less than
             ``CostModel.least_saving``. Default: keep them.
     """
-    none = np.zeros(0, np.int32)
-    nothing = PrefixTree(tree.row_order, none, none, none, none, none, none, np.zeros(tree.n_rows, np.int32))
     if mode == "off" or tree.n_nodes == 0:
-        return nothing
+        return _without_nodes(tree)
     queries, own_us = tree.row_hi - tree.row_lo, cost.read_us(shape, 1)[0] * (tree.row_hi - tree.row_lo)
     if q_lens is not None:
         at_place = q_lens[tree.row_order]
@@ -153,11 +150,16 @@ def prune(
     nodes = _keep(tree.parent, tree.row_lo, tree.row_hi, tree.end, tree.n_rows, kept, begin)
     pruned = PrefixTree(tree.row_order, *nodes)
     if kv_lens is not None:
-        tiles = cost.tiles((pruned.row_hi - pruned.row_lo) * shape.group_size)
-        read = ((pruned.end - pruned.start) * tiles).sum() + (kv_lens - pruned.tail_start).sum()
+        tiles = [cost.tiles(shape, rows)[0] for rows in (pruned.row_hi - pruned.row_lo).tolist()]
+        read = (pruned.end - pruned.start) @ np.array(tiles, np.int64) + (kv_lens - pruned.tail_start).sum()
         if kv_lens.sum() < cost.least_saving * read:
-            return nothing
+            return _without_nodes(tree)
     return pruned
+
+
+def _without_nodes(tree: PrefixTree) -> PrefixTree:
+    none = np.zeros(0, np.int32)
+    return PrefixTree(tree.row_order, none, none, none, none, none, none, np.zeros(tree.n_rows, np.int32))
 
 
 @njit(cache=True)

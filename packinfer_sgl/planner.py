@@ -168,7 +168,7 @@ class ExtendPlanner:
         started = time.perf_counter()
         tree = rows.prefix_tree() if rows is not None else None
         if tree is None:  # or a cache without paths
-            tree = PrefixTree.from_neighbours(range(len(kv_lens)), [0] * (len(kv_lens) - 1))
+            tree = PrefixTree.unshared(len(kv_lens))
         found = self.fastest(tree, q_lens, kv_lens)
         if found is None:
             return None

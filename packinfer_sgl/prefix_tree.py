@@ -48,6 +48,11 @@ class PrefixTree:
         return len(self.start)
 
     @classmethod
+    def unshared(cls, n_rows: int) -> PrefixTree:
+        """The tree of rows that have nothing in common, or of which it is not known."""
+        return cls.from_neighbours(range(n_rows), [0] * (n_rows - 1))
+
+    @classmethod
     def from_neighbours(cls, row_order: Sequence[int], shared_tokens: Sequence[int]) -> PrefixTree:
         """The tree of rows sorted so that sharers are neighbours.
 

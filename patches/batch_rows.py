@@ -29,7 +29,10 @@ def scope_rows(forward: Callable[..., Any], runner: Any, forward_batch: Any, *ar
 
 
 def scope_loaded(load: Callable[..., Any], graphs: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around ``DecodeCudaGraphRunner.load_batch``: speculative decoding loads what it will verify ahead of the pass."""
+    """Around ``DecodeCudaGraphRunner.load_batch``: speculative decoding loads what it will verify ahead of the pass.
+
+    Within a pass the batch may be a copy without rows of its own: those in scope stay.
+    """
     rows = getattr(forward_batch, _ATTRIBUTE, None)
     if rows is None:
         return load(graphs, forward_batch, *args, **kwargs)
