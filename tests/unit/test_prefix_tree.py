@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Rows, radix_rows, ragged, shared_spans, spans_of, tree_of
@@ -119,3 +120,10 @@ def test_a_chain_of_equal_members_is_one_node() -> None:
         ([0, 1, 2], 0, 5),
         ([0, 1], 5, 8),
     ]
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 5])
+def test_unshared_rows_have_tails_only(n_rows: int) -> None:
+    tree = PrefixTree.unshared(n_rows)
+    assert tree.row_order.tolist() == list(range(n_rows)) and tree.n_nodes == 0
+    assert tree.tail_start.tolist() == [0] * n_rows
