@@ -138,21 +138,30 @@ def _gather(
 
 
 @gluon.jit
+def _halves_max(s):
+    """[M, N] to [M, N / 2]: maxima that do not wait for each other, as those of a reduction in one go would."""
+    left, right = gl.split(gl.permute(gl.reshape(s, [s.shape[0], 2, s.shape[1] // 2]), [0, 2, 1]))
+    return gl.maximum(left, right)
+
+
+@gluon.jit
 def _weigh(
-    s, top, total, begin, a_len, lo, hi, scale2, cap2, SOFT_CAP: gl.constexpr, s_layout: gl.constexpr,
+    s, top, total, begin, a_len, lo, width, scale2, cap2, SOFT_CAP: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Online softmax: the weights of a block that begins at ``begin``, and the factor of all that came before it.
 
-    A row sees tokens before ``a_len``, and of the others those in [lo, hi).
+    A row sees tokens before ``a_len``, and of the others ``width`` from ``lo`` on.
     """
     BLOCK_N: gl.constexpr = s.shape[1]
     if SOFT_CAP:
         s = cap2 * (1.0 - 2.0 / (1.0 + gl.exp2(s * scale2 * (2.0 * 1.4426950408889634) / cap2)))
     if begin + BLOCK_N > a_len:
         pos = gl.expand_dims(begin + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout)), 0)
-        seen = ((pos < a_len) | (pos >= gl.expand_dims(lo, 1))) & (pos < gl.expand_dims(hi, 1))
+        # one comparison for both ends: unsigned, what is before ``lo`` is far beyond ``width``
+        after_lo = (pos - gl.expand_dims(lo, 1)).to(gl.uint32, bitcast=True)
+        seen = (pos < a_len) | (after_lo < gl.expand_dims(width.to(gl.uint32, bitcast=True), 1))
         s = gl.where(seen, s, -float("inf"))
-    s_top = gl.max(s, 1)
+    s_top = gl.convert_layout(gl.max(_halves_max(_halves_max(s)), 1), gl.SliceLayout(1, s_layout))
     new_top = gl.maximum(top, s_top if SOFT_CAP else s_top * scale2)
     shift = gl.where(new_top == -float("inf"), 0.0, new_top)  # a row may not have seen anything yet
     p = gl.exp2(s - gl.expand_dims(shift, 1) if SOFT_CAP else s * scale2 - gl.expand_dims(shift, 1))
@@ -176,15 +185,16 @@ def _store_results(
     live = row // GROUP < q_cnt
     direct = live & (part < 0)
     partial = live & (part >= 0)
-    acc = acc / gl.expand_dims(gl.where(total == 0.0, 1.0, total), 1)
+    acc = acc * gl.expand_dims(1.0 / gl.where(total == 0.0, 1.0, total), 1)
     lse2 = top + gl.log2(total)
     gl.store(lse2_ptr + query.to(gl.int64) * n_heads + head, lse2, mask=direct)
-    part_row = (part + piece).to(gl.int64) * n_heads + head
-    part_offset = gl.expand_dims(part_row * HEAD_DIM, 1) + gl.expand_dims(
-        gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout)), 0
-    )
-    gl.store(part_out_ptr + part_offset, acc, mask=gl.expand_dims(partial, 1))
-    gl.store(part_lse2_ptr + part_row, lse2, mask=partial)
+    if piece >= 0:
+        part_row = (part + piece).to(gl.int64) * n_heads + head
+        part_offset = gl.expand_dims(part_row * HEAD_DIM, 1) + gl.expand_dims(
+            gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout)), 0
+        )
+        gl.store(part_out_ptr + part_offset, acc, mask=gl.expand_dims(partial, 1))
+        gl.store(part_lse2_ptr + part_row, lse2, mask=partial)
     if out_ptr.dtype.element_ty == tile.dtype:
         threads: gl.constexpr = HEAD_DIM // 8
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
@@ -215,7 +225,7 @@ def _multiply(
     (
         out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr,
         win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring,
-        v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free,
+        v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, led,
     ) = args  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -239,6 +249,7 @@ def _multiply(
             lo = a_len + gl.load(win_lo_ptr + q_off + token, mask=token < q_cnt, other=0)
             # the windows are those of the tile's last piece
             hi = a_len + gl.minimum(gl.load(win_hi_ptr + q_off + token, mask=token < q_cnt, other=0), b_len)
+            width = gl.maximum(hi - lo, 0)
             token = (FIRST_ROW + gl.arange(0, ROWS, o_rows)) // GROUP
             query = gl.load(query_rows_ptr + q_off + token, mask=token < q_cnt, other=0)
             part = gl.load(partial_rows_ptr + q_off + token, mask=token < q_cnt, other=0)
@@ -247,6 +258,9 @@ def _multiply(
             total = gl.zeros([ROWS], gl.float32, s_rows)
             zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
             mbarrier.wait(q_ready.index(tile), (nth_item // Q_TILES) & 1)
+            if WHICH == 1:
+                # half a block behind the other: else both multiply at the same time, and then weigh at the same time
+                mbarrier.wait(led.index(tile), (nth_item // Q_TILES) & 1)
             # Not a loop over full blocks and one over masked ones: from two loops that multiply by the same queries, at
             # an address that changes, ptxas (CUDA 12.8) takes the address from the first even if that did not run.
             for b in range(blocks):
@@ -256,9 +270,12 @@ def _multiply(
                 fence_async_shared()  # q, K and V came by cp.async, products read them through the async proxy
                 s = warpgroup_mma(q_tile, k_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
+                if WHICH == 0:
+                    if b == 0:
+                        mbarrier.arrive(led.index(tile), count=1)
                 mbarrier.arrive(k_free.index(stage), count=1)
                 weights, top, total, keep = _weigh(
-                    s, top, total, b * BLOCK_N, a_len, lo, hi, scale2, cap2, SOFT_CAP, s_layout
+                    s, top, total, b * BLOCK_N, a_len, lo, width, scale2, cap2, SOFT_CAP, s_layout
                 )  # fmt: skip
                 acc = acc * gl.expand_dims(gl.convert_layout(keep, o_rows), 1)
                 p = gl.convert_layout(weights.to(k_ring.dtype), p_layout)
@@ -275,6 +292,7 @@ def _multiply(
         else:
             # no row of mine is live: give everything back in step with the other warpgroup
             mbarrier.wait(q_ready.index(tile), (nth_item // Q_TILES) & 1)
+            mbarrier.wait(led.index(tile), (nth_item // Q_TILES) & 1)
             mbarrier.arrive(q_free.index(tile), count=1)
             for b in range(blocks):
                 stage = (n + b) % STAGES
@@ -319,10 +337,12 @@ def packed_attention_extend_kernel(
         q_free = gl.allocate_shared_memory(gl.int64, [Q_TILES, 1], mbarrier.MBarrierLayout())
         k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        led = gl.allocate_shared_memory(gl.int64, [Q_TILES, 1], mbarrier.MBarrierLayout())
         # each gathering thread arrives when its copies have, and each multiplying warpgroup when it has read
         for i in gl.static_range(Q_TILES):
             mbarrier.init(q_ready.index(i), count=128)
             mbarrier.init(q_free.index(i), count=WARPGROUPS)
+            mbarrier.init(led.index(i), count=1)
         for i in gl.static_range(STAGES):
             mbarrier.init(k_ready.index(i), count=128)
             mbarrier.init(v_ready.index(i), count=128)
@@ -331,7 +351,7 @@ def packed_attention_extend_kernel(
         multiply = (
             out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr,
             win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2, cap2, q_tiles,
-            k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free,
+            k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, led,
         )  # fmt: skip
         gather = (
             q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads, stride_q_token,

@@ -109,6 +109,8 @@ def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int) -> TileP
             shares=int(sms * tile.shares / shape.kv_heads),
             launched=max(1, round(sms * tile.programs / shape.kv_heads)),
             drain=tile.shares / DRAWING_PROGRAMS,
+            in_turn=shape.kv_heads if tile.rows > 64 else 0,
+            block=tile.tokens,
         )
         timings.append(timing)
     tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles)

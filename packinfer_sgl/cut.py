@@ -228,6 +228,7 @@ def _items(  # type: ignore[no-untyped-def]
     merge_indptr = _merge_indptr(tiles, queries)
     used = np.zeros(len(queries), np.int32)  # partial rows of each query that earlier tiles have taken
     slot_of = np.empty(len(tiles), np.int64)  # of each tile, the first
+    has_partials = np.zeros(len(tiles), np.bool_)
     slot = 0
     for i, tile in enumerate(tiles):
         slot_of[i] = slot
@@ -238,6 +239,7 @@ def _items(  # type: ignore[no-untyped-def]
             if merge_indptr[query + 1] > merge_indptr[query]:
                 partial_rows[slot] = merge_indptr[query] + used[query]
                 used[query] += tile.pieces
+                has_partials[i] = True
             else:
                 partial_rows[slot] = -1
             if windows:
@@ -259,7 +261,8 @@ def _items(  # type: ignore[no-untyped-def]
         item.q_off, item.q_cnt, item.tile_class = slot_of[piece.tile], tile.queries, tile.tile_class
         item.a_off, item.a_len, item.a_pos = segment.to_slots + piece.begin, piece.end - piece.begin, piece.begin
         # run B comes with the last piece
-        item.b_off, item.b_len, item.piece = tile.b_at, tile.b_len if last else 0, piece.nth
+        item.b_off, item.b_len = tile.b_at, tile.b_len if last else 0
+        item.piece = piece.nth if has_partials[piece.tile] else -1
         is_open = room_tokens > 0 and last and tile.segment >= n_nodes
         item.open_row = row_order[segment.lo] if is_open else -1
         item.next = item_of[i + 1] if i + 1 < len(pieces) and pieces[i + 1].program == piece.program else -1

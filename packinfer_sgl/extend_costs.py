@@ -51,12 +51,13 @@ class ExtendCosts:
     def grouping(self, rows: int) -> CostModel:
         """By which shared spans are chosen: products count alone, as rows that share a span find it in the L2 cache.
 
-        What has rows for one warpgroup is the small class here.
+        What has rows for one warpgroup is the small class here; the other waits meanwhile.
         """
         flops = 4 * HEAD_DIM * ROWS * BLOCK * SMS / self.block_us
         return replace(
             H200, bytes_per_us=np.inf, reread_bytes_per_us=np.inf, flops_per_us=flops,
             item_us=self.item_us / SMS, large_rows=rows, small_rows=HALF,
+            small_as_rows=ROWS * self.half_block_us / self.block_us,
         )  # fmt: skip
 
     def packed_us(

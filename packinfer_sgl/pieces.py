@@ -13,23 +13,32 @@ from numba import njit
 
 # Tokens [begin, end) of a tile's run A, the ``nth`` piece of it, in a program that reads ``tokens`` from here on.
 PIECE = np.dtype([(name, np.int64) for name in ("tile", "nth", "begin", "end", "program", "tokens")])
-# candidate lengths of a piece
+# into how many pieces the longest tile may go, where programs take pieces in turn
+COUNTS = np.array([1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64])
+# candidate lengths of a piece elsewhere
 CHUNKS = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
 
 
 @njit(cache=True)
 def cut_pieces(tiles, policy):  # type: ignore[no-untyped-def]
     """Cut the tiles' KV tokens; sets ``pieces`` of each and returns all, in the order of the tiles."""
-    chunk, n_shares, share = np.empty(len(policy), np.int64), 0, 0.0
+    n_shares, share = 0, 0.0
     for tile_class in range(len(policy)):
-        mine = tiles[tiles.tile_class == tile_class]
-        chunk[tile_class] = _best_chunk(mine, policy[tile_class])
-        if 0 < len(mine) == len(tiles) and mine.b_len.sum() == 0:
-            chunk[tile_class], n_shares, share = _best_alone(mine, policy[tile_class], chunk[tile_class])
+        at = np.flatnonzero(tiles.tile_class == tile_class)
+        if len(at) == 0:
+            continue
+        mine, timing = tiles[at], policy[tile_class]
+        if timing.in_turn > 0:
+            count = _count_in_turn(mine, timing)
+        else:
+            chunk = _best_chunk(mine, timing)
+            if len(mine) == len(tiles):
+                chunk, n_shares, share = _best_alone(mine, timing, chunk)
+            count = np.maximum(-(-(mine.a_to - mine.a_from) // chunk), 1)
+        for i, n in zip(at, count):
+            tiles[i].pieces = n
     if n_shares > 0:
         return _in_shares(tiles, n_shares, share, policy[tiles[0].tile_class])
-    for tile in tiles:
-        tile.pieces = max(-(-(tile.a_to - tile.a_from) // chunk[tile.tile_class]), 1)
     pieces = np.empty(tiles.pieces.sum(), PIECE)
     n = 0
     for i, tile in enumerate(tiles):
@@ -75,6 +84,44 @@ def _best_chunk(tiles, timing):  # type: ignore[no-untyped-def]
 
 
 @njit
+def _count_in_turn(tiles, timing):  # type: ignore[no-untyped-def]
+    """Into how many pieces each tile goes, where programs take one piece in each round, forwards and backwards in turn.
+
+    The longest tiles stay whole for some rounds; of the others none is longer than a part of the longest tile.
+    """
+    heads = int(timing.in_turn)
+    programs = round(timing.parallel * heads)
+    tokens = tiles.a_to - tiles.a_from
+    longest_first = (-tokens).argsort(kind="mergesort")
+    rounds = int(len(tiles) / timing.parallel)
+    best, best_us = np.maximum(-(-tokens // timing.chunk_tokens), 1), np.inf
+    busy_us = np.empty(programs)
+    for most in COUNTS:
+        chunk = max(-(-tokens.max() // most), 1)
+        if most > 1 and chunk < 2 * timing.block:
+            break
+        if chunk > timing.chunk_tokens:
+            continue
+        for whole in range(rounds + 1 if 1 < most <= 6 else 1):
+            if 0 < whole < rounds - 8:
+                continue
+            count = np.maximum(-(-tokens // chunk), 1)
+            count[longest_first[: int(whole * timing.parallel)]] = 1
+            if most > 1 and count.sum() > max(4 * timing.parallel, 2 * len(tiles)):
+                continue
+            piece_us = timing.fixed_us + timing.token_us * timing.block * np.ceil(tokens / count / timing.block)
+            piece_us = np.sort(-np.repeat(piece_us, count))
+            busy_us[:] = 0.0
+            for i in range(len(piece_us) * heads):
+                nth, place = divmod(i, programs)
+                busy_us[place if nth % 2 == 0 else programs - 1 - place] -= piece_us[i // heads]
+            us = busy_us.max() + (count * tiles.queries)[count > 1].sum() * timing.partial_us
+            if us < best_us:
+                best, best_us = count, us
+    return best
+
+
+@njit
 def _best_alone(tiles, timing, chunk):  # type: ignore[no-untyped-def]
     """How to cut the tiles of a class that runs alone: into pieces of at most ``chunk`` tokens, not at all, or into
     equal shares, so that no program is left when others are done (Stream-K, https://arxiv.org/abs/2301.03598).
@@ -92,7 +139,7 @@ def _best_alone(tiles, timing, chunk):  # type: ignore[no-untyped-def]
         if uncut_us <= best_us:
             best_us, chunk = uncut_us, timing.chunk_tokens
     fixed = timing.fixed_us / timing.token_us
-    share = ((tiles.a_to - tiles.a_from).sum() + (len(tiles) + n) * fixed) / n
+    share = ((tiles.a_to - tiles.a_from + tiles.b_len).sum() + (len(tiles) + n) * fixed) / n
     token_us = timing.token_us * n / timing.parallel
     shares_us = share / (1 - np.exp(-timing.drain)) * token_us + 2 * n * tiles.queries.max() * timing.partial_us
     return (chunk, n, share) if shares_us < best_us and share <= timing.chunk_tokens else (chunk, 0, 0.0)
@@ -141,8 +188,9 @@ def _in_shares(tiles, n_shares, share, timing):  # type: ignore[no-untyped-def]
                 program, program_share = program + 1, nth_share
             piece = pieces[n]
             piece.tile, piece.nth, piece.program = i, tile.pieces, program
-            piece.begin, piece.end, piece.tokens = begin, begin + length, length
-            n, tile.pieces, done, begin = n + 1, tile.pieces + 1, done + fixed + length, begin + length
+            piece.begin, piece.end = begin, begin + length
+            piece.tokens = length + (tile.b_len if length == left else 0)
+            n, tile.pieces, done, begin = n + 1, tile.pieces + 1, done + fixed + piece.tokens, begin + length
             if begin == tile.a_to:
                 break
             nth_share += 1

@@ -26,7 +26,7 @@ class Col(IntEnum):
     A_POS = 4  # KV position of run A's first token
     B_OFF = 5
     B_LEN = 6
-    PIECE = 7  # which of the tile's KV pieces: added to the slot's first partial row
+    PIECE = 7  # which of the tile's KV pieces: added to the slot's first partial row; -1 where no slot has any
     TILE_CLASS = 8  # index into TilePolicy.tile_queries
     OPEN_ROW = 9  # run A ends at this row's current length (it grows while the plan lives), or -1
     NEXT = 10  # the item that the same program runs after this one, or -1
@@ -45,6 +45,9 @@ class PieceTiming:
             other class has tiles; 0 for never.
         launched: programs of the launch, counted as ``shares``; with more pieces than that, each runs several in turn.
         drain: a part ``f`` of so many programs draws ``1 - exp(-drain * f)`` of the bandwidth.
+        in_turn: KV heads, if ``parallel`` programs take the pieces of all heads in turn, forwards and backwards, the
+            longest first; else 0.
+        block: KV tokens that a program takes at once: a part of them takes as long (where ``in_turn``).
     """
 
     parallel: float
@@ -54,6 +57,8 @@ class PieceTiming:
     shares: int
     launched: int
     drain: float
+    in_turn: int = 0
+    block: int = 1
 
 
 @dataclass(frozen=True)

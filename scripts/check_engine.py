@@ -61,6 +61,8 @@ WRAP = {"wrap": True}
 DUMMY = {"load_format": "dummy"}
 STOCK = "-unwrapped"  # a wrapped engine that failed, once more without packinfer
 UNEVEN = ("tree", "tree", "three", "one")
+# verify steps are grouped where it pays: with a tiny model, behind a long prefix
+DEEP = ("deep", "deep")
 
 SCENARIOS = {
     "fa3": Scenario("llama", FA3),
@@ -70,10 +72,12 @@ SCENARIOS = {
     "verify-fp16": Scenario("llama", {**OURS, **EAGER, "dtype": "float16"}, VERIFY),
     "eagle-fa3": Scenario("llama", {**FA3, **EAGLE}, logprobs=False),
     "eagle-packinfer": Scenario("llama", {**OURS, **EAGLE}, logprobs=False),
-    "fa3-128": Scenario("llama128", FA3),
-    "chain-fa3": Scenario("llama128", {**FA3, **CHAIN}, logprobs=False),
-    "chain-packinfer": Scenario("llama128", {**OURS, **CHAIN}, rounds=UNEVEN, logprobs=False),
-    "chain-eager": Scenario("llama128", {**OURS, **CHAIN, **EAGER}, VERIFY, rounds=UNEVEN, logprobs=False),
+    "fa3-128": Scenario("llama128", FA3, rounds=DEEP),
+    "chain-fa3": Scenario("llama128", {**FA3, **CHAIN}, rounds=DEEP, logprobs=False),
+    "chain-packinfer": Scenario("llama128", {**OURS, **CHAIN}, rounds=(*DEEP, "three", "one"), logprobs=False),
+    "chain-eager": Scenario(
+        "llama128", {**OURS, **CHAIN, **EAGER}, VERIFY, rounds=(*DEEP, "three", "one"), logprobs=False
+    ),
     "fp8-fa3": Scenario("llama", {**FA3, **FP8}),
     "fp8-packinfer": Scenario("llama", {**OURS, **FP8}),
     "gemma2-fa3": Scenario("gemma2", FA3),

@@ -48,8 +48,8 @@ class Ran:
 def worker(scenario: dict) -> None:
     """Print READY, then RESULT with what was said in each round and the engine's own account of it.
 
-    Rounds: ``tree``: 16 requests in a three-level tree of prefixes; ``samples``: 4 samples of each of 3 prompts;
-    ``three``, ``one``: so many requests.
+    Rounds: ``tree``: 16 requests in a three-level tree of prefixes; ``deep``: the same with a longer prefix for all;
+    ``samples``: 4 samples of each of 3 prompts; ``three``, ``one``: so many requests.
     """
     import sglang
 
@@ -60,7 +60,8 @@ def worker(scenario: dict) -> None:
     print("READY", flush=True)
     said = {}
     for i, name in enumerate(scenario["rounds"]):
-        prompts = tree_prompts(seed=2)[: {"tree": None, "samples": 3, "three": 3, "one": 1}[name]]
+        shared = 1500 if name == "deep" else 300
+        prompts = tree_prompts(2, shared)[: {"samples": 3, "three": 3, "one": 1}.get(name)]
         params = greedy(TOKENS, **({"n": 4} if name == "samples" else {}))
         more = {"return_logprob": True, "top_logprobs_num": TOP} if scenario["logprobs"] else {}
         if "disaggregation_mode" in scenario["engine"]:  # SGLang's own stand-in for a prefill server

@@ -20,14 +20,14 @@ import sys
 FIRST, LAST = 300, 1200
 
 
-def tree_prompts(seed: int = 0) -> list[list[int]]:
-    """16 prompts: 300 tokens for all, 100 for each four, 50 for each two, then 1 to 30 of their own."""
+def tree_prompts(seed: int = 0, shared: int = 300) -> list[list[int]]:
+    """16 prompts: ``shared`` tokens for all, 100 for each four, 50 for each two, then 1 to 30 of their own."""
     rng = random.Random(seed)
 
     def words(n: int) -> list[int]:
         return [rng.randrange(FIRST, LAST) for _ in range(n)]
 
-    root = words(300)
+    root = words(shared)
     prompts = []
     for _ in range(4):
         middle = root + words(100)

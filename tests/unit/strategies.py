@@ -135,9 +135,9 @@ def policies(draw: st.DrawFn) -> TilePolicy:
     if draw(st.booleans()):
         return TilePolicy(tile_queries, draw(st.sampled_from([1, 2, 3, 5, 8, 1000])), ride_tokens=ride_tokens)
     parallel, fixed_us = draw(st.integers(1, 3)), draw(st.sampled_from([0.1, 0.4, 1.0]))
-    large, small_ = (
-        PieceTiming(parallel, fixed_us, 1.0, 0.0, shares, 6, 2.0) for shares in (0, draw(st.integers(0, 5)))
-    )
+    small_ = PieceTiming(parallel, fixed_us, 1.0, 0.0, draw(st.integers(0, 5)), 6, 2.0)
+    in_turn = {"in_turn": draw(st.integers(0, 2)), "block": draw(st.integers(1, 2))}
+    large = PieceTiming(parallel, fixed_us, 1.0, 0.0, 0, 6, 2.0, **in_turn)
     return TilePolicy(tile_queries, 1000, (large, small_), ride_tokens)
 
 

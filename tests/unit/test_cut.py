@@ -1,4 +1,4 @@
-"""Shares are equal, and are chosen where pieces would leave programs idle."""
+"""Shares are equal, and are chosen where pieces would leave programs idle; pieces taken in turn leave few idle."""
 
 from __future__ import annotations
 
@@ -65,3 +65,44 @@ def test_tails_beside_nodes_are_not_divided() -> None:
     shared = PrefixTree.from_neighbours(range(rows), [512] * (rows - 1))
     plan = make_plan(shared, np.full(rows, 4512, np.int32), policy(0.0), kv_tokens_unique=512 + 4000 * rows)
     assert (plan.items[:, Col.NEXT] < 0).all() and len(plan.class_indptr) == 3
+
+
+HEADS, BLOCK = 2, 16
+
+
+def in_turn(lens: list[int], partial_us: float, chunk_tokens: int = 1 << 30) -> tuple[float, Plan]:
+    """When all programs are done that take the pieces of rows that share nothing in turn, and the plan."""
+    timing = PieceTiming(PROGRAMS / HEADS, FIXED, 1.0, partial_us, 0, PROGRAMS, np.nan, in_turn=HEADS, block=BLOCK)
+    tree = PrefixTree.unshared(len(lens))
+    cut = TilePolicy((4,), chunk_tokens, (timing,))
+    plan = make_plan(tree, np.array(lens, np.int32), cut, kv_tokens_unique=sum(lens))
+    busy = np.zeros(PROGRAMS)
+    for i, tokens in enumerate(np.repeat(plan.items[:, Col.A_LEN], HEADS).tolist()):
+        nth, place = divmod(i, PROGRAMS)
+        busy[place if nth % 2 == 0 else PROGRAMS - 1 - place] += FIXED + -(-tokens // BLOCK) * BLOCK
+    return float(busy.max()), plan
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.sampled_from([0.0, 1.0, 1e6]))
+def test_cut_in_turn_is_no_slower_than_whole(lens: list[int], partial_us: float) -> None:
+    whole = np.zeros(PROGRAMS)
+    for i, tokens in enumerate(sorted((t for t in lens for _ in range(HEADS)), reverse=True)):
+        nth, place = divmod(i, PROGRAMS)
+        whole[place if nth % 2 == 0 else PROGRAMS - 1 - place] += FIXED + -(-tokens // BLOCK) * BLOCK
+    us, plan = in_turn(lens, partial_us)
+    assert us + partial_us * plan.n_partials <= whole.max() + 1e-6
+    if partial_us == 1e6:
+        assert plan.n_partials == 0
+
+
+def test_the_last_round_alone_is_cut() -> None:
+    per_round = PROGRAMS // HEADS
+    lens = [1600] * (3 * per_round + 1)  # one row more than three rounds take
+    us, plan = in_turn(lens, partial_us=1.0)
+    lengths = sorted(plan.items[:, Col.A_LEN].tolist())
+    assert us < 3.4 * (1600 + FIXED) and lengths.count(1600) >= 3 * per_round - 1
+    assert in_turn([1600] * per_round, partial_us=0.0)[1].n_partials == 0  # a whole round: nothing to cut
+
+
+def test_pieces_in_turn_obey_the_longest_allowed() -> None:
+    assert in_turn([1600] * 3, partial_us=1e6, chunk_tokens=500)[1].items[:, Col.A_LEN].max() <= 500

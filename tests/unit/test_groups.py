@@ -103,6 +103,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         partial_bytes_per_us=draw(positive(1e3, 1e7)),
         large_rows=draw(st.integers(small, 128)),
         small_rows=small,
+        small_as_rows=draw(positive(1, 64)),
         least_saving=draw(st.floats(0.5, 3)),
     )
 

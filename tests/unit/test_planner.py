@@ -30,6 +30,7 @@ EAGER = CostModel(
     partial_bytes_per_us=1e12,
     large_rows=64,
     small_rows=64,
+    small_as_rows=64,
     least_saving=0.0,
 )
 
