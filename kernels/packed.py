@@ -28,10 +28,12 @@ A_POS = tl.constexpr(int(Col.A_POS))
 B_OFF = tl.constexpr(int(Col.B_OFF))
 B_LEN = tl.constexpr(int(Col.B_LEN))
 PIECE = tl.constexpr(int(Col.PIECE))
+TILE_CLASS = tl.constexpr(int(Col.TILE_CLASS))
 OPEN_ROW = tl.constexpr(int(Col.OPEN_ROW))
 NEXT = tl.constexpr(int(Col.NEXT))
 N_COLS = tl.constexpr(len(Col))
 # entries of ``counts``: first those of ``Plan.class_indptr``
+N_TAKEN = tl.constexpr(4)  # by programs of the extend kernel; 0 between launches
 N_MERGED = tl.constexpr(5)
 N_QUERIES = tl.constexpr(6)
 N_SPANS = tl.constexpr(7)

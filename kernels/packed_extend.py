@@ -3,7 +3,7 @@
 The same items and the same results as ``packed.packed_attention_kernel`` with run B, for tiles of 128 rows. Products
 bound it, so the tensor cores must not wait: one warpgroup gathers queries, keys and values into shared memory, blocks
 and items ahead, and two multiply, each 64 of the rows, so that the softmax of one runs beside the products of the other
-(FlashAttention-3, https://arxiv.org/abs/2407.08608).
+(FlashAttention-3, https://arxiv.org/abs/2407.08608). Programs take items from a counter, each when it is free.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from packinfer_sgl.kernels.packed import A_LEN, A_OFF, B_LEN, B_OFF, N_COLS, PIECE, Q_CNT, Q_OFF
+from packinfer_sgl.kernels.packed import (
+    A_LEN,
+    A_OFF,
+    B_LEN,
+    B_OFF,
+    N_COLS,
+    N_TAKEN,
+    PIECE,
+    Q_CNT,
+    Q_OFF,
+    TILE_CLASS,
+)
 from packinfer_sgl.kernels.packed_hopper import ROWS
 
 CHUNK = gl.constexpr(32)  # rows that are copied together
@@ -34,35 +45,16 @@ def _n_blocks(length, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _rounds(work):
-    """How many items this program has: in each round, the programs take one each, in turn forwards and backwards.
-
-    Items come with most tokens first, so that who has the longest of one round has the shortest of the next.
-    """
-    programs = gl.num_programs(0)
-    full = work // programs
-    place = gl.program_id(0) if full % 2 == 0 else programs - 1 - gl.program_id(0)
-    return full + (place < work % programs).to(gl.int32)
+def _tell(told, item_ptr, w):
+    """Pass an item on to the multiplying warpgroups: its columns, and in place of its tile class ``w``."""
+    col = gl.arange(0, told.shape[0], gl.BlockedLayout([1], [32], [4], [0]))
+    values = gl.load(item_ptr + col, mask=col < N_COLS, other=0)
+    told.store(gl.where(col == TILE_CLASS, w, values))
 
 
 @gluon.jit
-def _item_of(nth):
-    """The ``nth`` item of this program, of all items and KV heads."""
-    programs = gl.num_programs(0)
-    backwards = nth % 2
-    place = gl.program_id(0) + backwards * (programs - 1 - 2 * gl.program_id(0))
-    return nth * programs + place
-
-
-@gluon.jit
-def _load_item(items_ptr, first, w, kv_heads):
-    """What the multiplying warpgroups must know of an item."""
-    item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
-    q_off = gl.load(item_ptr + Q_OFF)
-    q_cnt = gl.load(item_ptr + Q_CNT)
-    a_len = gl.load(item_ptr + A_LEN)
-    b_len = gl.load(item_ptr + B_LEN)
-    return q_off, q_cnt, a_len, b_len, gl.load(item_ptr + PIECE)
+def _told(told, COLUMN: gl.constexpr):
+    return gl.max(told.slice(COLUMN, 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -88,17 +80,18 @@ def _gather(
     Each row is looked up once and goes to those who copy from it through shared memory, because registers are few.
     """
     (
-        q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads, stride_q_token,
-        stride_q_head, stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles, k_ring, v_ring, q_ready,
-        k_ready, v_ready, q_free, k_free, v_free,
+        q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, counts_ptr, query_rows_ptr, first, work, kv_heads, stride_q_token,
+        stride_q_head, stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles, k_ring, v_ring, told,
+        told_ready, q_ready, k_ready, v_ready, q_free, k_free, v_free,
     ) = args  # fmt: skip
     nth = gl.arange(0, WARPGROUPS * ROWS, gl.BlockedLayout([1], [32], [4], [0]))
     at = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
     all_q_offsets = q_offsets._reinterpret(gl.int64, [WARPGROUPS * ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     all_offsets = offsets._reinterpret(gl.int64, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     n = 0
-    for nth_item in range(_rounds(work)):
-        w = _item_of(nth_item)
+    nth_item = 0
+    w = gl.program_id(0)
+    while w < work:
         item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
         kv_head = w % kv_heads
         q_off = gl.load(item_ptr + Q_OFF)
@@ -113,6 +106,8 @@ def _gather(
         all_q_offsets.store(query.to(gl.int64) * stride_q_token + (kv_head * GROUP + nth % GROUP) * stride_q_head)
         tile = nth_item % Q_TILES
         mbarrier.wait(q_free.index(tile), (nth_item // Q_TILES) & 1 ^ 1)
+        _tell(told.index(tile), item_ptr, w)
+        mbarrier.arrive(told_ready.index(tile), count=1)
         for i in gl.static_range(WARPGROUPS):
             _copy_rows(q_tiles.index(WARPGROUPS * tile + i), q_ptr, q_offsets, q_cnt * GROUP, HEAD_DIM, i * ROWS)
         async_copy.mbarrier_arrive(q_ready.index(tile), increment_count=False)
@@ -135,6 +130,16 @@ def _gather(
             _copy_rows(v_ring.index(stage), v_ptr + head, offsets, rest, HEAD_DIM)
             async_copy.mbarrier_arrive(v_ready.index(stage), increment_count=False)
             n += 1
+        # who is free first takes the next; those that take longest come first
+        taken = gl.atomic_add(counts_ptr + N_TAKEN, 1, sem="relaxed")
+        if taken == work - 1:  # the last of all: the next launch counts from 0
+            gl.store(counts_ptr + N_TAKEN, 0)
+        w = gl.minimum(gl.num_programs(0), work) + taken
+        nth_item += 1
+    tile = nth_item % Q_TILES
+    mbarrier.wait(q_free.index(tile), (nth_item // Q_TILES) & 1 ^ 1)
+    _tell(told.index(tile), items_ptr, w)
+    mbarrier.arrive(told_ready.index(tile), count=1)
 
 
 @gluon.jit
@@ -223,9 +228,9 @@ def _multiply(
 ):  # fmt: skip
     """Online softmax over the blocks in the rings for the first or second 64 rows of each tile, and their results."""
     (
-        out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr,
-        win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring,
-        v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, led,
+        out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, work,
+        kv_heads, n_heads, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring, v_ring, told, told_ready,
+        q_ready, k_ready, v_ready, q_free, k_free, v_free, led,
     ) = args  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -234,15 +239,19 @@ def _multiply(
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     FIRST_ROW: gl.constexpr = WHICH * ROWS
     n = 0
-    rounds = _rounds(work)
-    # what an item says is loaded while the one before it is multiplied
-    item = _load_item(items_ptr, first, _item_of(0), kv_heads)
-    for nth_item in range(rounds):
-        kv_head = _item_of(nth_item) % kv_heads
-        q_off, q_cnt, a_len, b_len, piece = item
-        item = _load_item(items_ptr, first, _item_of(gl.minimum(nth_item + 1, rounds - 1)), kv_heads)
-        blocks = _n_blocks(a_len + b_len, BLOCK_N)
+    nth_item = 0
+    mbarrier.wait(told_ready.index(0), 0)
+    w = _told(told.index(0), TILE_CLASS)
+    while w < work:
+        kv_head = w % kv_heads
         tile = nth_item % Q_TILES
+        item = told.index(tile)
+        q_off = _told(item, Q_OFF)
+        q_cnt = _told(item, Q_CNT)
+        a_len = _told(item, A_LEN)
+        b_len = _told(item, B_LEN)
+        piece = _told(item, PIECE)
+        blocks = _n_blocks(a_len + b_len, BLOCK_N)
         q_tile = q_tiles.index(WARPGROUPS * tile + WHICH)
         if q_cnt * GROUP > FIRST_ROW:
             token = (FIRST_ROW + gl.arange(0, ROWS, s_rows)) // GROUP
@@ -302,6 +311,10 @@ def _multiply(
                 mbarrier.wait(v_ready.index(stage), phase)
                 mbarrier.arrive(v_free.index(stage), count=1)
         n += blocks
+        nth_item += 1
+        next_tile = nth_item % Q_TILES
+        mbarrier.wait(told_ready.index(next_tile), (nth_item // Q_TILES) & 1)
+        w = _told(told.index(next_tile), TILE_CLASS)
 
 
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
@@ -313,6 +326,8 @@ def packed_attention_extend_kernel(
     STAGES: gl.constexpr, MULTIPLY_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that do not grow and that none follows.
+
+    Entry N_TAKEN of the counts is 0 before and after.
 
     12 warps, of which 4 gather. A gathering thread gets GATHER_REGISTERS, one of the second multiplying warpgroup
     MULTIPLY_REGISTERS, and one of the first what ``maxnreg`` leaves. Heads of q, K and V begin at multiples of 16
@@ -331,6 +346,8 @@ def packed_attention_extend_kernel(
         q_tiles = gl.allocate_shared_memory(dtype, [WARPGROUPS * Q_TILES, ROWS, HEAD_DIM], layout)
         q_offsets = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * ROWS // CHUNK, CHUNK], rows_layout)
         offsets = gl.allocate_shared_memory(gl.int64, [BLOCK_N // CHUNK, CHUNK], rows_layout)
+        told = gl.allocate_shared_memory(gl.int32, [Q_TILES, 16], rows_layout)
+        told_ready = gl.allocate_shared_memory(gl.int64, [Q_TILES, 1], mbarrier.MBarrierLayout())
         q_ready = gl.allocate_shared_memory(gl.int64, [Q_TILES, 1], mbarrier.MBarrierLayout())
         k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -343,20 +360,21 @@ def packed_attention_extend_kernel(
             mbarrier.init(q_ready.index(i), count=128)
             mbarrier.init(q_free.index(i), count=WARPGROUPS)
             mbarrier.init(led.index(i), count=1)
+            mbarrier.init(told_ready.index(i), count=1)
         for i in gl.static_range(STAGES):
             mbarrier.init(k_ready.index(i), count=128)
             mbarrier.init(v_ready.index(i), count=128)
             mbarrier.init(k_free.index(i), count=WARPGROUPS)
             mbarrier.init(v_free.index(i), count=WARPGROUPS)
         multiply = (
-            out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr,
-            win_hi_ptr, first, work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2, cap2, q_tiles,
-            k_ring, v_ring, q_ready, k_ready, v_ready, q_free, k_free, v_free, led,
+            out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr,
+            work, kv_heads, n_heads, stride_out_token, stride_out_head, scale2, cap2, q_tiles, k_ring, v_ring, told,
+            told_ready, q_ready, k_ready, v_ready, q_free, k_free, v_free, led,
         )  # fmt: skip
         gather = (
-            q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, query_rows_ptr, first, work, kv_heads, stride_q_token,
-            stride_q_head, stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles, k_ring, v_ring,
-            q_ready, k_ready, v_ready, q_free, k_free, v_free,
+            q_ptr, k_ptr, v_ptr, slots_ptr, items_ptr, counts_ptr, query_rows_ptr, first, work, kv_heads,
+            stride_q_token, stride_q_head, stride_page, stride_slot, stride_kv_head, q_offsets, offsets, q_tiles,
+            k_ring, v_ring, told, told_ready, q_ready, k_ready, v_ready, q_free, k_free, v_free,
         )  # fmt: skip
         gl.warp_specialize(
             [

@@ -52,11 +52,8 @@ TILES = {
     256: (Tile(64, 32, 4, 2, 255, 0, 1, 1, 0), Tile(16, 32, 4, 2, 255, 0, 2, 4, 2)),
 }
 
-# Of extend plans on Hopper, where the large class runs on kernels/packed_extend.py. Unmeasured at head_dim 64.
-EXTEND_TILES = {
-    64: (Tile(128, 128, 0, 2, 168, 40, 1, 1, 0), Tile(16, 64, 4, 3, 96, 0, 4, 8, 5)),
-    128: (Tile(128, 128, 0, 2, 168, 40, 1, 1, 0), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
-}
+# Of extend plans on Hopper, which run on kernels/packed_extend.py. Unmeasured at head_dim 64.
+EXTEND_TILES = {64: (Tile(128, 128, 0, 2, 168, 56, 1, 1, 0),), 128: (Tile(128, 128, 0, 2, 168, 56, 1, 1, 0),)}
 
 # Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.
 BYTES_PER_US = 4.81e06
@@ -94,7 +91,7 @@ def multiprocessors(device: torch.device) -> int:
 def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int) -> TilePolicy:
     """The constants are of an H200; on other GPUs only the number of multiprocessors is taken from the device."""
     timings = []
-    for tile, item_us in zip(tiles, (LARGE_ITEM_US, SMALL_ITEM_US), strict=True):
+    for tile, item_us in zip(tiles, (LARGE_ITEM_US, SMALL_ITEM_US)):  # one class, or both
         programs = sms * tile.resident
         moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
         multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
@@ -109,8 +106,9 @@ def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int) -> TileP
             shares=int(sms * tile.shares / shape.kv_heads),
             launched=max(1, round(sms * tile.programs / shape.kv_heads)),
             drain=tile.shares / DRAWING_PROGRAMS,
-            in_turn=shape.kv_heads if tile.rows > 64 else 0,
+            taken=shape.kv_heads if tile.rows > 64 else 0,
             block=tile.tokens,
+            half=EXTEND_H200.half_block_us / EXTEND_H200.block_us,
         )
         timings.append(timing)
     tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles)

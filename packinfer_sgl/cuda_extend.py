@@ -58,15 +58,13 @@ def extend_planner(
         count, fits: see ``ExtendPlanner``; by default plans fit within ``BUFFER_BYTES``.
     """
     policy, cost = policy_of(shape, tiles, sms), EXTEND_H200.grouping(tiles[0].rows)
-    timings = policy.timings
-    assert timings is not None
     riding = replace(policy, ride_tokens=RIDE_TOKENS)
     return ExtendPlanner(
         shape,
         ((cost, policy), (replace(cost, partial_us=0, partial_bytes_per_us=math.inf), riding)),
         grouping=grouping,
         count=count,
-        packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, timings, tiles[0].rows, tiles[0].tokens),
+        packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, sms, tiles[0].rows, tiles[0].tokens),
         stock_us=lambda q, kv: math.inf if always else EXTEND_H200.stock_us(q, kv, shape, sms),
         fits=fits or (lambda plan: _fits(plan, shape)),
     )

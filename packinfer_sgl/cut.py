@@ -278,7 +278,7 @@ def _order(pieces, tiles, n_classes):  # type: ignore[no-untyped-def]
     for i, piece in enumerate(pieces):
         begins = i == 0 or pieces[i - 1].program != piece.program  # a program
         tile_class = tiles[piece.tile].tile_class
-        key[i] = ((tile_class if begins else n_classes) << 40) - piece.tokens
+        key[i] = ((tile_class if begins else n_classes) << 40) - piece.cost
         if begins:
             class_indptr[tile_class + 1] += 1
     at = np.empty(len(pieces), np.int64)

@@ -9,13 +9,13 @@ import numpy as np
 from numba import njit
 
 from packinfer_sgl.groups import H200, AttentionShape, CostModel
-from packinfer_sgl.plan import Col, PieceTiming, Plan
+from packinfer_sgl.plan import Col, Plan
 from packinfer_sgl.prefix_tree import Int32
 
 ROWS, BLOCK = 128, 128  # query rows of a tile of FlashAttention-3, and KV tokens of its blocks
 HALF = ROWS // 2  # rows of a warpgroup
 HEAD_DIM, SMS = 128, 132  # of the measurements
-CLEARLY = 1.15  # by which packed must be expected to be faster: most times below are right within 10 %
+CLEARLY = 1.08  # by which packed must be expected to be faster: of 60 measured batches none was slower then
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class ExtendCosts:
         block_us: of ``BLOCK`` KV tokens of each ``ROWS`` rows of a packed tile that is full.
         half_block_us: of a packed tile with so few rows that one of its warpgroups has all of them.
         item_us: of a packed tile besides.
-        small: how much longer items of the small class take than in decode.
         partials: part of ``CostModel.partials_us`` by which partial results delay a layer.
         call_us: of a packed layer besides.
         stock_block_us, stock_half_block_us, stock_tile_us, stock_call_us: the same of FlashAttention-3, which takes
@@ -36,7 +35,6 @@ class ExtendCosts:
     block_us: float
     half_block_us: float
     item_us: float
-    small: float
     partials: float
     call_us: float
     stock_block_us: float
@@ -60,32 +58,25 @@ class ExtendCosts:
             small_as_rows=ROWS * self.half_block_us / self.block_us,
         )  # fmt: skip
 
-    def packed_us(
-        self, plan: Plan, shape: AttentionShape, timings: tuple[PieceTiming, ...], rows: int, block: int
-    ) -> float:
+    def packed_us(self, plan: Plan, shape: AttentionShape, sms: int, rows: int, block: int) -> float:
         """Expected time of a plan in one layer.
 
-        Programs of the large class fill a multiprocessor and take items in turn; small ones come where one is done.
-
         Args:
-            timings: of its tile classes.
-            rows, block: query rows of a tile of the large class, and KV tokens of its blocks.
+            sms: multiprocessors, each with a program that takes items when it is free.
+            rows, block: query rows of a tile, and KV tokens of its blocks.
         """
-        large, small = timings
-        sms = round(large.parallel * shape.kv_heads)
         items = plan.items
-        is_large = items[:, Col.TILE_CLASS] == 0
         tokens = items[:, Col.A_LEN] + items[:, Col.B_LEN]
         idle = rows // HALF - -(-items[:, Col.Q_CNT] * shape.group_size // HALF)  # warpgroups
         full_us = self.block_us * rows / ROWS
         block_us = full_us - (full_us - self.half_block_us) * idle / max(rows // HALF - 1, 1)
         blocks = -(-tokens // block) * (block / BLOCK)
-        large_us = (blocks * (block_us * (shape.head_dim / HEAD_DIM)) + self.item_us)[is_large]
-        small_tokens = tokens[~is_large]
-        small_us = (
-            self.small * (len(small_tokens) * small.fixed_us + small_tokens.sum() * small.token_us) / small.parallel
+        item_us = blocks * (block_us * (shape.head_dim / HEAD_DIM)) + self.item_us
+        kv_bytes = 2 * shape.kv_heads * shape.head_dim * shape.kv_bytes
+        busy_us = max(
+            _next_free_us(-np.sort(-item_us), shape.kv_heads, sms),
+            plan.kv_tokens_unique * kv_bytes / H200.bytes_per_us,
         )
-        busy_us = max(_in_turn_us(large_us, shape.kv_heads, sms), large_us.sum() / large.parallel + small_us)
         return busy_us + self.partials * plan.n_partials * H200.partials_us(shape) + self.call_us
 
     def stock_us(self, q_lens: Int32, kv_lens: Int32, shape: AttentionShape, sms: int) -> float:
@@ -112,15 +103,6 @@ class ExtendCosts:
         return _next_free_us(np.sort(tile_us)[::-1], shape.kv_heads, sms) + self.stock_call_us
 
 
-def _in_turn_us(tile_us: np.ndarray, kv_heads: int, sms: int) -> float:
-    """When all multiprocessors are done that take the tiles of all KV heads in turn, forwards and backwards."""
-    each = np.zeros(-(-len(tile_us) * kv_heads // sms) * sms)
-    each[: len(tile_us) * kv_heads] = np.repeat(tile_us, kv_heads)
-    rounds = each.reshape(-1, sms)
-    rounds[1::2] = rounds[1::2, ::-1]
-    return float(rounds.sum(0).max())
-
-
 @njit(cache=True)
 def _next_free_us(tile_us: np.ndarray, kv_heads: int, sms: int) -> float:
     """When all multiprocessors are done of which the next free one takes the next tile."""
@@ -133,14 +115,13 @@ def _next_free_us(tile_us: np.ndarray, kv_heads: int, sms: int) -> float:
 
 # Of an H200, bf16, random slots: scripts/fit_extend.py fits them to results of scripts/bench_kernels.py.
 EXTEND_H200 = ExtendCosts(
-    block_us=1.87,
-    half_block_us=1.22,
-    item_us=3.08,
-    small=1.45,
-    partials=0.98,
-    call_us=4.99,
-    stock_block_us=1.69,
+    block_us=1.85,
+    half_block_us=1.63,
+    item_us=2.35,
+    partials=0.687,
+    call_us=2.51,
+    stock_block_us=1.73,
     stock_half_block_us=1.31,
-    stock_tile_us=4.06,
-    stock_call_us=3.48,
+    stock_tile_us=3.88,
+    stock_call_us=3.69,
 )

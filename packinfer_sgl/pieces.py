@@ -11,10 +11,13 @@ import heapq
 import numpy as np
 from numba import njit
 
-# Tokens [begin, end) of a tile's run A, the ``nth`` piece of it, in a program that reads ``tokens`` from here on.
-PIECE = np.dtype([(name, np.int64) for name in ("tile", "nth", "begin", "end", "program", "tokens")])
-# into how many pieces the longest tile may go, where programs take pieces in turn
+# Tokens [begin, end) of a tile's run A, the ``nth`` piece of it, in a program that from here on takes as long as for
+# ``cost`` tokens of a full tile.
+PIECE = np.dtype([(name, np.int64) for name in ("tile", "nth", "begin", "end", "program", "cost")])
+# into how many pieces the longest tile may go, where programs take the next when they are free; and how much faster
+# that must be able to become to be looked into
 COUNTS = np.array([1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64])
+CLEARLY = 1.01
 # candidate lengths of a piece elsewhere
 CHUNKS = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
 
@@ -28,8 +31,8 @@ def cut_pieces(tiles, policy):  # type: ignore[no-untyped-def]
         if len(at) == 0:
             continue
         mine, timing = tiles[at], policy[tile_class]
-        if timing.in_turn > 0:
-            count = _count_in_turn(mine, timing)
+        if timing.taken > 0:
+            count = _count_taken(mine, timing)
         else:
             chunk = _best_chunk(mine, timing)
             if len(mine) == len(tiles):
@@ -48,7 +51,10 @@ def cut_pieces(tiles, policy):  # type: ignore[no-untyped-def]
             piece.tile, piece.nth, piece.program = i, nth, n
             piece.begin = tile.a_from + nth * length
             piece.end = min(piece.begin + length, tile.a_to)
-            piece.tokens = piece.end - piece.begin + (tile.b_len if nth == tile.pieces - 1 else 0)
+            piece.cost = piece.end - piece.begin + (tile.b_len if nth == tile.pieces - 1 else 0)
+            timing = policy[tile.tile_class]
+            if 2 * tile.queries <= timing.tile_queries:
+                piece.cost = int(piece.cost * timing.half)
             n += 1
     return pieces
 
@@ -84,38 +90,41 @@ def _best_chunk(tiles, timing):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _count_in_turn(tiles, timing):  # type: ignore[no-untyped-def]
-    """Into how many pieces each tile goes, where programs take one piece in each round, forwards and backwards in turn.
+def _count_taken(tiles, timing):  # type: ignore[no-untyped-def]
+    """Into how many pieces each tile goes, where whichever program is free takes the next piece, the longest first.
 
-    The longest tiles stay whole for some rounds; of the others none is longer than a part of the longest tile.
+    What is longer than a part of the longest tile is cut, all of it or what is left after the last whole rounds.
     """
-    heads = int(timing.in_turn)
+    heads = int(timing.taken)
     programs = round(timing.parallel * heads)
     tokens = tiles.a_to - tiles.a_from
+    token_us = timing.token_us * np.where(2 * tiles.queries > timing.tile_queries, 1.0, timing.half)
     longest_first = (-tokens).argsort(kind="mergesort")
-    rounds = int(len(tiles) / timing.parallel)
     best, best_us = np.maximum(-(-tokens // timing.chunk_tokens), 1), np.inf
-    busy_us = np.empty(programs)
     for most in COUNTS:
         chunk = max(-(-tokens.max() // most), 1)
         if most > 1 and chunk < 2 * timing.block:
             break
         if chunk > timing.chunk_tokens:
             continue
-        for whole in range(rounds + 1 if 1 < most <= 6 else 1):
-            if 0 < whole < rounds - 8:
+        rounds = int((tokens > chunk).sum() / timing.parallel)
+        for whole in range(rounds, -1, -1):
+            if 0 < whole < rounds - 1:
                 continue
             count = np.maximum(-(-tokens // chunk), 1)
             count[longest_first[: int(whole * timing.parallel)]] = 1
             if most > 1 and count.sum() > max(4 * timing.parallel, 2 * len(tiles)):
                 continue
-            piece_us = timing.fixed_us + timing.token_us * timing.block * np.ceil(tokens / count / timing.block)
-            piece_us = np.sort(-np.repeat(piece_us, count))
-            busy_us[:] = 0.0
-            for i in range(len(piece_us) * heads):
-                nth, place = divmod(i, programs)
-                busy_us[place if nth % 2 == 0 else programs - 1 - place] -= piece_us[i // heads]
-            us = busy_us.max() + (count * tiles.queries)[count > 1].sum() * timing.partial_us
+            blocks = np.ceil((tokens + tiles.b_len) / count / timing.block)
+            piece_us = np.repeat(timing.fixed_us + token_us * timing.block * blocks, count)
+            partials_us = (count * tiles.queries)[count > 1].sum() * timing.partial_us
+            if CLEARLY * (piece_us.sum() * heads / programs + partials_us) > best_us:
+                continue  # even if all programs are done at once
+            busy = [0.0] * programs
+            for us in -np.sort(-piece_us):
+                for _ in range(heads):
+                    heapq.heapreplace(busy, busy[0] + us)
+            us = max(busy) + partials_us
             if us < best_us:
                 best, best_us = count, us
     return best
@@ -189,13 +198,13 @@ def _in_shares(tiles, n_shares, share, timing):  # type: ignore[no-untyped-def]
             piece = pieces[n]
             piece.tile, piece.nth, piece.program = i, tile.pieces, program
             piece.begin, piece.end = begin, begin + length
-            piece.tokens = length + (tile.b_len if length == left else 0)
-            n, tile.pieces, done, begin = n + 1, tile.pieces + 1, done + fixed + piece.tokens, begin + length
+            piece.cost = length + (tile.b_len if length == left else 0)
+            n, tile.pieces, done, begin = n + 1, tile.pieces + 1, done + fixed + piece.cost, begin + length
             if begin == tile.a_to:
                 break
             nth_share += 1
     pieces = pieces[:n]
     for i in range(n - 2, -1, -1):
         if pieces[i].program == pieces[i + 1].program:
-            pieces[i].tokens += pieces[i + 1].tokens
+            pieces[i].cost += pieces[i + 1].cost
     return pieces

@@ -45,9 +45,10 @@ class PieceTiming:
             other class has tiles; 0 for never.
         launched: programs of the launch, counted as ``shares``; with more pieces than that, each runs several in turn.
         drain: a part ``f`` of so many programs draws ``1 - exp(-drain * f)`` of the bandwidth.
-        in_turn: KV heads, if ``parallel`` programs take the pieces of all heads in turn, forwards and backwards, the
-            longest first; else 0.
-        block: KV tokens that a program takes at once: a part of them takes as long (where ``in_turn``).
+        taken: KV heads, if each of ``parallel`` programs takes the next piece when it is free, the longest first; else
+            0. Only then the next two count.
+        block: KV tokens that a program takes at once: a part of them takes as long.
+        half: part of ``token_us`` where half of a tile's rows suffice.
     """
 
     parallel: float
@@ -57,8 +58,9 @@ class PieceTiming:
     shares: int
     launched: int
     drain: float
-    in_turn: int = 0
+    taken: int = 0
     block: int = 1
+    half: float = 1.0
 
 
 @dataclass(frozen=True)

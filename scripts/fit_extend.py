@@ -26,7 +26,7 @@ from rich.table import Table
 from write_constants import write
 
 from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200, SMS, ExtendCosts
-from packinfer_sgl.kernels.tiles import EXTEND_TILES, policy_of
+from packinfer_sgl.kernels.tiles import EXTEND_TILES
 from packinfer_sgl.plan import Plan
 
 SOURCE = Path(__file__).resolve().parents[1] / "packinfer_sgl" / "extend_costs.py"
@@ -44,9 +44,7 @@ class Case:
     stock_us: float
 
     def packed_model(self, costs: ExtendCosts) -> float:
-        timings = policy_of(self.work.shape, TILES, SMS).timings
-        assert timings is not None
-        return costs.packed_us(self.plan, self.work.shape, timings, TILES[0].rows, TILES[0].tokens)
+        return costs.packed_us(self.plan, self.work.shape, SMS, TILES[0].rows, TILES[0].tokens)
 
     def stock_model(self, costs: ExtendCosts) -> float:
         return costs.stock_us(np.array(self.work.new, np.int32), self.work.kv_lens, self.work.shape, SMS)

@@ -136,8 +136,12 @@ def policies(draw: st.DrawFn) -> TilePolicy:
         return TilePolicy(tile_queries, draw(st.sampled_from([1, 2, 3, 5, 8, 1000])), ride_tokens=ride_tokens)
     parallel, fixed_us = draw(st.integers(1, 3)), draw(st.sampled_from([0.1, 0.4, 1.0]))
     small_ = PieceTiming(parallel, fixed_us, 1.0, 0.0, draw(st.integers(0, 5)), 6, 2.0)
-    in_turn = {"in_turn": draw(st.integers(0, 2)), "block": draw(st.integers(1, 2))}
-    large = PieceTiming(parallel, fixed_us, 1.0, 0.0, 0, 6, 2.0, **in_turn)
+    taken = {
+        "taken": draw(st.integers(0, 2)),
+        "block": draw(st.integers(1, 2)),
+        "half": draw(st.sampled_from([1, 0.6])),
+    }
+    large = PieceTiming(parallel, fixed_us, 1.0, 0.0, 0, 6, 2.0, **taken)
     return TilePolicy(tile_queries, 1000, (large, small_), ride_tokens)
 
 

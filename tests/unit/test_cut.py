@@ -1,6 +1,8 @@
-"""Shares are equal, and are chosen where pieces would leave programs idle; pieces taken in turn leave few idle."""
+"""Shares are equal, and are chosen where pieces would leave programs idle; pieces that are taken leave few idle."""
 
 from __future__ import annotations
+
+import heapq
 
 import numpy as np
 from hypothesis import given
@@ -70,39 +72,51 @@ def test_tails_beside_nodes_are_not_divided() -> None:
 HEADS, BLOCK = 2, 16
 
 
-def in_turn(lens: list[int], partial_us: float, chunk_tokens: int = 1 << 30) -> tuple[float, Plan]:
-    """When all programs are done that take the pieces of rows that share nothing in turn, and the plan."""
-    timing = PieceTiming(PROGRAMS / HEADS, FIXED, 1.0, partial_us, 0, PROGRAMS, np.nan, in_turn=HEADS, block=BLOCK)
+def taken_us(tokens: list[int]) -> float:
+    """When all programs are done of which the next free one takes the next piece of all heads, the longest first."""
+    busy = [0.0] * PROGRAMS
+    for n in sorted((n for n in tokens for _ in range(HEADS)), reverse=True):
+        heapq.heapreplace(busy, busy[0] + FIXED + -(-n // BLOCK) * BLOCK)
+    return max(busy)
+
+
+def taken_plan(lens: list[int], partial_us: float, chunk_tokens: int = 1 << 30) -> tuple[float, Plan]:
+    """How rows that share nothing are cut, and when that is done."""
+    timing = PieceTiming(PROGRAMS / HEADS, FIXED, 1.0, partial_us, 0, PROGRAMS, np.nan, taken=HEADS, block=BLOCK)
+    policy = TilePolicy((1,), chunk_tokens, (timing,))
     tree = PrefixTree.unshared(len(lens))
-    cut = TilePolicy((4,), chunk_tokens, (timing,))
-    plan = make_plan(tree, np.array(lens, np.int32), cut, kv_tokens_unique=sum(lens))
-    busy = np.zeros(PROGRAMS)
-    for i, tokens in enumerate(np.repeat(plan.items[:, Col.A_LEN], HEADS).tolist()):
-        nth, place = divmod(i, PROGRAMS)
-        busy[place if nth % 2 == 0 else PROGRAMS - 1 - place] += FIXED + -(-tokens // BLOCK) * BLOCK
-    return float(busy.max()), plan
+    plan = make_plan(tree, np.array(lens, np.int32), policy, kv_tokens_unique=sum(lens))
+    return taken_us(plan.items[:, Col.A_LEN].tolist()), plan
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.sampled_from([0.0, 1.0, 1e6]))
-def test_cut_in_turn_is_no_slower_than_whole(lens: list[int], partial_us: float) -> None:
-    whole = np.zeros(PROGRAMS)
-    for i, tokens in enumerate(sorted((t for t in lens for _ in range(HEADS)), reverse=True)):
-        nth, place = divmod(i, PROGRAMS)
-        whole[place if nth % 2 == 0 else PROGRAMS - 1 - place] += FIXED + -(-tokens // BLOCK) * BLOCK
-    us, plan = in_turn(lens, partial_us)
-    assert us + partial_us * plan.n_partials <= whole.max() + 1e-6
+def test_pieces_that_are_taken_are_done_no_later_than_whole_rows(lens: list[int], partial_us: float) -> None:
+    us, plan = taken_plan(lens, partial_us)
+    # the pieces of a row are of almost one length
+    assert us + partial_us * plan.n_partials <= taken_us(lens) + BLOCK * len(plan.items) * HEADS / PROGRAMS
     if partial_us == 1e6:
         assert plan.n_partials == 0
+    assert (np.diff(plan.items[:, Col.A_LEN]) <= 0).all(), "the longest first"
 
 
 def test_the_last_round_alone_is_cut() -> None:
     per_round = PROGRAMS // HEADS
-    lens = [1600] * (3 * per_round + 1)  # one row more than three rounds take
-    us, plan = in_turn(lens, partial_us=1.0)
+    us, plan = taken_plan([1600] * (3 * per_round + 1), partial_us=1.0)  # one row more than three rounds take
     lengths = sorted(plan.items[:, Col.A_LEN].tolist())
     assert us < 3.4 * (1600 + FIXED) and lengths.count(1600) >= 3 * per_round - 1
-    assert in_turn([1600] * per_round, partial_us=0.0)[1].n_partials == 0  # a whole round: nothing to cut
+    assert taken_plan([1600] * per_round, partial_us=0.0)[1].n_partials == 0  # a whole round: nothing to cut
 
 
-def test_pieces_in_turn_obey_the_longest_allowed() -> None:
-    assert in_turn([1600] * 3, partial_us=1e6, chunk_tokens=500)[1].items[:, Col.A_LEN].max() <= 500
+def test_pieces_that_are_taken_obey_the_longest_allowed() -> None:
+    assert taken_plan([1600] * 3, partial_us=1e6, chunk_tokens=500)[1].items[:, Col.A_LEN].max() <= 500
+
+
+def test_a_tile_with_half_the_rows_comes_later_than_a_full_one_of_as_many_tokens() -> None:
+    timing = PieceTiming(4.0, 1.0, 1.0, 1e6, 0, 4, np.nan, taken=1, half=0.5)
+    policy = TilePolicy((8,), 1 << 30, (timing,))
+    for few, many in ((300, 200), (500, 200)):
+        lens, new = np.array([few, many], np.int32), np.array([0, 2, 10], np.int32)
+        visible = (np.zeros(10, np.int32), np.repeat(lens, np.diff(new)))
+        tree = PrefixTree.unshared(2)
+        plan = make_plan(tree, lens, policy, kv_tokens_unique=few + many, qo_indptr=new, visible=visible)
+        assert plan.items[0, Col.Q_CNT] == (8 if few == 300 else 2)

@@ -20,8 +20,9 @@ LLAMA_8B = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
 def read_us(cost: CostModel, shape: AttentionShape, tokens: int, queries: int) -> float:
     """Time of the work items that read ``tokens`` KV tokens for ``queries`` queries, by the words of ``CostModel``."""
     query_rows = queries * (shape.qo_heads // shape.kv_heads)
-    tile_rows = cost.small_rows if query_rows <= cost.small_rows else cost.large_rows
-    tiles = math.ceil(query_rows / tile_rows)
+    small = query_rows <= cost.small_rows
+    tiles = 1 if small else math.ceil(query_rows / cost.large_rows)
+    tile_rows = cost.small_as_rows if small else cost.large_rows
     token_bytes = 2 * shape.kv_heads * shape.head_dim * shape.kv_bytes  # K and V
     flops = 2 * 2 * tiles * tile_rows * shape.kv_heads * shape.head_dim  # QK and PV, a multiply and an add each
     moved = token_bytes / cost.bytes_per_us + (tiles - 1) * token_bytes / cost.reread_bytes_per_us

@@ -55,9 +55,12 @@ def check_items(case: Case, plan: Plan) -> None:
     begins = int(plan.class_indptr[-1])  # the items with which programs begin
     programs = [follow(plan, i) for i in range(begins)]
     assert sorted(i for program in programs for i in program) == list(range(len(plan.items))), "each item runs once"
-    sizes = [
-        (bool(plan.items[p[0], Col.TILE_CLASS]), -int(plan.items[p][:, [Col.A_LEN, Col.B_LEN]].sum())) for p in programs
-    ]
+    sizes = []
+    for p in programs:
+        tile_class, tokens = plan.items[p[0], Col.TILE_CLASS], plan.items[p][:, [Col.A_LEN, Col.B_LEN]].sum()
+        if case.policy.timings and 2 * plan.items[p[0], Col.Q_CNT] <= case.policy.tile_queries[tile_class]:
+            tokens = tokens * case.policy.timings[tile_class].half
+        sizes.append((bool(tile_class), -int(tokens)))
     assert sizes == sorted(sizes), "large tiles first, longest first within a class"
     for tile_class, (first, last) in enumerate(itertools.pairwise(plan.class_indptr.tolist())):
         assert (plan.items[first:last, Col.TILE_CLASS] == tile_class).all()
