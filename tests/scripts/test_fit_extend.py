@@ -18,7 +18,7 @@ from packinfer_sgl.extend_costs import EXTEND_H200, SMS
 
 CASES = [Case(work, work.extend_plan(TILES, SMS), 0.0, 0.0) for work in workloads() if work.name[0] in "PMCR"]
 PLANTED = replace(
-    EXTEND_H200, block_us=1.8, half_block_us=0.8, item_us=3.5, small=1.2, partials=0.5, call_us=6.0, stock_block_us=1.5,
+    EXTEND_H200, block_us=1.8, half_block_us=1.2, item_us=3.5, partials=0.5, call_us=6.0, stock_block_us=1.5,
     stock_half_block_us=1.3, stock_tile_us=4.0, stock_call_us=7.0,
 )  # fmt: skip
 
@@ -42,7 +42,7 @@ def test_planted_times_come_back() -> None:
 
 
 def test_what_no_batch_tells_stays() -> None:
-    measured = [case for case in cases(results()) if case.work.name.startswith("C4096")]
+    measured = [case for case in cases(results()) if case.work.name in ("C4096@0", "C4096@8k")]
     fitted = fit_all(measured, EXTEND_H200)
     # float64: a value that is taken apart and put together again may differ in its last bit
     assert fitted.partials == pytest.approx(EXTEND_H200.partials, rel=1e-12)
@@ -78,11 +78,11 @@ def test_an_unknown_constant_is_refused(tmp_path: Path) -> None:
     assert "block_us=2," in (tmp_path / "costs.py").read_text()
 
 
-# one H200; FA3's time on P3 comes out 11 % too long
+# one H200; FA3's time on P3 comes out 12 % too long
 @pytest.mark.parametrize(
     ("name", "packed_us", "stock_us", "stock_rel"),
-    [("P1", 887, 969, 0.1), ("P2", 252, 234, 0.1), ("P3", 95.8, 83.1, 0.12), ("M1", 567, 737, 0.1),
-     ("M2", 284, 585, 0.1)],
+    [("P1", 928, 959, 0.1), ("P2", 221, 242, 0.1), ("P3", 67.9, 82.7, 0.13), ("M1", 554, 728, 0.1),
+     ("M2", 264, 578, 0.1)],
 )  # fmt: skip
 def test_times_are_near_what_was_measured(name: str, packed_us: float, stock_us: float, stock_rel: float) -> None:
     case = next(case for case in CASES if case.work.name.startswith(name + " "))
