@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -96,8 +97,11 @@ def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int) -> TileP
         moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
         multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
         token_us = max(moved_us, multiplied_us)
+        taken: dict[str, Any] = {}
         if tile.rows > 64:  # the extend kernel
             item_us, token_us = EXTEND_H200.item_us, EXTEND_H200.token_us(shape, tile.rows)
+            half = EXTEND_H200.half_block_us / EXTEND_H200.block_us
+            taken = {"taken": shape.kv_heads, "block": tile.tokens, "half": half}
         timing = PieceTiming(
             parallel=programs / shape.kv_heads,
             fixed_us=item_us,
@@ -106,9 +110,7 @@ def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int) -> TileP
             shares=int(sms * tile.shares / shape.kv_heads),
             launched=max(1, round(sms * tile.programs / shape.kv_heads)),
             drain=tile.shares / DRAWING_PROGRAMS,
-            taken=shape.kv_heads if tile.rows > 64 else 0,
-            block=tile.tokens,
-            half=EXTEND_H200.half_block_us / EXTEND_H200.block_us,
+            **taken,
         )
         timings.append(timing)
     tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles)
