@@ -195,7 +195,7 @@ class PackedCuda:
         out: torch.Tensor | None = None,
         lse2: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of every query over its row's KV, each span read once for its group.
+        """Attention of every query over its row's KV, each span read once for its group; one call at a time.
 
         Args:
             q: [n_queries, qo_heads, head_dim] bf16 or fp16, last dimension contiguous; queries past the plan's pad a

@@ -3,7 +3,8 @@
 The same items and the same results as ``packed.packed_attention_kernel`` with run B, for tiles of 128 rows. Products
 bound it, so the tensor cores must not wait: one warpgroup gathers queries, keys and values into shared memory, blocks
 and items ahead, and two multiply, each 64 of the rows, so that the softmax of one runs beside the products of the other
-(FlashAttention-3, https://arxiv.org/abs/2407.08608). Programs take items from a counter, each when it is free.
+(FlashAttention-3, https://arxiv.org/abs/2407.08608). Programs take items from a counter, each when it has
+gathered the one before.
 """
 
 from __future__ import annotations
@@ -335,7 +336,6 @@ def packed_attention_extend_kernel(
     """
     first = gl.load(counts_ptr + first_count)
     work = (gl.load(counts_ptr + last_count) - first) * kv_heads
-    # a program without work is gone before those of the next launch begin: they would spread unevenly around it
     if gl.program_id(0) < work:
         gdc_launch_dependents()
         dtype: gl.constexpr = q_ptr.dtype.element_ty

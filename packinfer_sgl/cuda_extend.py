@@ -123,12 +123,13 @@ class CudaExtend:
         shape, sms = self.shape, multiprocessors(k.device)
         cut = replace(policy_of(shape, self._tiles, sms), timings=None, chunk_tokens=WARM_UP_KV // 4)
         tree = PrefixTree.unshared(2)
-        # merges of few and of many queries; a prompt is of the large tile class, a decode of the small one
+        # merges of few and of many queries; where there are two tile classes, a prompt is of the large one
         for queries in (17, 32 * sms // shape.qo_heads):
             q_lens = np.array([queries, 1], np.int32)
             kv_lens = q_lens + WARM_UP_KV
             plan = make_plan(tree, kv_lens, cut, kv_tokens_unique=int(kv_lens.sum()), **causal(q_lens, kv_lens))
-            self._planner.stock_us(q_lens, kv_lens)  # numba compiles, too
+            self._planner.fastest(tree, q_lens, kv_lens)  # numba compiles, too
+            self._planner.stock_us(q_lens, kv_lens)
             self._buffers(plan).load(replace(plan, append_base=plan.append_base[:0]))
             q = torch.zeros(queries + 1, shape.qo_heads, shape.head_dim, dtype=dtype, device=k.device)
             self.run(

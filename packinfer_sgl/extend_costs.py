@@ -55,7 +55,7 @@ class ExtendCosts:
         return replace(
             H200, bytes_per_us=np.inf, reread_bytes_per_us=np.inf, flops_per_us=flops,
             item_us=self.item_us / SMS, large_rows=rows, small_rows=HALF,
-            small_as_rows=ROWS * self.half_block_us / self.block_us,
+            small_as_rows=ROWS * self.half_block_us / self.block_us if rows > HALF else rows,
         )  # fmt: skip
 
     def packed_us(self, plan: Plan, shape: AttentionShape, sms: int, rows: int, block: int) -> float:
@@ -100,7 +100,7 @@ class ExtendCosts:
             blocks = np.repeat(blocks / splits, splits)
         block_us = self.stock_half_block_us if narrow else self.stock_block_us
         tile_us = blocks * (block_us * shape.head_dim / HEAD_DIM) + self.stock_tile_us
-        return _next_free_us(np.sort(tile_us)[::-1], shape.kv_heads, sms) + self.stock_call_us
+        return _next_free_us(-np.sort(-tile_us), shape.kv_heads, sms) + self.stock_call_us
 
 
 @njit(cache=True)

@@ -53,7 +53,7 @@ def cut_pieces(tiles, policy):  # type: ignore[no-untyped-def]
             piece.end = min(piece.begin + length, tile.a_to)
             piece.cost = piece.end - piece.begin + (tile.b_len if nth == tile.pieces - 1 else 0)
             timing = policy[tile.tile_class]
-            if 2 * tile.queries <= timing.tile_queries:
+            if timing.taken > 0 and 2 * tile.queries <= timing.tile_queries:
                 piece.cost = int(piece.cost * timing.half)
             n += 1
     return pieces
@@ -69,7 +69,7 @@ def _best_chunk(tiles, timing):  # type: ignore[no-untyped-def]
     tokens = tiles.a_to - tiles.a_from
     best_chunk, best_us = timing.chunk_tokens, np.inf
     for chunk in CHUNKS:
-        if len(tiles) == 0 or np.isnan(timing.parallel):
+        if np.isnan(timing.parallel):
             break
         pieces, partials, busy_us, longest_us = 0, 0, 0.0, 0.0
         for i in range(len(tiles)):
@@ -100,8 +100,11 @@ def _count_taken(tiles, timing):  # type: ignore[no-untyped-def]
     tokens = tiles.a_to - tiles.a_from
     token_us = timing.token_us * np.where(2 * tiles.queries > timing.tile_queries, 1.0, timing.half)
     longest_first = (-tokens).argsort(kind="mergesort")
-    best, best_us = np.maximum(-(-tokens // timing.chunk_tokens), 1), np.inf
+    fewest = np.maximum(-(-tokens // timing.chunk_tokens), 1)
+    best, best_us, least_us = fewest, np.inf, 0.0
     for most in COUNTS:
+        if best_us < CLEARLY * least_us:
+            break
         chunk = max(-(-tokens.max() // most), 1)
         if most > 1 and chunk < 2 * timing.block:
             break
@@ -112,16 +115,20 @@ def _count_taken(tiles, timing):  # type: ignore[no-untyped-def]
             if 0 < whole < rounds - 1:
                 continue
             count = np.maximum(-(-tokens // chunk), 1)
-            count[longest_first[: int(whole * timing.parallel)]] = 1
+            stay = longest_first[: int(whole * timing.parallel)]
+            count[stay] = fewest[stay]
             if most > 1 and count.sum() > max(4 * timing.parallel, 2 * len(tiles)):
                 continue
             blocks = np.ceil((tokens + tiles.b_len) / count / timing.block)
-            piece_us = np.repeat(timing.fixed_us + token_us * timing.block * blocks, count)
+            each_us = timing.fixed_us + token_us * timing.block * blocks
             partials_us = (count * tiles.queries)[count > 1].sum() * timing.partial_us
-            if CLEARLY * (piece_us.sum() * heads / programs + partials_us) > best_us:
-                continue  # even if all programs are done at once
+            all_us = (each_us * count).sum() * heads / programs  # if all programs are done at once
+            if most == 1:
+                least_us = all_us
+            if CLEARLY * (all_us + partials_us) > best_us:
+                continue
             busy = [0.0] * programs
-            for us in -np.sort(-piece_us):
+            for us in -np.sort(-np.repeat(each_us, count)):
                 for _ in range(heads):
                     heapq.heapreplace(busy, busy[0] + us)
             us = max(busy) + partials_us
@@ -191,7 +198,7 @@ def _in_shares(tiles, n_shares, share, timing):  # type: ignore[no-untyped-def]
                 nth_share += 1
             room = (nth_share + 1) * share - done - fixed
             length = left
-            if nth_share < n_shares - 1 and left > room + least:
+            if left > 0 and nth_share < n_shares - 1 and left > room + least:
                 length = max(int(room), least, 1)
             if nth_share != program_share:
                 program, program_share = program + 1, nth_share

@@ -107,7 +107,7 @@ class Plan:
 
     Attributes:
         items: [n_items, 11], columns ``Col``. First those with which programs begin: largest tile class first, the
-            program with most tokens first within a class. Then those that follow others (``NEXT``).
+            program that takes longest first within a class. Then those that follow others (``NEXT``).
         class_indptr: [n_classes + 1] the items with which the programs of each class begin.
         query_rows: [n_slots] row of q and out.
         partial_rows: [n_slots] first partial row of the slot (plus the item's ``PIECE``), or -1: the item writes the

@@ -157,6 +157,32 @@ def test_runs_are_repeatable(new: list[int] | None) -> None:
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+def test_a_plan_that_is_loaded_once_serves_many_layers() -> None:
+    """Programs take items, of which there are more than programs, from a counter that ends where it began."""
+    case = random_case(
+        1, shared=[0] * 299, tails=[40] * 300, new=[40] * 300, head_dim=128, dtype=torch.bfloat16, device="cuda"
+    )
+    packed = make_packed(case, Capacity.of(case.plan))
+    packed.load(case.plan)
+    packed.snapshot(case.req_to_token, case.pool_rows)
+    out, lse2 = torch.empty_like(case.q), torch.empty(case.q.shape[:2], device="cuda")
+
+    def run() -> None:
+        packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=case.sm_scale, windowed=True, out=out, lse2=lse2)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+        run()
+    for layer in (run, run, graph.replay, graph.replay, run):
+        out.fill_(float("nan"))
+        lse2.fill_(float("nan"))
+        layer()
+        check(case, out, lse2)
+
+
 def test_one_graph_replays_many_plans() -> None:
     """A graph captured with one plan runs others, smaller batches included; rows beyond a plan come out as 0."""
     rows = 24

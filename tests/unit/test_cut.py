@@ -108,7 +108,8 @@ def test_the_last_round_alone_is_cut() -> None:
 
 
 def test_pieces_that_are_taken_obey_the_longest_allowed() -> None:
-    assert taken_plan([1600] * 3, partial_us=1e6, chunk_tokens=500)[1].items[:, Col.A_LEN].max() <= 500
+    for rows in (3, 9, 33):
+        assert taken_plan([1600] * rows, partial_us=1e6, chunk_tokens=500)[1].items[:, Col.A_LEN].max() <= 500
 
 
 def test_a_tile_with_half_the_rows_comes_later_than_a_full_one_of_as_many_tokens() -> None:
@@ -120,3 +121,18 @@ def test_a_tile_with_half_the_rows_comes_later_than_a_full_one_of_as_many_tokens
         tree = PrefixTree.unshared(2)
         plan = make_plan(tree, lens, policy, kv_tokens_unique=few + many, qo_indptr=new, visible=visible)
         assert plan.items[0, Col.Q_CNT] == (8 if few == 300 else 2)
+
+
+def test_shares_of_rows_with_windows_have_no_item_of_negative_length() -> None:
+    """Where a window hides all of run A, a share has nothing to cut of it."""
+    small = PieceTiming(3.0, 0.3, 1.0, 0.0, 7, 14, 2.0)
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        new, before = rng.integers(1, 4, 3), rng.integers(0, 33, 3)
+        lens, indptr = (new + before).astype(np.int32), np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+        to = np.concatenate([np.arange(n) + b + 1 for n, b in zip(new, before)]).astype(np.int32)
+        visible = (np.maximum(to - 3, 0).astype(np.int32), to)
+        policy = TilePolicy((8, 4), 1 << 30, (small, small))
+        tree = PrefixTree.unshared(3)
+        plan = make_plan(tree, lens, policy, kv_tokens_unique=int(lens.sum()), qo_indptr=indptr, visible=visible)
+        assert (plan.items[:, [Col.A_LEN, Col.B_LEN]] >= 0).all(), seed

@@ -105,6 +105,12 @@ def test_few_queries_take_less_time_per_block() -> None:
     assert model_us(few, slower) > 1.8 * model_us(few)
 
 
+def test_tiles_of_64_rows_have_no_cheaper_ones_below_them() -> None:
+    wide, narrow = EXTEND_H200.grouping(128), EXTEND_H200.grouping(64)
+    assert narrow.tiles(SHAPE, 16) == (1, 64) == narrow.tiles(SHAPE, 1)
+    assert wide.tiles(SHAPE, 32) == (1, 128) and 64 < wide.tiles(SHAPE, 16)[1] < 128
+
+
 def test_products_grow_with_the_head_dimension() -> None:
     narrow = replace(SHAPE, head_dim=64)
     batch = Batch(0, 0, [512] * 16, [8192] * 16)

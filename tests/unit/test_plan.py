@@ -58,8 +58,9 @@ def check_items(case: Case, plan: Plan) -> None:
     sizes = []
     for p in programs:
         tile_class, tokens = plan.items[p[0], Col.TILE_CLASS], plan.items[p][:, [Col.A_LEN, Col.B_LEN]].sum()
-        if case.policy.timings and 2 * plan.items[p[0], Col.Q_CNT] <= case.policy.tile_queries[tile_class]:
-            tokens = tokens * case.policy.timings[tile_class].half
+        timing = case.policy.timings[tile_class] if case.policy.timings else None
+        if timing and timing.taken and 2 * plan.items[p[0], Col.Q_CNT] <= case.policy.tile_queries[tile_class]:
+            tokens = tokens * timing.half
         sizes.append((bool(tile_class), -int(tokens)))
     assert sizes == sorted(sizes), "large tiles first, longest first within a class"
     for tile_class, (first, last) in enumerate(itertools.pairwise(plan.class_indptr.tolist())):
