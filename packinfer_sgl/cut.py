@@ -181,10 +181,13 @@ def _ride(tiles, segments, n_nodes, queries, place_of, see_from, see_to, ride_to
 
 @njit
 def _tails(tile, tails, queries, place_of, see_to):  # type: ignore[no-untyped-def]
-    """Entries of the slot list from the tail of the tile's first query to what its last query sees."""
+    """Entries of the slot list from the tail of the tile's first query to what its queries of the last row see."""
     last = tile.first + tile.queries - 1
     first_tail, last_tail = tails[place_of[tile.first]], tails[place_of[last]]
-    end = max(see_to[queries[last]], last_tail.start)
+    end = last_tail.start
+    for at in range(tile.first, last + 1):
+        if place_of[at] == place_of[last]:
+            end = max(end, see_to[queries[at]])
     return first_tail.start + first_tail.to_slots, end + last_tail.to_slots
 
 

@@ -14,6 +14,7 @@ from strategies import DECODE, Case, cases, keep_nodes, tree_of
 
 from packinfer_sgl.cut import make_plan
 from packinfer_sgl.plan import Col, Plan, TilePolicy
+from packinfer_sgl.prefix_tree import PrefixTree
 
 ROOM = "room"
 
@@ -138,6 +139,14 @@ def test_every_query_and_token_is_in_exactly_one_item(case: Case) -> None:
     check_items(case, plan)
     check_coverage(case, plan)
     check_destinations(case, plan)
+
+
+def test_a_tail_that_an_earlier_query_sees_further_than_the_last_is_read() -> None:
+    tree = PrefixTree.from_neighbours((0, 1), (1,))
+    windows = [(0, 1), (0, 2), (0, 1)]
+    indptr = np.array([0, 1, 3], np.int32)
+    case = Case([[6], [6, 7]], tree, tree, TilePolicy((3, 1), 1 << 30), indptr, [0, 1, 1], windows, 0)
+    check_coverage(case, case.plan())
 
 
 @given(cases(DECODE))
