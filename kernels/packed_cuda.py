@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
 
 import torch
 import triton
 
+from packinfer_sgl.fitting import Capacity
 from packinfer_sgl.kernels.merge import merge_kernel, merge_listed_kernel
 from packinfer_sgl.kernels.packed import (
     N_MERGED,
@@ -24,48 +24,6 @@ from packinfer_sgl.plan import Col, Plan
 
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
 LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Sizes of the buffers of a plan, fixed as long as captured graphs use them.
-
-    Attributes:
-        queries: rows of q and out.
-        slots: query slots (a query counts once for each tile that it is in).
-        items, spans: work items, and spans of the slot list.
-        partials: partial results.
-        kv_slots: entries of the KV slot list.
-    """
-
-    queries: int
-    slots: int
-    items: int
-    spans: int
-    partials: int
-    kv_slots: int
-
-    @classmethod
-    def of(cls, plan: Plan) -> Capacity:
-        """Just what ``plan`` needs."""
-        return cls(
-            queries=len(plan.merge_indptr) - 1,
-            slots=len(plan.query_rows),
-            items=len(plan.items),
-            spans=len(plan.spans),
-            partials=plan.n_partials,
-            kv_slots=plan.kv_capacity,
-        )
-
-    def holds(self, plan: Plan) -> bool:
-        need = Capacity.of(plan)
-        return all(getattr(self, f.name) >= getattr(need, f.name) for f in fields(self))
-
-    def grown(self, plan: Plan) -> Capacity:
-        """What ``plan`` needs and a quarter more, so that slightly larger plans fit, too; nowhere less than before."""
-        need = Capacity.of(plan)
-        sizes = {f.name: getattr(need, f.name) * 5 // 4 for f in fields(self)}
-        return Capacity(**{name: max(size, getattr(self, name)) for name, size in sizes.items()})
 
 
 class PackedCuda:
@@ -132,8 +90,8 @@ class PackedCuda:
 
     def load(self, plan: Plan) -> None:
         """Copy ``plan`` to the GPU on the current stream; raises ValueError if it is larger than the capacity."""
-        if not self.capacity.holds(plan):
-            raise ValueError(f"the plan needs {Capacity.of(plan)}, the buffers hold {self.capacity}")
+        if over := self.capacity.overflow(plan):
+            raise ValueError(f"the plan does not fit the buffers: {over}")
         self._turn ^= 1
         staged, staging = self._staged[self._turn], self._staging[self._turn]
         if staged is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from packinfer_sgl.audit import check_reads
 from packinfer_sgl.groups import AttentionShape, CostModel
 from packinfer_sgl.kernels.reference import PackedReference
 from packinfer_sgl.metrics import Stats
@@ -41,7 +42,7 @@ class CpuDecode:
             grouping, verify: see ``config.Config``.
             regroup: the arena, if there is one.
         """
-        self.shape, self.verify, self.req_to_token = shape, verify, req_to_token
+        self.shape, self.verify, self.req_to_token, self.stats = shape, verify, req_to_token, stats
         self._planner = DecodePlanner(
             shape, cost, policy, grouping=grouping, room_tokens=ROOM_TOKENS, stats=stats, regroup=regroup
         )
@@ -58,7 +59,7 @@ class CpuDecode:
             out_slots: [n] slot of the new token.
         """
         lens = kv_lens.numpy()
-        if self._planner.step(rows, lens, lambda: self._tree_by_slots(pool_rows, lens)):
+        if self._planner.step(rows, lens, lambda: tree_by_slots(self.req_to_token, pool_rows, lens)):
             plan = self._planner.plan
             self._kv_slots = snapshot_slots(plan, self.req_to_token, pool_rows)
             # the slot of position p lies at append_base + p; the new token's position is the length - 1
@@ -70,6 +71,8 @@ class CpuDecode:
         else:
             self._kv_slots[self._append_base + kv_lens] = out_slots.long()
         self._packed.bind(self._kv_slots, kv_lens)
+        if self.verify:
+            audit_reads(self._planner.plan, self._kv_slots, self.req_to_token, pool_rows, lens, self.stats)
         return self._packed
 
     def run(
@@ -85,10 +88,18 @@ class CpuDecode:
         """Attention of one layer, [n, qo_heads, head_dim]. See ``PackedReference.run``."""
         return self._packed.run(q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)[0]
 
-    def _tree_by_slots(self, pool_rows: torch.Tensor, kv_lens: np.ndarray) -> PrefixTree:
-        tables = [self.req_to_token[r, :n].numpy() for r, n in zip(pool_rows.tolist(), kv_lens.tolist())]
-        indptr = np.concatenate([[0], np.cumsum(kv_lens)]).astype(np.int32)
-        return PrefixTree.from_slots(indptr, np.concatenate(tables).astype(np.int32), 1, kv_lens.astype(np.int32))
+
+def tree_by_slots(req_to_token: torch.Tensor, pool_rows: torch.Tensor, kv_lens: np.ndarray) -> PrefixTree:
+    """Who shares what by the slots themselves; on a GPU it waits for them.
+
+    Args:
+        req_to_token, pool_rows: as for ``snapshot_slots``, on the CPU or on the GPU.
+        kv_lens: [n] KV tokens of each row.
+    """
+    held = req_to_token[pool_rows.long(), : kv_lens.max(initial=0)].cpu().numpy()
+    indptr = np.concatenate([[0], np.cumsum(kv_lens)]).astype(np.int32)
+    slots = [row[:n] for row, n in zip(held, kv_lens.tolist())]
+    return PrefixTree.from_slots(indptr, np.concatenate(slots).astype(np.int32), 1, kv_lens.astype(np.int32))
 
 
 def snapshot_slots(plan: Plan, req_to_token: torch.Tensor, pool_rows: torch.Tensor) -> torch.Tensor:
@@ -122,3 +133,31 @@ def check_shared_slots(tree: PrefixTree, req_to_token: torch.Tensor, pool_rows: 
                 f"packinfer: requests grouped on tokens {tree.start[i]} to {tree.end[i]} hold different KV slots; "
                 "please report this with the SGLang version"
             )
+
+
+def audit_reads(
+    plan: Plan,
+    kv_slots: torch.Tensor,
+    req_to_token: torch.Tensor,
+    pool_rows: torch.Tensor,
+    kv_lens: np.ndarray,
+    stats: Stats,
+    *,
+    drafts: int = 1,
+    newest_is_there: bool = True,
+) -> None:
+    """For debugging: raise RuntimeError unless the kernels will read the slots of SGLang's table. Waits for a GPU.
+
+    Args:
+        kv_slots: the slot list of ``plan`` that the kernels read.
+        req_to_token, pool_rows: as for ``tree_by_slots``.
+        kv_lens: [n] KV tokens of each row, of which its queries are the last.
+        drafts: queries of each row.
+        newest_is_there: see ``check_reads``.
+    """
+    table = req_to_token[pool_rows.long(), : kv_lens.max(initial=0)].cpu().numpy()
+    held = [row[:n] for row, n in zip(table, kv_lens.tolist())]
+    row = np.repeat(np.arange(len(held), dtype=np.int32), drafts)
+    seen = np.repeat(kv_lens, drafts) - np.tile(np.arange(drafts)[::-1], len(held))
+    check_reads(plan, kv_slots.cpu().numpy(), held, row, seen.astype(np.int32), newest_is_there=newest_is_there)
+    stats.audited_steps += 1

@@ -48,6 +48,7 @@ class CpuExtend:
             ((cost_of(shape), TILES),),
             grouping=grouping,
             count=stats.count_extend,
+            overflow=lambda plan: {},
             packed_us=self.packed_us,
             stock_us=(lambda q_lens, kv_lens: math.inf) if always else self.stock_us,
         )

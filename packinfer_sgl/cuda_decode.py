@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import numpy as np
 import torch
 
-from packinfer_sgl.cpu_decode import check_shared_slots
+from packinfer_sgl.cpu_decode import audit_reads, check_shared_slots, tree_by_slots
 from packinfer_sgl.cut import make_plan
+from packinfer_sgl.fitting import decode_capacity
 from packinfer_sgl.groups import H200, AttentionShape
-from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.kernels.packed_cuda import PackedCuda
 from packinfer_sgl.kernels.tiles import tile_policy, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
@@ -52,19 +54,12 @@ class CudaDecode:
             grouping, verify: see ``config.Config``.
             regroup: the arena, if there is one.
         """
-        self.verify, self.req_to_token, self.max_rows = verify, req_to_token, max_rows
+        self.verify, self.req_to_token, self.max_rows, self.stats = verify, req_to_token, max_rows, stats
         device = req_to_token.device
-        # Uncut and with one group for each row, any batch fits but for its slots: spans that are not worth a group
-        # stand in the list once for each row. Four times the pool is room for that.
-        kv_slots = min(max_rows * req_to_token.shape[1], 4 * pool_tokens) + max_rows * ROOM_TOKENS
-        capacity = Capacity(
-            queries=max_rows,
-            slots=8 * max_rows,
-            items=8 * max_rows + 4096,
-            spans=SPANS_PER_ROW * max_rows,
-            partials=8 * max_rows + 65536 // shape.qo_heads,
-            kv_slots=kv_slots,
-        )
+        capacity = decode_capacity(
+            shape, max_rows=max_rows, context_tokens=req_to_token.shape[1], pool_tokens=pool_tokens,
+            room_tokens=ROOM_TOKENS, row_spans=SPANS_PER_ROW,
+        )  # fmt: skip
         self._packed = PackedCuda(
             capacity, tiles_for(shape.head_dim, device), qo_heads=shape.qo_heads, kv_heads=shape.kv_heads,
             head_dim=shape.head_dim, device=device,
@@ -77,7 +72,7 @@ class CudaDecode:
             room_tokens=ROOM_TOKENS,
             stats=stats,
             regroup=regroup,
-            fits=capacity.holds,
+            overflow=capacity.overflow,
         )
         logger.info("packinfer: decode buffers for %d rows: %.0f MB", max_rows, self._packed.nbytes / 1e6)
 
@@ -89,10 +84,16 @@ class CudaDecode:
             pool_rows: [n] row of ``req_to_token`` of each request, on the GPU.
             lens: [n] int64 KV tokens of each row, the new one included.
         """
-        if self._planner.step(rows, lens, lambda: PrefixTree.unshared(len(lens))):
+        by_slots = functools.partial(tree_by_slots, self.req_to_token, pool_rows, lens)
+        if self._planner.step(rows, lens, lambda: PrefixTree.unshared(len(lens)), by_slots):
             if self.verify:
                 check_shared_slots(self._planner.tree, self.req_to_token, pool_rows)
             self._load(self._planner.plan, pool_rows)
+        if self.verify:
+            audit_reads(
+                self._planner.plan, self._packed.kv_slots, self.req_to_token, pool_rows, lens, self.stats,
+                newest_is_there=False,
+            )  # fmt: skip
 
     def step_for_capture(self, pool_rows: torch.Tensor) -> None:
         """Load a plan for rows of one token each, as graphs are captured with."""

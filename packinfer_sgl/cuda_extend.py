@@ -13,8 +13,9 @@ import torch
 from packinfer_sgl.cpu_decode import check_shared_slots
 from packinfer_sgl.cut import make_plan
 from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200, HEAD_DIM
+from packinfer_sgl.fitting import BUFFER_BYTES, Capacity
 from packinfer_sgl.groups import AttentionShape
-from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.kernels.packed_cuda import PackedCuda
 from packinfer_sgl.kernels.tiles import Tile, is_hopper, multiprocessors, policy_of, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
@@ -24,7 +25,6 @@ from packinfer_sgl.prefix_tree import Int32, PrefixTree
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
 
-BUFFER_BYTES = 1 << 27  # most memory for partial results, and for slots: SGLang's budget has no room for more
 RIDE_TOKENS = 4096  # at a tile; unmeasured beyond tails of 200 tokens
 WARM_UP_KV = 512
 
@@ -34,9 +34,10 @@ def is_measured(layer: RadixAttention, device: torch.device) -> bool:
     return is_hopper(device) and layer.head_dim == HEAD_DIM and not layer.logit_cap
 
 
-def _fits(plan: Plan, shape: AttentionShape) -> bool:
-    row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
-    return max(plan.n_partials * row_bytes, plan.kv_capacity * 4) <= BUFFER_BYTES
+def _overflow(plan: Plan, shape: AttentionShape) -> dict[str, str]:
+    partials = BUFFER_BYTES // (shape.qo_heads * (shape.head_dim + 1) * 4)
+    need = Capacity.of(plan)
+    return replace(need, partials=partials, kv_slots=BUFFER_BYTES // 4).overflow(plan)
 
 
 def extend_planner(
@@ -45,9 +46,9 @@ def extend_planner(
     sms: int,
     *,
     grouping: str,
-    count: Callable[[Plan, PrefixTree, float], None],
+    count: Callable[[Plan, PrefixTree, float, tuple[str, ...]], None],
     always: bool,
-    fits: Callable[[Plan], bool] | None = None,
+    overflow: Callable[[Plan], dict[str, str]] | None = None,
 ) -> ExtendPlanner:
     """Groups leave partial results, or, if their tails are short, these ride with them and partial results are few.
 
@@ -55,7 +56,7 @@ def extend_planner(
         tiles: ``tiles.tiles_for`` the GPU.
         sms: its multiprocessors.
         always: run every batch packed, whatever is expected.
-        count, fits: see ``ExtendPlanner``; by default plans fit within ``BUFFER_BYTES``.
+        count, overflow: see ``ExtendPlanner``; by default plans fit within ``BUFFER_BYTES``.
     """
     policy, cost = policy_of(shape, tiles, sms), EXTEND_H200.grouping(tiles[0].rows)
     riding = replace(policy, ride_tokens=RIDE_TOKENS)
@@ -66,7 +67,7 @@ def extend_planner(
         count=count,
         packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, sms, tiles[0].rows, tiles[0].tokens),
         stock_us=lambda q, kv: math.inf if always else EXTEND_H200.stock_us(q, kv, shape, sms),
-        fits=fits or (lambda plan: _fits(plan, shape)),
+        overflow=overflow or (lambda plan: _overflow(plan, shape)),
     )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from packinfer_sgl.cpu_decode import check_shared_slots
-from packinfer_sgl.cuda_extend import BUFFER_BYTES, extend_planner
+from packinfer_sgl.cpu_decode import audit_reads, check_shared_slots, tree_by_slots
+from packinfer_sgl.cuda_extend import extend_planner
+from packinfer_sgl.fitting import verify_capacity
 from packinfer_sgl.groups import AttentionShape
-from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.kernels.packed_cuda import PackedCuda
 from packinfer_sgl.kernels.tiles import multiprocessors, tiles_for
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan
@@ -53,25 +55,19 @@ class CudaVerify:
             max_rows: most rows of a batch.
             grouping, verify: see ``config.Config``.
         """
-        self.drafts, self.verify, self.req_to_token, self.max_rows = drafts, verify, req_to_token, max_rows
-        device, queries = req_to_token.device, max_rows * drafts
-        row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
-        # Uncut and with one group for each row, any batch fits but for its slots (``CudaDecode``); in a group a query
-        # has two partial results.
-        capacity = Capacity(
-            queries=queries,
-            slots=8 * queries,
-            items=8 * max_rows + queries + 4096,
-            spans=2 * max_rows,
-            partials=max(2 * queries, min(8 * queries + 65536 // shape.qo_heads, BUFFER_BYTES // row_bytes)),
-            kv_slots=min(max_rows * req_to_token.shape[1], 4 * pool_tokens) + queries,
-        )
+        self.drafts, self.verify, self.req_to_token = drafts, verify, req_to_token
+        self.max_rows, self.stats = max_rows, stats
+        device = req_to_token.device
         tiles = tiles_for(shape.head_dim, device, extend=True)
+        capacity = verify_capacity(
+            shape, drafts, max(1, tiles[0].rows // shape.group_size), max_rows=max_rows,
+            context_tokens=req_to_token.shape[1], pool_tokens=pool_tokens,
+        )  # fmt: skip
         heads = {"qo_heads": shape.qo_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
         self._packed = PackedCuda(capacity, tiles, **heads, device=device, replayed=True)
         self._planner = extend_planner(
             shape, tiles, multiprocessors(device), grouping=grouping, count=stats.count_verify, always=True,
-            fits=capacity.holds,
+            overflow=capacity.overflow,
         )  # fmt: skip
 
     def step(self, rows: Rows | None, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
@@ -83,21 +79,23 @@ class CudaVerify:
             lens: [n] int64 KV tokens of each row, its drafts not included.
         """
         kv_lens = lens.astype(np.int32) + np.int32(self.drafts)
-        planned = self._planner.plan(rows, np.full(len(lens), self.drafts, np.int32), kv_lens)
-        if planned is None:
-            raise RuntimeError("packinfer: a batch does not fit the buffers; please report this")
+        by_slots = functools.partial(tree_by_slots, self.req_to_token, pool_rows, kv_lens)
+        planned = self._planner.plan(rows, np.full(len(lens), self.drafts, np.int32), kv_lens, by_slots)
+        assert planned is not None  # no stock backend is expected to be faster, and DoesNotFit is raised
         plan, tree = planned
         if self.verify:
             check_shared_slots(tree, self.req_to_token, pool_rows)
         self._load(plan, pool_rows)
+        if self.verify:
+            audit_reads(
+                plan, self._packed.kv_slots, self.req_to_token, pool_rows, kv_lens, self.stats, drafts=self.drafts
+            )
 
     def step_for_capture(self, pool_rows: torch.Tensor) -> None:
         """Load a plan for rows of nothing but drafts."""
         n = len(pool_rows)
         lens = np.full(n, self.drafts, np.int32)
-        found = self._planner.fastest(PrefixTree.unshared(n), lens, lens)
-        assert found is not None
-        self._load(found[1], pool_rows)
+        self._load(self._planner.fastest(PrefixTree.unshared(n), lens, lens)[1].plan, pool_rows)
 
     def _load(self, plan: Plan, pool_rows: torch.Tensor) -> None:
         self._packed.load(replace(plan, append_base=plan.append_base[:0]))  # no tail grows

@@ -8,6 +8,7 @@ from numba import njit
 from packinfer_sgl.pieces import cut_pieces
 from packinfer_sgl.plan import Col, Plan, TilePolicy
 from packinfer_sgl.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.slot_list import list_by_reader, list_once
 
 
 def make_plan(
@@ -19,6 +20,7 @@ def make_plan(
     qo_indptr: Int32 | None = None,
     visible: tuple[Int32, Int32] | None = None,
     room_tokens: int = 0,
+    listed_once: PrefixTree | None = None,
 ) -> Plan:
     """Cut the tree's spans and the rows' tails into work items.
 
@@ -31,6 +33,9 @@ def make_plan(
         visible: [n_queries] int32 first KV position that each query sees, and the one after its last (causal,
             sliding window); default: all of its row.
         room_tokens: how many tokens each tail may grow while the plan lives (decode only).
+        listed_once: the tree before pruning: no KV token that it shows as shared then stands twice in the slot list,
+            which costs partial results (``slot_list.list_once``). Default: spans that no node keeps are listed for
+            each row that reads them.
     """
     windows = visible is not None
     see_from, see_to = visible or (np.zeros(0, np.int32), np.zeros(0, np.int32))
@@ -38,13 +43,17 @@ def make_plan(
         qo_indptr = np.arange(tree.n_rows + 1, dtype=np.int32)
     nodes = (tree.row_lo, tree.row_hi, tree.start, tree.end)
     sees = (see_from, see_to, windows)
-    segments, spans, append_base, kv_capacity = _segments(
-        tree.row_order, nodes, tree.tail_start, kv_lens, windows, room_tokens
-    )
-    queries, place_of, tiles = _tiles(tree.row_order, segments, tree.n_nodes, qo_indptr, sees, policy.table)
+    listed = (tree.row_order, nodes, tree.tail_start, kv_lens, windows, room_tokens)
+    if listed_once is None:
+        segments, n_shared, spans, append_base, kv_capacity = list_by_reader(*listed)
+    else:
+        w = listed_once
+        whole = (w.parent, w.row_lo, w.row_hi, w.start, w.end, w.tail_start)
+        segments, n_shared, spans, append_base, kv_capacity = list_once(*listed, whole)
+    queries, place_of, tiles = _tiles(tree.row_order, segments, n_shared, qo_indptr, sees, policy.table)
     pieces = cut_pieces(tiles, policy.table)
     items, *others, kv_tokens_read = _items(
-        tree.row_order, segments, tree.n_nodes, queries, place_of, tiles, pieces, sees, len(policy.table), room_tokens
+        tree.row_order, segments, n_shared, queries, place_of, tiles, pieces, sees, len(policy.table), room_tokens
     )
     items = items.view(np.int32).reshape(-1, len(Col))
     tokens = (kv_capacity, kv_tokens_read, int(kv_lens.sum()), kv_tokens_unique)
@@ -55,9 +64,6 @@ def make_plan(
 # Below, compiled by numba: loops over segments, tiles and items, which as array operations took five times as long.
 # What is compiled is kept on disk for as long as its file does not change, so it calls nothing of other files.
 
-# KV positions [start, end) for the rows at places [lo, hi): the nodes, then tails. A position ``p`` of it is entry
-# ``to_slots + p`` of the slot list.
-SEGMENT = np.dtype([(name, np.int64) for name in ("lo", "hi", "start", "end", "to_slots")])
 # ``queries`` queries, from the ``first`` in place order, over the segment's KV positions [a_from, a_to) as run A and
 # ``b_len`` entries of the slot list from ``b_at`` on as run B: the segment's next positions, or, with ``ride``, tails
 # of the queries' rows.
@@ -69,38 +75,7 @@ ITEM = np.dtype([(column.name.lower(), np.int32) for column in Col])
 
 
 @njit(cache=True)
-def _segments(row_order, nodes, tail_start, kv_lens, windows, room_tokens):  # type: ignore[no-untyped-def]
-    row_lo, row_hi, start, end = nodes
-    n_nodes, n_rows = len(start), len(row_order)
-    segments = np.empty(n_nodes + n_rows, SEGMENT)
-    for i in range(n_nodes):
-        s = segments[i]
-        s.lo, s.hi, s.start, s.end = row_lo[i], row_hi[i], start[i], end[i]
-    n = n_nodes
-    for place in range(n_rows):
-        s = segments[n]
-        s.lo, s.hi, s.start, s.end = place, place + 1, tail_start[place], kv_lens[row_order[place]]
-        # every query is in some item: an empty tail stays where a query may see none of the row's nodes
-        if windows or s.end > s.start or s.start == 0:
-            n += 1
-    segments = segments[:n]
-    spans = np.full((n, 5), -1, np.int32)
-    append_base = np.zeros(n_rows, np.int32)
-    capacity = 0
-    for i in range(n):
-        s = segments[i]
-        row = row_order[s.lo]
-        s.to_slots = capacity - s.start
-        spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3] = row, s.start, s.end - s.start, capacity
-        capacity += s.end - s.start
-        if i >= n_nodes:
-            append_base[row] = s.to_slots
-            capacity += room_tokens
-    return segments, spans, append_base, capacity
-
-
-@njit(cache=True)
-def _tiles(row_order, segments, n_nodes, qo_indptr, sees, policy):  # type: ignore[no-untyped-def]
+def _tiles(row_order, segments, n_shared, qo_indptr, sees, policy):  # type: ignore[no-untyped-def]
     """The queries in place order, the place of each, and their tiles."""
     query_at = np.zeros(len(row_order) + 1, np.int64)  # of the first query of each place
     queries = np.empty(qo_indptr[-1], np.int32)
@@ -113,8 +88,8 @@ def _tiles(row_order, segments, n_nodes, qo_indptr, sees, policy):  # type: igno
     tiles = _whole_tiles(segments, query_at, policy)
     see_from, see_to, windows = sees
     if windows:
-        tiles = _ride(tiles, segments, n_nodes, queries, place_of, see_from, see_to, policy[0].ride_tokens)
-        tiles = _set_runs(tiles, segments, n_nodes, queries, see_from, see_to)
+        tiles = _ride(tiles, segments, n_shared, queries, place_of, see_from, see_to, policy[0].ride_tokens)
+        tiles = _set_runs(tiles, segments, n_shared, queries, see_from, see_to)
     return queries, place_of, tiles
 
 
@@ -142,38 +117,38 @@ def _whole_tiles(segments, query_at, policy):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _ride(tiles, segments, n_nodes, queries, place_of, see_from, see_to, ride_tokens):  # type: ignore[no-untyped-def]
+def _ride(tiles, segments, n_shared, queries, place_of, see_from, see_to, ride_tokens):  # type: ignore[no-untyped-def]
     """Let short tails ride: where no node lies below a node, the tails of its rows become run B of its tiles.
 
     The packed regions of PackInfer (https://arxiv.org/abs/2602.06072): suffixes of several requests side by side in
     one tile over their common prefix, and no partial results. It takes queries that all see the whole node, and no tile
     with more than ``ride_tokens`` of tails. Returns the tiles that are left.
     """
-    rides = np.ones(n_nodes, np.bool_)
-    on_node = np.full(len(segments) - n_nodes, -1, np.int64)  # of each place, the lowest node
-    for i in range(n_nodes):  # deeper nodes come later and overwrite
+    rides = np.ones(n_shared, np.bool_)
+    on_node = np.full(len(segments) - n_shared, -1, np.int64)  # of each place, the lowest node
+    for i in range(n_shared):  # deeper nodes come later and overwrite
         s = segments[i]
         for above in on_node[s.lo : s.hi]:
             if above >= 0:
                 rides[above] = False
         on_node[s.lo : s.hi] = i
     for tile in tiles:
-        if tile.segment < n_nodes and rides[tile.segment]:
+        if tile.segment < n_shared and rides[tile.segment]:
             s = segments[tile.segment]
-            begin, end = _tails(tile, segments[n_nodes:], queries, place_of, see_to)
+            begin, end = _tails(tile, segments[n_shared:], queries, place_of, see_to)
             mine = queries[tile.first : tile.first + tile.queries]
             rides[tile.segment] = (
                 end - begin <= ride_tokens and see_from[mine].max() == 0 and see_to[mine].min() >= s.end
             )
     n = 0
     for tile in tiles:
-        node = tile.segment if tile.segment < n_nodes else on_node[tile.segment - n_nodes]
+        node = tile.segment if tile.segment < n_shared else on_node[tile.segment - n_shared]
         if node < 0 or not rides[node]:
             tiles[n] = tile
             n += 1
-        elif tile.segment < n_nodes:
+        elif tile.segment < n_shared:
             tiles[n] = tile
-            begin, end = _tails(tile, segments[n_nodes:], queries, place_of, see_to)
+            begin, end = _tails(tile, segments[n_shared:], queries, place_of, see_to)
             tiles[n].b_at, tiles[n].b_len, tiles[n].ride = begin, end - begin, True
             n += 1
     return tiles[:n]
@@ -192,7 +167,7 @@ def _tails(tile, tails, queries, place_of, see_to):  # type: ignore[no-untyped-d
 
 
 @njit
-def _set_runs(tiles, segments, n_nodes, queries, see_from, see_to):  # type: ignore[no-untyped-def]
+def _set_runs(tiles, segments, n_shared, queries, see_from, see_to):  # type: ignore[no-untyped-def]
     """Run A and run B by what the queries see; returns the tiles that are left.
 
     What nobody sees is cut off at both ends. Run A is what all see from the front; if some query's window begins
@@ -211,7 +186,7 @@ def _set_runs(tiles, segments, n_nodes, queries, see_from, see_to):  # type: ign
         a_to = a_from
         if see_from[mine].max() <= a_from:
             a_to = min(max(see_to[mine].min(), a_from), b_to)
-        if b_to > a_from or tile.segment >= n_nodes:
+        if b_to > a_from or tile.segment >= n_shared:
             tiles[n] = tile
             tiles[n].a_from, tiles[n].a_to = a_from, a_to
             tiles[n].b_at, tiles[n].b_len = s.to_slots + a_to, b_to - a_to
@@ -221,7 +196,7 @@ def _set_runs(tiles, segments, n_nodes, queries, see_from, see_to):  # type: ign
 
 @njit(cache=True)
 def _items(  # type: ignore[no-untyped-def]
-    row_order, segments, n_nodes, queries, place_of, tiles, pieces, sees, n_classes, room_tokens
+    row_order, segments, n_shared, queries, place_of, tiles, pieces, sees, n_classes, room_tokens
 ):
     """``Plan.items`` to ``Plan.merge_indptr``, and ``kv_tokens_read``."""
     see_from, see_to, windows = sees
@@ -248,7 +223,7 @@ def _items(  # type: ignore[no-untyped-def]
             if windows:
                 begin = see_from[query]
                 if tile.ride:
-                    segment = segments[n_nodes + place_of[at]]
+                    segment = segments[n_shared + place_of[at]]
                     begin = segment.start
                 win_lo[slot] = min(max(begin + segment.to_slots - tile.b_at, 0), tile.b_len)
                 win_hi[slot] = min(max(see_to[query] + segment.to_slots - tile.b_at, 0), tile.b_len)
@@ -266,7 +241,7 @@ def _items(  # type: ignore[no-untyped-def]
         # run B comes with the last piece
         item.b_off, item.b_len = tile.b_at, tile.b_len if last else 0
         item.piece = piece.nth if has_partials[piece.tile] else -1
-        is_open = room_tokens > 0 and last and tile.segment >= n_nodes
+        is_open = room_tokens > 0 and last and tile.segment >= n_shared
         item.open_row = row_order[segment.lo] if is_open else -1
         item.next = item_of[i + 1] if i + 1 < len(pieces) and pieces[i + 1].program == piece.program else -1
         kv_tokens_read += item.a_len + item.b_len

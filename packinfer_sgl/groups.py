@@ -117,6 +117,7 @@ def prune(
     mode: str = "multi",
     q_lens: Int32 | None = None,
     kv_lens: Int32 | None = None,
+    partials_us: float | None = None,
 ) -> PrefixTree:
     """The tree of the spans that are worth a work item of their own; the cheapest choice under ``cost``.
 
@@ -129,6 +130,7 @@ def prune(
         q_lens: [n_rows] int32 query tokens of each row; default: one each (decode).
         kv_lens: [n_rows] int32 KV tokens of each row: no node is kept where all together save less than
             ``CostModel.least_saving``. Default: keep them.
+        partials_us: price of one partial result of one query; default: its time by ``cost``.
     """
     if mode == "off" or tree.n_nodes == 0:
         return _without_nodes(tree)
@@ -149,7 +151,7 @@ def prune(
         tree.end,
         np.array([prices[n] for n in queries.tolist()]),
         own_us,
-        queries * cost.partials_us(shape),
+        queries * (cost.partials_us(shape) if partials_us is None else partials_us),
         mode == "multi",
     )
     nodes = _keep(tree.parent, tree.row_lo, tree.row_hi, tree.end, tree.n_rows, kept, begin)

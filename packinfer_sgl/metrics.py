@@ -47,8 +47,10 @@ class Stats:
     """Counters since the process started, and the groups of the last packed step.
 
     ``kv_tokens_*`` count the KV tokens of one layer, summed over packed decode and verify steps, ``extend_kv_tokens_*``
-    those over packed extend batches. ``verify_error`` is the largest relative difference of a row from the stock
-    backend that the setting ``verify`` saw.
+    those over packed extend batches. ``fitted_plans`` counts the plans that had to be made smaller, by what of the
+    buffers they overflowed (``fitting.Capacity``). ``verify_error`` is the largest relative difference of a row from
+    the stock backend that the setting ``verify`` saw, ``audited_steps`` the decode and verify steps whose slots it
+    compared with SGLang's table.
     """
 
     active: bool = False
@@ -66,18 +68,21 @@ class Stats:
     extend_kv_tokens_unique: int = 0
     extend_kv_tokens_read: int = 0
     plans: int = 0
+    fitted_plans: Counter[str] = field(default_factory=Counter)
     plan_us: deque[float] = field(default_factory=lambda: deque(maxlen=256))
     plan_us_total: float = 0.0
     last_tree: PrefixTree | None = None
     last_private_tokens: int = 0
     verify_error: float = 0.0
+    audited_steps: int = 0
     arena: Regroup | None = None
     held: Held | None = None
     _exported_at: float = 0.0
 
-    def count_plan(self, plan: Plan, tree: PrefixTree, took_us: float) -> None:
-        """A new plan was made from ``tree`` (pruned) in ``took_us`` microseconds."""
+    def count_plan(self, plan: Plan, tree: PrefixTree, took_us: float, overflowed: tuple[str, ...]) -> None:
+        """A new plan was made from ``tree`` (pruned) in ``took_us`` microseconds; ``overflowed``: see ``Fitted``."""
         self.plans += 1
+        self.fitted_plans.update(overflowed)
         self.plan_us.append(took_us)
         self.plan_us_total += took_us
         self.last_tree = tree
@@ -91,13 +96,14 @@ class Stats:
         self.kv_tokens_read += plan.kv_tokens_read + grown_tokens
         self._export()
 
-    def count_verify(self, plan: Plan, tree: PrefixTree, took_us: float) -> None:
+    def count_verify(self, plan: Plan, tree: PrefixTree, took_us: float, overflowed: tuple[str, ...]) -> None:
         """A verify step of speculative decoding will run on ``plan``, made from ``tree`` in ``took_us``."""
-        self.count_plan(plan, tree, took_us)
+        self.count_plan(plan, tree, took_us, overflowed)
         self.count_packed(plan, 0)
 
-    def count_extend(self, plan: Plan, tree: PrefixTree, took_us: float) -> None:
+    def count_extend(self, plan: Plan, tree: PrefixTree, took_us: float, overflowed: tuple[str, ...]) -> None:
         """An extend batch will run on ``plan``; its groups are gone with it."""
+        self.fitted_plans.update(overflowed)
         self.packed_extends += 1
         self.extend_kv_tokens_logical += plan.kv_tokens_logical
         self.extend_kv_tokens_unique += plan.kv_tokens_unique
@@ -134,9 +140,11 @@ class Stats:
             "extend_kv_tokens_unique": self.extend_kv_tokens_unique,
             "extend_kv_tokens_read": self.extend_kv_tokens_read,
             "plans": self.plans,
+            "fitted_plans": dict(self.fitted_plans),
             "plan_us_p50": round(statistics.median(self.plan_us), 1) if self.plan_us else None,
             "plan_us_total": round(self.plan_us_total, 1),
             "verify_error": self.verify_error,
+            "audited_steps": self.audited_steps,
             "arena": None if self.arena is None else self.arena.as_dict(),
             "held": None if self.held is None else self.held.as_dict(),
             "private_tokens": self.last_private_tokens,

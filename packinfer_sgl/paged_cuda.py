@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from packinfer_sgl.fitting import Capacity
 from packinfer_sgl.groups import H200, AttentionShape, CostModel
-from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.kernels.packed_cuda import PackedCuda
 from packinfer_sgl.kernels.reference import MaskRows
 from packinfer_sgl.kernels.tiles import TILES, Tile, tile_policy, tiles_for
 from packinfer_sgl.plan import Plan, TilePolicy

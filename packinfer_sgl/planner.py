@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from packinfer_sgl.cut import make_plan
+from packinfer_sgl.fitting import DoesNotFit, Fitted, fit
 from packinfer_sgl.groups import AttentionShape, CostModel, prune
 from packinfer_sgl.metrics import Stats
 from packinfer_sgl.plan import Plan, TilePolicy
@@ -47,45 +48,55 @@ class DecodePlanner:
         room_tokens: int,
         stats: Stats,
         regroup: Regroup | None = None,
-        fits: Callable[[Plan], bool] = lambda plan: True,
+        overflow: Callable[[Plan], dict[str, str]] = lambda plan: {},
     ) -> None:
         """
         Args:
             grouping: see ``config.Config``.
             room_tokens: how many steps a plan may live.
             regroup: where shared spans have contiguous copies, if there is an arena.
-            fits: whether a plan can be run; if not, it is made smaller.
+            overflow: what of a plan cannot be run (``fitting.Capacity.overflow``); it then gives way.
         """
-        self.shape, self.cost, self.policy = shape, cost, policy
-        self.room_tokens, self.stats, self.fits, self.regroup = room_tokens, stats, fits, regroup
-        uncut = dataclasses.replace(policy, chunk_tokens=1 << 30, timings=None)
-        self._attempts = ((grouping, policy), (grouping, uncut), ("single", uncut))  # each smaller than the one before
+        self.shape, self.cost, self.policy, self.grouping = shape, cost, policy, grouping
+        self.room_tokens, self.stats, self.overflow, self.regroup = room_tokens, stats, overflow, regroup
         self._rows: Rows | None = None
         self._lens = np.zeros(0, np.int64)
         self._steps_left = 0
         # compiles the planning code where no compiled form of it lies on disk, which takes seconds: not in a request
         two_rows = PrefixTree.from_neighbours((0, 1), (1,))
         kept = prune(two_rows, shape, cost)
-        make_plan(kept, np.full(2, 2, np.int32), policy, kv_tokens_unique=3, room_tokens=room_tokens)
+        for once in (None, two_rows):
+            make_plan(
+                kept, np.full(2, 2, np.int32), policy, kv_tokens_unique=3, room_tokens=room_tokens, listed_once=once
+            )
 
-    def step(self, rows: Rows | None, lens: np.ndarray, tree_without_rows: Callable[[], PrefixTree]) -> bool:
+    def step(
+        self,
+        rows: Rows | None,
+        lens: np.ndarray,
+        tree_without_rows: Callable[[], PrefixTree],
+        tree_by_slots: Callable[[], PrefixTree] | None = None,
+    ) -> bool:
         """Whether this decode step needs a new plan, which then is ``self.plan``.
 
         Args:
             rows: the scheduler's batch, or None if it is not known.
             lens: [n] int64 KV tokens of each row, the new one included.
             tree_without_rows: who shares what, if ``rows`` cannot tell.
+            tree_by_slots: the same, dear but complete: all that equal slots show, for batches of which what is known
+                does not fit.
         """
         holds = (
             rows is not None and self._steps_left > 0 and rows == self._rows and np.array_equal(lens, self._lens + 1)
         )
+        trees = tree_without_rows, tree_by_slots
         if holds:
             self._steps_left -= 1
         else:
-            self._make_plan(rows, lens.astype(np.int32), tree_without_rows)
+            self._make_plan(rows, lens.astype(np.int32), *trees)
         if self.regroup is not None:
             if self.regroup.work():
-                self._make_plan(rows, lens.astype(np.int32), tree_without_rows)
+                self._make_plan(rows, lens.astype(np.int32), *trees)
                 holds = False
             self.regroup.count_step()
         self._lens = lens.copy()
@@ -96,23 +107,34 @@ class DecodePlanner:
         """Make a new plan at the next step."""
         self._rows = None
 
-    def _make_plan(self, rows: Rows | None, lens: np.ndarray, tree_without_rows: Callable[[], PrefixTree]) -> None:
+    def _make_plan(
+        self,
+        rows: Rows | None,
+        lens: np.ndarray,
+        tree_without_rows: Callable[[], PrefixTree],
+        tree_by_slots: Callable[[], PrefixTree] | None,
+    ) -> None:
         started = time.perf_counter()
+        self.forget()  # whatever happens here, the last plan is not that of these rows
         tree = rows.prefix_tree() if rows is not None else None
         if tree is None:
             tree = tree_without_rows()
-        unique = tree.unique_tokens(lens)
-        for grouping, policy in self._attempts:
-            kept = prune(tree, self.shape, self.cost, grouping, kv_lens=lens)
-            plan = make_plan(kept, lens, policy, kv_tokens_unique=unique, room_tokens=self.room_tokens)
-            if self.fits(plan):
-                break
-        else:
-            raise RuntimeError("packinfer: a batch does not fit the buffers; please report this")
+        fit_ = functools.partial(
+            fit, shape=self.shape, cost=self.cost, policy=self.policy, overflow=self.overflow, grouping=self.grouping,
+            kv_lens=lens, saving_lens=lens, room_tokens=self.room_tokens,
+        )  # fmt: skip
+        try:
+            fitted = fit_(tree)
+        except DoesNotFit:
+            if tree_by_slots is None:
+                raise
+            tree = tree_by_slots()
+            fitted = fit_(tree)
+        plan, kept = fitted.plan, fitted.kept
         if self.regroup is not None:
             plan = self.regroup.point(plan, kept, rows)
         self._rows, self.plan, self.tree, self._steps_left = rows, plan, tree, self.room_tokens
-        self.stats.count_plan(plan, kept, (time.perf_counter() - started) * 1e6)
+        self.stats.count_plan(plan, kept, (time.perf_counter() - started) * 1e6, fitted.overflowed)
 
 
 def causal(q_lens: Int32, kv_lens: Int32) -> dict[str, Any]:
@@ -136,65 +158,78 @@ class ExtendPlanner:
         ways: tuple[tuple[CostModel, TilePolicy], ...],
         *,
         grouping: str,
-        count: Callable[[Plan, PrefixTree, float], None],
+        count: Callable[[Plan, PrefixTree, float, tuple[str, ...]], None],
         packed_us: Callable[[Plan], float],
         stock_us: Callable[[Int32, Int32], float],
-        fits: Callable[[Plan], bool] = lambda plan: True,
+        overflow: Callable[[Plan], dict[str, str]],
     ) -> None:
         """
         Args:
             ways: how groups are chosen and cut; of several the plan that is expected to be fastest is taken.
             grouping: see ``config.Config``.
-            count: gets each plan that will run, the spans that it reads once, and the microseconds that it took.
+            count: gets each plan that will run, the spans that it reads once, the microseconds that it took, and what
+                gave way (``Fitted``).
             packed_us: expected time of a plan in one layer.
             stock_us: expected time of the stock backend, by new tokens and KV tokens of each row ([n_rows] int32).
-            fits: whether a plan can be run; if not, less is shared.
+            overflow: what of a plan cannot be run (``fitting.Capacity.overflow``); it then gives way.
         """
-        self.shape, self.count, self.fits = shape, count, fits
+        self.shape, self.ways, self.grouping, self.count, self.overflow = shape, ways, grouping, count, overflow
         self.packed_us, self.stock_us = packed_us, stock_us
-        uncut = tuple((cost, dataclasses.replace(policy, chunk_tokens=1 << 30, timings=None)) for cost, policy in ways)
-        # each smaller than the one before
-        modes = dict.fromkeys((grouping, "single", "off"))
-        self._attempts = (*((mode, ways) for mode in modes), ("single", uncut), ("off", uncut))
 
-    def plan(self, rows: Rows | None, q_lens: Int32, kv_lens: Int32) -> tuple[Plan, PrefixTree] | None:
-        """The plan of a batch and who shares what in it, or None if the stock backend is expected to be faster.
+    def plan(
+        self,
+        rows: Rows | None,
+        q_lens: Int32,
+        kv_lens: Int32,
+        tree_by_slots: Callable[[], PrefixTree] | None = None,
+    ) -> tuple[Plan, PrefixTree] | None:
+        """The plan of a batch and who shares what in it, or None if the stock backend is expected to be faster, or runs
+        it because no plan fits.
 
         Args:
             rows: the scheduler's batch; None if it is not known: then nothing counts as shared.
             q_lens: [n_rows] new tokens of each row, its last.
             kv_lens: [n_rows] KV tokens of each row, the new ones included.
+            tree_by_slots: see ``DecodePlanner.step``; with it there is a plan, or DoesNotFit.
         """
         started = time.perf_counter()
         tree = rows.prefix_tree() if rows is not None else None
         if tree is None:  # or a cache without paths
             tree = PrefixTree.unshared(len(kv_lens))
-        found = self.fastest(tree, q_lens, kv_lens)
-        if found is None:
-            return None
-        packed_us, plan, kept = found
+        try:
+            packed_us, fitted = self.fastest(tree, q_lens, kv_lens)
+        except DoesNotFit:
+            if tree_by_slots is None:
+                return None
+            tree = tree_by_slots()
+            packed_us, fitted = self.fastest(tree, q_lens, kv_lens)
         if packed_us > self.stock_us(q_lens, kv_lens):
             return None
-        self.count(plan, kept, (time.perf_counter() - started) * 1e6)
-        return plan, tree
+        self.count(fitted.plan, fitted.kept, (time.perf_counter() - started) * 1e6, fitted.overflowed)
+        return fitted.plan, tree
 
-    def fastest(self, tree: PrefixTree, q_lens: Int32, kv_lens: Int32) -> tuple[float, Plan, PrefixTree] | None:
-        """The plan that is expected to be the fastest of those that fit, or None. See ``plan``.
+    def fastest(self, tree: PrefixTree, q_lens: Int32, kv_lens: Int32) -> tuple[float, Fitted]:
+        """Of the plans that fit, the one that is expected to be the fastest, and its time. See ``plan``.
 
-        Returns:
-            its expected time, the plan, and the spans that it reads once.
+        Raises:
+            DoesNotFit: there is none.
         """
-        queries = causal(q_lens, kv_lens)
-        unique = tree.unique_tokens(kv_lens)
-        for grouping, ways in self._attempts:
-            plans: list[tuple[float, Plan, PrefixTree]] = []
-            for cost, policy in ways:
-                kept = prune(tree, self.shape, cost, grouping, q_lens)
-                if plans and not kept.n_nodes:
-                    continue  # ways differ in what they do with groups
-                plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, **queries)
-                if self.fits(plan):
-                    plans.append((self.packed_us(plan), plan, kept))
-            if plans:
-                return min(plans, key=lambda found: found[0])
-        return None
+        found: list[tuple[float, Fitted]] = []
+        queries, problem = causal(q_lens, kv_lens), None
+        for cost, policy in self.ways:
+            kept = prune(tree, self.shape, cost, self.grouping, q_lens)
+            if found and not kept.n_nodes:
+                continue  # ways differ in what they do with groups
+            try:
+                fitted = fit(
+                    tree, self.shape, cost, policy, self.overflow, grouping=self.grouping, kv_lens=kv_lens,
+                    q_lens=q_lens, kept=kept, **queries,
+                )  # fmt: skip
+            except DoesNotFit as e:
+                problem = e
+                continue
+            found.append((self.packed_us(fitted.plan), fitted))
+        if not found:
+            assert problem is not None
+            raise problem
+        return min(found, key=lambda one: one[0])

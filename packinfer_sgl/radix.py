@@ -18,18 +18,20 @@ class BatchRows(NamedTuple):
     """The rows of one scheduled batch, in order.
 
     While two batches compare equal in ``reqs`` and ``rows``, their requests hold the same slots up to the tokens that
-    decode steps appended: whenever SGLang rewrites a row to shared slots, ``cache_protected_len`` and ``last_node``
-    change with it.
+    decode steps appended. A request gets other slots in three ways only. Its KV is taken from it and computed or loaded
+    anew (retraction, preemption by priority, ``pause_generation``; row, node and length may come back as they were):
+    SGLang counts that in ``retraction_count``, and never resets it. Its row is rewritten to shared slots:
+    ``cache_protected_len`` or ``last_node`` change with it. It is a beam.
 
     Attributes:
         reqs: per row its request; for a beam, which SGLang may give another beam's slots at any step, a new object.
-        rows: per row (row of ``req_to_token``, lowest radix node, ``cache_protected_len``).
+        rows: per row (row of ``req_to_token``, lowest radix node, ``cache_protected_len``, ``retraction_count``).
         tree_cache: SGLang's prefix cache.
         beams: by row of a beam search, its prompt as a node below its radix path: (identity, position of the end).
     """
 
     reqs: list[Any]
-    rows: list[tuple[int, Any, int]]
+    rows: list[tuple[int, Any, int, Any]]
     tree_cache: Any
     beams: dict[int, tuple[int, int]]
 
@@ -38,7 +40,8 @@ class BatchRows(NamedTuple):
         """Read a ``ScheduleBatch`` (on the scheduler's thread, right before its forward pass)."""
         reqs = list(schedule_batch.reqs)
         nested = bool(reqs) and hasattr(getattr(reqs[0], "kv", None), "cache_protected_len")
-        rows = list(map(_ROW_NESTED if nested else _ROW_FLAT, reqs))
+        row, unknown = _ROW_NESTED if nested else _ROW_FLAT, object()  # a count that is not there equals no other
+        rows = [(*row(req), getattr(req, "retraction_count", unknown)) for req in reqs]
         beams = {}
         tail = getattr(schedule_batch, "beam_tail", None)
         for group, leader, *_ in tail.entries if tail is not None else ():
@@ -56,13 +59,13 @@ class BatchRows(NamedTuple):
         A row may use a node only if the tree owns all of it in that row (``path_end <= cache_protected_len``): up
         to there its slots are the node's own, and the lock on its lowest node keeps them from being freed.
         """
-        nodes = dict.fromkeys(node for _, node, _ in self.rows)
+        nodes = dict.fromkeys(node for _, node, *_ in self.rows)
         paths = _paths(self.tree_cache, list(nodes))
         if paths is None:
             return None
         ids: list[tuple[int, ...]] = []
         ends: list[tuple[int, ...]] = []
-        for i, (_, node, protected) in enumerate(self.rows):
+        for i, (_, node, protected, _) in enumerate(self.rows):
             path_ids, path_ends = _owned(paths[node], protected)
             if i in self.beams and (not path_ends or path_ends[-1] < self.beams[i][1]):
                 path_ids, path_ends = (*path_ids, self.beams[i][0]), (*path_ends, self.beams[i][1])
@@ -73,8 +76,8 @@ class BatchRows(NamedTuple):
     def paths(self, rows: list[int]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
         """Of some rows: row of ``req_to_token``, ids and ends of the radix nodes that it may use (none if unknown)."""
         chosen = [self.rows[row] for row in rows]
-        paths = _paths(self.tree_cache, list(dict.fromkeys(node for _, node, _ in chosen))) or {}
-        return [(row, *_owned(paths.get(node, ((), ())), protected)) for row, node, protected in chosen]
+        paths = _paths(self.tree_cache, list(dict.fromkeys(node for _, node, *_ in chosen))) or {}
+        return [(row, *_owned(paths.get(node, ((), ())), protected)) for row, node, protected, _ in chosen]
 
 
 Path = tuple[tuple[int, ...], tuple[int, ...]]  # node ids from the root down, and the position after each

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from write_constants import write
 
+from packinfer_sgl.fitting import Capacity
 from packinfer_sgl.groups import H200
 from packinfer_sgl.kernels import tiles
-from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.kernels.packed_cuda import PackedCuda
 from packinfer_sgl.plan import Col, Plan, TilePolicy
 
 ROOT = Path(__file__).resolve().parents[1]

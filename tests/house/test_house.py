@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "__version__": 0, "config": 0, "reasons": 0,
     "prefix_tree": 1, "groups": 1, "plan": 1, "pieces": 1, "cut": 1, "siblings": 1,
-    "extend_costs": 1,
+    "extend_costs": 1, "slot_list": 1, "fitting": 1, "audit": 1,
     "kernels": 2,
     "paged_cpu": 3, "paged_cuda": 3, "paged": 3, "wrapper": 3, "regroup": 3, "metrics": 3,
     "backend": 4, "layers": 4, "planner": 4, "cpu_decode": 4, "cuda_decode": 4, "cpu_extend": 4, "cuda_extend": 4,
@@ -26,7 +26,8 @@ FLOORS = {
 }  # fmt: skip
 # Within a floor only these may be imported; on the floors that touch SGLang everybody may import everybody.
 NEIGHBOURS = {
-    "groups": {"prefix_tree"}, "plan": {"prefix_tree"}, "cut": {"prefix_tree", "plan", "pieces"},
+    "groups": {"prefix_tree"}, "plan": {"prefix_tree"}, "cut": {"prefix_tree", "plan", "pieces", "slot_list"},
+    "audit": {"prefix_tree", "plan"}, "fitting": {"prefix_tree", "plan", "groups", "cut"},
     "extend_costs": {"prefix_tree", "plan", "groups"},
     "paged": {"paged_cpu", "paged_cuda"}, "wrapper": {"paged"}, "metrics": {"regroup"},
 }  # fmt: skip

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from packinfer_sgl.cut import make_plan
-from packinfer_sgl.kernels.packed_cuda import Capacity, PackedCuda
+from packinfer_sgl.fitting import Capacity
+from packinfer_sgl.kernels.packed_cuda import PackedCuda
 from packinfer_sgl.kernels.tiles import Tile, tiles_for
 from packinfer_sgl.plan import PieceTiming, Plan, TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree

@@ -12,7 +12,7 @@ import torch
 from cases import EXTENDS, brute_force, make_packed, random_case, run_packed
 
 from packinfer_sgl.cut import make_plan
-from packinfer_sgl.kernels.packed_cuda import Capacity
+from packinfer_sgl.fitting import Capacity
 from packinfer_sgl.plan import Col, TilePolicy
 from packinfer_sgl.prefix_tree import PrefixTree
 

@@ -101,6 +101,7 @@ class Case:
     query_row: list[int]
     windows: list[tuple[int, int]] | None  # KV positions that each query sees; None: all of its row
     room: int
+    once: bool = False  # each KV token is listed once
 
     @property
     def kv_lens(self) -> np.ndarray:
@@ -124,6 +125,7 @@ class Case:
             qo_indptr=self.qo_indptr,
             visible=visible,
             room_tokens=self.room,
+            listed_once=self.tree if self.once else None,
         )
 
 
@@ -172,6 +174,9 @@ def cases(draw: st.DrawFn, kinds: Sequence[str] = DECODE + PREFILL, max_rows: in
                 else:
                     windows.append((0 if kind == "causal" else max(end - 1 - left, 0), end))
     limits = [draw(st.integers(0, len(row))) for row in rows] if draw(st.booleans()) else None
+    room, once = draw(st.integers(0, 4)) if kind == "decode" else 0, draw(st.booleans())
+    if room and once:  # the newest token of a row that grows is its own
+        limits = [min(len(row) - 1, limit) for row, limit in zip(rows, limits or map(len, rows), strict=True)]
     tree = tree_of(rows, limits)
     kept = set(range(tree.n_nodes)) if draw(st.booleans()) else draw(st.sets(st.integers(0, max(tree.n_nodes - 1, 0))))
     return Case(
@@ -182,7 +187,8 @@ def cases(draw: st.DrawFn, kinds: Sequence[str] = DECODE + PREFILL, max_rows: in
         qo_indptr=None if decode else ragged([[0] * n for n in q_lens])[0],
         query_row=query_row,
         windows=windows,
-        room=draw(st.integers(0, 4)) if kind == "decode" else 0,
+        room=room,
+        once=once,
     )
 
 

@@ -20,6 +20,7 @@ from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels import packed_cuda
 from packinfer_sgl.kernels.packed_cuda import PackedCuda
 from packinfer_sgl.metrics import Stats
+from packinfer_sgl.plan import Col
 from packinfer_sgl.prefix_tree import PrefixTree
 from packinfer_sgl.radix import BatchRows
 from packinfer_sgl.reasons import BatchReason
@@ -162,10 +163,12 @@ def test_other_slots_are_refused() -> None:
 def test_a_batch_that_does_not_fit_shares_less() -> None:
     batch, stats = behind(2000, [16] * 12), Stats()
     extend = on_cpu(batch, stats)
-    extend._planner.fits = lambda plan: len(plan.spans) == 12  # nothing but tails
+    together = lambda plan: int(plan.items[:, Col.Q_CNT].max()) > 16  # noqa: E731  # queries of several requests
+    extend._planner.overflow = lambda plan: {"slots": "many"} if together(plan) else {}
     assert extend.step(*batch.arguments()) and stats.extend_kv_tokens_read == stats.extend_kv_tokens_logical
     assert attend(extend, batch, torch.float32) < 1e-5
-    extend._planner.fits = lambda plan: False
+    assert stats.fitted_plans == {"slots": 1}
+    extend._planner.overflow = lambda plan: {"partials": "any"}
     assert not extend.step(*batch.arguments()) and stats.packed_extends == 1
 
 

@@ -22,7 +22,7 @@ def spans(rows: BatchRows) -> set[tuple[int, int, frozenset[int]]]:
 
 def request(pool_row: int, node: object, protected: int) -> SimpleNamespace:
     kv = SimpleNamespace(req_pool_idx=pool_row, cache_protected_len=protected)
-    return SimpleNamespace(kv=kv, last_node=node)
+    return SimpleNamespace(kv=kv, last_node=node, retraction_count=0)
 
 
 def rust_tree(paths: dict[int, list[tuple[int, int]]]) -> SimpleNamespace:
@@ -73,6 +73,16 @@ def test_without_beams_a_batch_that_stays_is_equal() -> None:
     batch = SimpleNamespace(reqs=[request(7, 1, 40), request(3, 1, 40)], tree_cache=rust_tree({1: [(1, 40)]}))
     assert BatchRows.of(batch) == BatchRows.of(batch)
     assert spans(BatchRows.of(batch)) == {(0, 40, frozenset({0, 1}))}
+
+
+def test_a_request_whose_kv_was_taken_from_it_is_not_equal() -> None:
+    """Nor where SGLang does not count that: then nothing tells."""
+    batch = SimpleNamespace(reqs=[request(7, 1, 40), request(3, 1, 40)], tree_cache=rust_tree({1: [(1, 40)]}))
+    before = BatchRows.of(batch)
+    batch.reqs[1].retraction_count = 1
+    assert BatchRows.of(batch) != before and BatchRows.of(batch) == BatchRows.of(batch)
+    del batch.reqs[1].retraction_count
+    assert BatchRows.of(batch) != BatchRows.of(batch)
 
 
 @pytest.mark.parametrize("by_id", [False, True])  # 0.5.17: its own tree, and the one for models with sliding windows

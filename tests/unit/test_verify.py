@@ -90,7 +90,7 @@ def test_a_batch_that_fits_grouped_only_is_grouped_whole() -> None:
     batch.rows[0][900:900] = [*range(2000, 2200)]  # a tail that is cut where that is allowed
     verify = on_gpu(batch, stats, pool_tokens=300)
     verify._packed.capacity = dataclasses.replace(verify._packed.capacity, partials=2 * 6 * DRAFTS)
-    verify._planner.fits = verify._packed.capacity.holds
+    verify._planner.overflow = verify._packed.capacity.overflow
     step(verify, batch)
     assert attend(verify, batch, torch.float16, DEVICE) < 4e-3
     assert stats.kv_tokens_read < 1400

@@ -1,0 +1,196 @@
+"""Plans that fit buffers of a fixed size: captured graphs hold their addresses, so every batch must have such a plan.
+
+What overflows decides what gives way. Slot list: each KV token is listed once (``slot_list.list_once``). Query slots,
+partial results, items: fewer spans are read together, those that save the least first, by raising the price of a
+partial result; then spans are not cut. With nothing kept, nothing cut and each token listed once, ``n`` rows need
+``least_partials(n)`` partial results for each of their queries and one list entry for each KV token, and that always
+fits (``decode_capacity``, ``verify_capacity``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from packinfer_sgl.cut import make_plan
+from packinfer_sgl.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.plan import Plan, TilePolicy
+from packinfer_sgl.prefix_tree import Int32, PrefixTree
+
+BUFFER_BYTES = 1 << 27  # most memory for the partial results of verify steps, if they fit in it, and of extends
+DEAREST = 1 << 24  # times the price of a partial result: nothing is kept
+UNCUT_TOKENS = 1 << 30
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Sizes of the buffers of a plan, fixed as long as captured graphs use them.
+
+    Attributes:
+        queries: rows of q and out.
+        slots: query slots (a query counts once for each tile that it is in).
+        items, spans: work items, and spans of the slot list.
+        partials: partial results.
+        kv_slots: entries of the KV slot list.
+    """
+
+    queries: int
+    slots: int
+    items: int
+    spans: int
+    partials: int
+    kv_slots: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Capacity:
+        """Just what ``plan`` needs."""
+        return cls(
+            queries=len(plan.merge_indptr) - 1,
+            slots=len(plan.query_rows),
+            items=len(plan.items),
+            spans=len(plan.spans),
+            partials=plan.n_partials,
+            kv_slots=plan.kv_capacity,
+        )
+
+    def overflow(self, plan: Plan) -> dict[str, str]:
+        """What ``plan`` needs more of, by name: ``needs > holds``. Empty if it fits."""
+        need = Capacity.of(plan)
+        both = {f.name: (getattr(need, f.name), getattr(self, f.name)) for f in fields(self)}
+        return {name: f"{needs} > {holds}" for name, (needs, holds) in both.items() if needs > holds}
+
+    def holds(self, plan: Plan) -> bool:
+        return not self.overflow(plan)
+
+    def grown(self, plan: Plan) -> Capacity:
+        """What ``plan`` needs and a quarter more, so that slightly larger plans fit, too; nowhere less than before."""
+        need = Capacity.of(plan)
+        sizes = {f.name: getattr(need, f.name) * 5 // 4 for f in fields(self)}
+        return Capacity(**{name: max(size, getattr(self, name)) for name, size in sizes.items()})
+
+
+def least_partials(rows: int) -> int:
+    """Most results that ``rows`` queries of one row each leave where nothing is read together, nothing cut and each
+    KV token listed once: one for the row's own piece of the list, and on average at most ``log2(rows) / 2`` for pieces
+    of others (``slot_list.list_once``)."""
+    return rows + math.ceil(rows * math.log2(rows) / 2) if rows > 1 else rows
+
+
+def decode_capacity(
+    shape: AttentionShape, *, max_rows: int, context_tokens: int, pool_tokens: int, room_tokens: int, row_spans: int
+) -> Capacity:
+    """Buffers for decode steps of up to ``max_rows`` rows.
+
+    Args:
+        context_tokens: most KV tokens of a row.
+        pool_tokens: KV tokens in the pool.
+        room_tokens: see ``make_plan``.
+        row_spans: spans of the slot list for each row; at least 2.
+    """
+    least = max(8 * max_rows, least_partials(max_rows))
+    return Capacity(
+        queries=max_rows,
+        slots=least + 4096,
+        items=least + 4096,
+        spans=row_spans * max_rows,
+        partials=least + 65536 // shape.qo_heads,
+        kv_slots=_kv_slots(max_rows, context_tokens, pool_tokens) + max_rows * room_tokens,
+    )
+
+
+def verify_capacity(
+    shape: AttentionShape, drafts: int, tile_queries: int, *, max_rows: int, context_tokens: int, pool_tokens: int
+) -> Capacity:
+    """Buffers for verify steps of up to ``max_rows`` rows with ``drafts`` queries each.
+
+    Args:
+        tile_queries: most queries of a tile.
+        context_tokens, pool_tokens: as for ``decode_capacity``.
+    """
+    queries, row_bytes = max_rows * drafts, shape.qo_heads * (shape.head_dim + 1) * 4
+    least = max(8 * max_rows, least_partials(max_rows))
+    # a slot list that no batch overflows leaves no results but those of groups
+    once = _kv_slots(max_rows, context_tokens, pool_tokens) < max_rows * context_tokens
+    partials = least_partials(max_rows) * drafts if once else 2 * queries
+    return Capacity(
+        queries=queries,
+        slots=least * drafts,
+        items=least * -(-drafts // tile_queries) + queries + 4096,
+        spans=2 * max_rows,
+        partials=max(partials, min(8 * queries + 65536 // shape.qo_heads, BUFFER_BYTES // row_bytes)),
+        kv_slots=_kv_slots(max_rows, context_tokens, pool_tokens) + queries,
+    )
+
+
+def _kv_slots(max_rows: int, context_tokens: int, pool_tokens: int) -> int:
+    """The pool would do. Four times that is room for short spans that several rows list, each with its own tail."""
+    return min(max_rows * context_tokens, 4 * pool_tokens)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A plan that fits, the spans that it reads once, and what overflowed on the way to it."""
+
+    plan: Plan
+    kept: PrefixTree
+    overflowed: tuple[str, ...]
+
+
+class DoesNotFit(RuntimeError):
+    """No plan of a batch fits the buffers."""
+
+
+def fit(
+    tree: PrefixTree,
+    shape: AttentionShape,
+    cost: CostModel,
+    policy: TilePolicy,
+    overflow: Callable[[Plan], dict[str, str]],
+    *,
+    grouping: str,
+    kv_lens: Int32,
+    q_lens: Int32 | None = None,
+    saving_lens: Int32 | None = None,
+    kept: PrefixTree | None = None,
+    **queries: Any,
+) -> Fitted:
+    """The plan that ``cost`` and ``policy`` ask for, or the nearest to it that fits.
+
+    Args:
+        tree: who shares what.
+        overflow: what of a plan does not fit (``Capacity.overflow``).
+        grouping, q_lens: see ``prune``; ``saving_lens``: its ``kv_lens``.
+        kept: ``tree`` pruned like that, if it is known.
+        kv_lens, queries: see ``make_plan``.
+
+    Raises:
+        DoesNotFit: with the sizes; not for buffers of this module's sizes, if the tree shows what the rows share.
+    """
+    once: PrefixTree | None = None  # or ``tree``, to list each of its tokens once
+    if kept is None:
+        kept = prune(tree, shape, cost, grouping, q_lens, saving_lens)
+    # a partial result then costs at least as much as a KV token that a row reads alone: some costs have it for nothing
+    dear_us = max(cost.partials_us(shape), cost.read_us(shape, 1)[0])
+    price_us, unique, overflowed = dear_us, tree.unique_tokens(kv_lens), dict[str, str]()
+    while True:
+        plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, listed_once=once, **queries)
+        over = overflow(plan)
+        if not over:
+            return Fitted(plan, kept, tuple(overflowed))
+        overflowed |= over
+        is_cut = policy.timings is not None or policy.chunk_tokens < UNCUT_TOKENS
+        if once is None and over.keys() & {"kv_slots", "spans"}:
+            once = tree
+        elif is_cut and (kept.n_nodes == 0 or "slots" not in over):  # slots do not depend on how spans are cut
+            policy = replace(policy, chunk_tokens=UNCUT_TOKENS, timings=None)
+        elif kept.n_nodes and not over.keys() & {"kv_slots", "spans", "queries"}:
+            before = kept.n_nodes
+            while kept.n_nodes == before:
+                price_us *= 2
+                mode = grouping if price_us < DEAREST * dear_us else "off"
+                kept = prune(tree, shape, cost, mode, q_lens, saving_lens, price_us)
+        else:
+            sizes = ", ".join(f"{name} {needs}" for name, needs in over.items())
+            raise DoesNotFit(f"packinfer: a batch of {len(kv_lens)} rows does not fit the buffers ({sizes})")
