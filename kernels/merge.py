@@ -40,8 +40,8 @@ def _merge_query(
     """Partial results ``begin`` to ``end`` of HEADS heads of a query, to the output."""
     head = first_head + tl.arange(0, HEADS)
     d = tl.arange(0, HEAD_DIM)
-    out = out_ptr + query.to(tl.int64) * stride_out_token + head[:, None] * stride_out_head + d[None, :]
-    lse2_out = lse2_ptr + query * n_heads + head
+    out = out_ptr + query.to(tl.int64) * stride_out_token + head[:, None].to(tl.int64) * stride_out_head + d[None, :]
+    lse2_out = lse2_ptr + query.to(tl.int64) * n_heads + head
     if end - begin <= 4:
         # all loads of all heads at once
         row = begin + tl.arange(0, 4)[None, :]
@@ -59,9 +59,9 @@ def _merge_query(
         for i in tl.static_range(HEADS):
             h = first_head + i
             one, one_lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, h, n_heads, HEAD_DIM)
-            out_row = out_ptr + query.to(tl.int64) * stride_out_token + h * stride_out_head
+            out_row = out_ptr + query.to(tl.int64) * stride_out_token + h.to(tl.int64) * stride_out_head
             tl.store(out_row + d, one.to(out_ptr.dtype.element_ty))
-            tl.store(lse2_ptr + query * n_heads + h, one_lse2)
+            tl.store(lse2_ptr + query.to(tl.int64) * n_heads + h, one_lse2)
 
 
 @triton.jit(do_not_specialize=["n_heads", "most_queries"])
@@ -93,8 +93,8 @@ def merge_kernel(
     is_padding = query >= tl.load(counts_ptr + N_QUERIES)
     head = first_head + tl.arange(0, HEADS)
     d = tl.arange(0, HEAD_DIM)
-    out = out_ptr + query.to(tl.int64) * stride_out_token + head[:, None] * stride_out_head + d[None, :]
-    lse2_out = lse2_ptr + query * n_heads + head
+    out = out_ptr + query.to(tl.int64) * stride_out_token + head[:, None].to(tl.int64) * stride_out_head + d[None, :]
+    lse2_out = lse2_ptr + query.to(tl.int64) * n_heads + head
     if PDL:
         # those with nothing to do leave at once, but for one: this launch must not be done before the others are
         if is_padding | (end > begin) | (query + first_head == 0):
@@ -146,6 +146,8 @@ def merge_listed_kernel(
     n_queries = tl.load(counts_ptr + N_QUERIES)
     for i in tl.range(tl.program_id(0), n_rows - n_queries, tl.num_programs(0)):
         query = n_queries + i
-        out = out_ptr + query.to(tl.int64) * stride_out_token + head[:, None] * stride_out_head + d[None, :]
+        out = (
+            out_ptr + query.to(tl.int64) * stride_out_token + head[:, None].to(tl.int64) * stride_out_head + d[None, :]
+        )
         tl.store(out, tl.zeros([HEADS, HEAD_DIM], out_ptr.dtype.element_ty))
-        tl.store(lse2_ptr + query * n_heads + head, tl.full([HEADS], -float("inf"), tl.float32))
+        tl.store(lse2_ptr + query.to(tl.int64) * n_heads + head, tl.full([HEADS], -float("inf"), tl.float32))

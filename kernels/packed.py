@@ -9,6 +9,8 @@ With PDL (programmatic dependent launch, Hopper and later) each launch begins wh
 it is done: classes do not need each other's results. A launch is done only when the one before it is, because its
 first program waits for that; so the merge, which waits for the last class, waits for all.
 
+Offsets that a caller's stride enters are 64-bit: caches may have any layout and size.
+
 ``lse2`` is the log-sum-exp in base 2. The empty state is an output of 0 with an lse2 of -inf.
 """
 
@@ -98,7 +100,7 @@ def _attend(
         if PAGE == 1:
             kv_row = slot.to(tl.int64) * stride_slot
         else:
-            kv_row = (slot // PAGE).to(tl.int64) * stride_page + (slot % PAGE) * stride_slot
+            kv_row = (slot // PAGE).to(tl.int64) * stride_page + (slot % PAGE).to(tl.int64) * stride_slot
         offset = kv_row[:, None] + d[None, :]
         if MASK == 0:
             k = tl.load(k_ptr + offset)
@@ -200,7 +202,7 @@ def packed_attention_kernel(
             row = tl.arange(0, BLOCK_M)
             d = tl.arange(0, HEAD_DIM)
             nth = row // GROUP
-            head = kv_head * GROUP + row % GROUP
+            head = (kv_head * GROUP + row % GROUP).to(tl.int64)
             live = nth < q_cnt
             query = tl.load(query_rows_ptr + q_off + nth, mask=live, other=0).to(tl.int64)
             slot = tl.load(a_slots + tl.arange(0, BLOCK_N))
@@ -214,8 +216,8 @@ def packed_attention_kernel(
             acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
             top = tl.full([BLOCK_M], -float("inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
-            k_head = k_ptr + kv_head * stride_kv_head
-            v_head = v_ptr + kv_head * stride_kv_head
+            k_head = k_ptr + kv_head.to(tl.int64) * stride_kv_head
+            v_head = v_ptr + kv_head.to(tl.int64) * stride_kv_head
             mask_rows = mask_ptr + query
             if CUSTOM_MASK:
                 mask_rows = mask_ptr + tl.load(mask_rows_ptr + query, mask=live, other=0) + a_pos

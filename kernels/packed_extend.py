@@ -104,7 +104,8 @@ def _gather(
         query = gl.load(query_rows_ptr + q_off + nth // GROUP, mask=nth // GROUP < q_cnt, other=0)
         # slots are loaded a block ahead; the slot list ends in room for it
         slot = gl.load(slots_ptr + (gl.where(at < a_len, a_off, b_off) + at))
-        all_q_offsets.store(query.to(gl.int64) * stride_q_token + (kv_head * GROUP + nth % GROUP) * stride_q_head)
+        q_head = (kv_head * GROUP + nth % GROUP).to(gl.int64)
+        all_q_offsets.store(query.to(gl.int64) * stride_q_token + q_head * stride_q_head)
         tile = nth_item % Q_TILES
         mbarrier.wait(q_free.index(tile), (nth_item // Q_TILES) & 1 ^ 1)
         _tell(told.index(tile), item_ptr, w)
@@ -112,12 +113,12 @@ def _gather(
         for i in gl.static_range(WARPGROUPS):
             _copy_rows(q_tiles.index(WARPGROUPS * tile + i), q_ptr, q_offsets, q_cnt * GROUP, HEAD_DIM, i * ROWS)
         async_copy.mbarrier_arrive(q_ready.index(tile), increment_count=False)
-        head = kv_head * stride_kv_head
+        head = kv_head.to(gl.int64) * stride_kv_head
         for b in range(_n_blocks(length, BLOCK_N)):
             if PAGE == 1:
                 kv_row = slot.to(gl.int64) * stride_slot
             else:
-                kv_row = (slot // PAGE).to(gl.int64) * stride_page + (slot % PAGE) * stride_slot
+                kv_row = (slot // PAGE).to(gl.int64) * stride_page + (slot % PAGE).to(gl.int64) * stride_slot
             all_offsets.store(kv_row)
             pos = (b + 1) * BLOCK_N + at
             slot = gl.load(slots_ptr + (gl.where(pos < a_len, a_off, b_off) + pos))
@@ -210,14 +211,15 @@ def _store_results(
         query = gl.convert_layout(gl.where(direct, query, -1), gl.SliceLayout(1, layout))
         row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
-        out_row = query.to(gl.int64) * stride_out_token + (kv_head * GROUP + row % GROUP) * stride_out_head
+        out_head = (kv_head * GROUP + row % GROUP).to(gl.int64)
+        out_row = query.to(gl.int64) * stride_out_token + out_head * stride_out_head
         gl.store(
             out_ptr + gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0), result, mask=gl.expand_dims(query >= 0, 1)
         )
     else:
         mbarrier.arrive(free, count=1)
         d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout))
-        out_row = query.to(gl.int64) * stride_out_token + head * stride_out_head
+        out_row = query.to(gl.int64) * stride_out_token + head.to(gl.int64) * stride_out_head
         out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0)
         gl.store(out_ptr + out_offset, acc.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(direct, 1))
 

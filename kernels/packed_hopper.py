@@ -40,14 +40,14 @@ def _gather(
         item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
         a_len = gl.load(item_ptr + A_LEN)
         a_slots = slots_ptr + gl.load(item_ptr + A_OFF)
-        head = (w % kv_heads) * stride_kv_head
+        head = (w % kv_heads).to(gl.int64) * stride_kv_head
         # slots are loaded a block ahead; the slot list ends in room for it
         slot = gl.load(a_slots + at)
         for j in range(0, a_len, BLOCK_N):
             if PAGE == 1:
                 kv_row = slot.to(gl.int64) * stride_slot
             else:
-                kv_row = (slot // PAGE).to(gl.int64) * stride_page + (slot % PAGE) * stride_slot
+                kv_row = (slot // PAGE).to(gl.int64) * stride_page + (slot % PAGE).to(gl.int64) * stride_slot
             inside = gl.expand_dims(j + at < a_len, 1)
             slot = gl.load(a_slots + j + BLOCK_N + at)
             offset = gl.expand_dims(head + kv_row, 1) + gl.expand_dims(d, 0)
@@ -72,7 +72,7 @@ def load_q(
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     live = row // GROUP < q_cnt
     query = gl.load(query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)
-    q_row = query * stride_q_token + (kv_head * GROUP + row % GROUP) * stride_q_head
+    q_row = query * stride_q_token + (kv_head * GROUP + row % GROUP).to(gl.int64) * stride_q_head
     q_offset = gl.expand_dims(q_row, 1) + gl.expand_dims(d, 0)
     q_tile.store(gl.load(q_ptr + q_offset, mask=gl.expand_dims(live, 1), other=0.0))
     fence_async_shared()
@@ -95,7 +95,7 @@ def store_results(
     partial = live & (part >= 0)
     result = acc / gl.expand_dims(gl.where(total == 0.0, 1.0, total), 1)
     lse2 = top + gl.log2(total)
-    out_row = query * stride_out_token + head * stride_out_head
+    out_row = query * stride_out_token + head.to(gl.int64) * stride_out_head
     out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0)
     gl.store(out_ptr + out_offset, result.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(direct, 1))
     gl.store(lse2_ptr + query * n_heads + head, lse2, mask=direct)

@@ -184,12 +184,12 @@ def make_packed(case: Case, capacity: Capacity) -> PackedCuda:
     return packed
 
 
-def run_packed(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def run_packed(case: Case, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse2 by the kernels."""
     packed = make_packed(case, Capacity.of(case.plan))
     packed.load(case.plan)
     packed.snapshot(case.req_to_token, case.pool_rows)
-    out = torch.full_like(case.q, float("nan"))
+    out = torch.full(case.q.shape, float("nan"), dtype=case.q.dtype, device=case.q.device) if out is None else out
     lse2 = torch.full(case.q.shape[:2], float("nan"), device=case.q.device)
     page_size = case.k.shape[1] if case.k.dim() == 4 else 1
     packed.run(

@@ -6,6 +6,8 @@ all are float16.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,34 @@ def test_extends_equal_brute_force(name: str) -> None:
     tolerance = 2e-3 if dtype == torch.float16 else 2e-6
     torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=tolerance, atol=tolerance)
+
+
+def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """``x`` with the last index of ``dim`` past 2**31 elements; the memory between is never touched."""
+    strides = [*x.stride()]
+    strides[dim] = -(-(2**31 + 4096) // ((x.shape[dim] - 1) * 8)) * 8
+    size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+    return torch.empty(size, dtype=x.dtype, device=x.device).as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("new", [None, [4, 1, 2]], ids=["decode", "extend"])
+@pytest.mark.parametrize(
+    ("what", "dim", "page_size"), [("kv", 1, 1), ("kv", 1, 16), ("kv", 2, 16), ("q", 1, 1), ("out", 1, 1)]
+)
+def test_heads_and_slots_that_lie_far_apart(what: str, dim: int, page_size: int, new: list[int] | None) -> None:
+    case = random_case(
+        1, device=DEVICE, shared=[48, 48], tails=[4, 9, 2], dtype=torch.float16, page_size=page_size, new=new
+    )
+    expected, expected_lse2 = run_packed(case)
+    out = None
+    if what == "kv":
+        case = dataclasses.replace(case, k=far_apart(case.k, dim), v=far_apart(case.v, dim))
+    elif what == "q":
+        case = dataclasses.replace(case, q=far_apart(case.q, dim))
+    else:
+        out = far_apart(torch.full_like(case.q, float("nan")), dim)
+    out, lse2 = run_packed(case, out)
+    assert torch.equal(out, expected) and torch.equal(lse2, expected_lse2)
 
 
 def test_an_empty_plan_leaves_zeros() -> None:
