@@ -84,7 +84,12 @@ class PackInferMixin:
         """Before an eager forward pass."""
         self._packinfer_step = None
         super().init_forward_metadata(forward_batch)  # type: ignore[misc]
-        self._packinfer_step = self._packinfer_plan(forward_batch)
+        try:
+            self._packinfer_step = self._packinfer_plan(forward_batch)
+        except Exception as e:  # it would end the server: the stock backend can run any batch
+            if self._packinfer_verify:
+                raise
+            _count_error(e, "the stock backend runs this batch")
         self._packinfer_check = self._packinfer_verify
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
@@ -113,7 +118,14 @@ class PackInferMixin:
             # rank of data-parallel attention replays it, too, with no row at all.
             n = forward_batch.batch_size - forward_batch.num_padding
             lens = forward_batch.seq_lens_cpu[:n].numpy() if n else np.zeros(0, np.int64)
-            step.step(_of_rows(n), forward_batch.req_pool_indices[:n], lens)
+            pool_rows = forward_batch.req_pool_indices[:n]
+            try:
+                step.step(_of_rows(n), pool_rows, lens)
+            except Exception as e:  # it would end the server; of the batch nothing but rows and lengths is needed
+                if self._packinfer_verify:
+                    raise
+                _count_error(e, "this batch is run without groups")
+                step.step_alone(pool_rows, lens)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Captured with the graph, and run at each replay."""
@@ -244,6 +256,18 @@ class PackInferMixin:
             if reason is not None:
                 STATS.set_layer(layer.layer_id, reason)
         return self._packinfer_layers[layer.layer_id]
+
+
+_errors: set[str] = set()
+
+
+def _count_error(error: Exception, then: str) -> None:
+    """Count that planning failed, and log it the first time; ``then`` is what happens instead."""
+    STATS.count_fallback(BatchReason.ERROR)
+    if repr(error) not in _errors:
+        _errors.add(repr(error))
+        text = "packinfer: planning failed, %s; please report this with the SGLang version"
+        logger.error(text, then, exc_info=error)
 
 
 def _n_rows(batch: ForwardBatch) -> int:

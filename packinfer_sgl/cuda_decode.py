@@ -95,6 +95,11 @@ class CudaDecode:
                 newest_is_there=False,
             )  # fmt: skip
 
+    def step_alone(self, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
+        """As ``step``, without groups and the arena: when that failed."""
+        self._planner.regroup = None
+        self.step(None, pool_rows, lens)
+
     def step_for_capture(self, pool_rows: torch.Tensor) -> None:
         """Load a plan for rows of one token each, as graphs are captured with."""
         n = len(pool_rows)

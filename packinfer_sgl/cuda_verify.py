@@ -91,6 +91,10 @@ class CudaVerify:
                 plan, self._packed.kv_slots, self.req_to_token, pool_rows, kv_lens, self.stats, drafts=self.drafts
             )
 
+    def step_alone(self, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
+        """As ``step``, without groups: when that failed."""
+        self.step(None, pool_rows, lens)
+
     def step_for_capture(self, pool_rows: torch.Tensor) -> None:
         """Load a plan for rows of nothing but drafts."""
         n = len(pool_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import time
@@ -14,6 +15,8 @@ from packinfer_sgl.prefix_tree import PrefixTree
 from packinfer_sgl.reasons import BatchReason, LayerReason
 from packinfer_sgl.regroup import Regroup
 from packinfer_sgl.siblings import Held
+
+logger = logging.getLogger(__name__)
 
 EXPORT_INTERVAL_S = 1.0
 _TOTALS = {
@@ -156,7 +159,11 @@ class Stats:
         now = time.monotonic()
         if now - self._exported_at >= EXPORT_INTERVAL_S:
             self._exported_at = now
-            export(self)
+            try:
+                export(self)
+            except OSError:  # no room for its files: the server goes on without
+                logger.exception("packinfer: the metrics could not be written and stay as they are")
+                stop_prometheus()
 
 
 _ALL_TOTALS = {
@@ -190,6 +197,12 @@ def start_prometheus(labels: dict[str, str]) -> None:
         ("arena_used_tokens", "KV slots of the arena in use"),
     ):
         _prometheus[name] = Gauge(f"packinfer:{name}", text, names, multiprocess_mode="mostrecent")
+
+
+def stop_prometheus() -> None:
+    """Export nothing more."""
+    global _prometheus
+    _prometheus = None
 
 
 def export(stats: Stats) -> None:

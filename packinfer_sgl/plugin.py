@@ -86,7 +86,7 @@ def create_backend(runner: Any) -> Any:
     """The factory behind ``--attention-backend packinfer``; called in each model process.
 
     Raises:
-        PluginError: a hook did not take.
+        PluginError: a hook did not take, or the server runs in SGLang's deterministic mode.
         ConfigError: a setting is wrong.
         ArenaError: the server cannot have an arena.
         HoldError: the server cannot hold requests.
@@ -123,6 +123,11 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     if version("sglang") not in TESTED:
         warnings.warn(
             f"packinfer {__version__} is tested with SGLang {', '.join(TESTED)}, not {version('sglang')}", stacklevel=2
+        )
+    if flag := _deterministic():
+        raise PluginError(
+            f"packinfer: {flag} promises bits that do not depend on what runs beside a request, and grouping does not "
+            "keep that; leave out the flag or packinfer"
         )
     stock = factory(runner)
     if runner.is_draft_worker:
@@ -167,6 +172,17 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         config.grouping,
     )
     return backend
+
+
+def _deterministic() -> str | None:
+    """The flag by which this server promises bits that do not depend on the batch, or None."""
+    from sglang.srt.runtime_context import get_exec
+
+    settings = get_exec().deterministic
+    for name in ("rl_on_policy_target", "enable_deterministic_inference"):  # the first brings the second with it
+        if getattr(settings, name, None):
+            return f"--{name.replace('_', '-')}"
+    return None
 
 
 def base_backend(config: Config, device: str) -> str:

@@ -14,6 +14,7 @@ class BatchReason(str, Enum):
     NO_BATCH = "no_batch"  # a forward that SGLang did not build from its scheduler's batch (warm-up, capture)
     TOO_MANY_ROWS = "too_many_rows"  # more rows than the buffers hold
     OTHER_LENGTHS = "other_lengths"  # an extend whose lengths SGLang states in two ways
+    ERROR = "error"  # planning failed, the log says how; a captured graph ran a plan without groups instead
     MULTI_ITEM = "multi_item"  # an extend that scores several items of a request apart from each other
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,8 @@ from sglang.srt.plugins.hook_registry import HookType
 from packinfer_sgl.patches.hook import Hook
 from packinfer_sgl.radix import BatchRows, rows_wanted, running
 
+logger = logging.getLogger(__name__)
+
 _ATTRIBUTE = "_packinfer_rows"
 
 
@@ -17,7 +21,17 @@ def read_rows(forward_batch: Any, *args: Any, **kwargs: Any) -> None:
     """After ``ForwardBatch.init_new(cls, batch, model_runner, ...)``: read the batch while it is what will run."""
     if rows_wanted():
         schedule_batch = args[1] if len(args) > 1 else kwargs["batch"]
-        setattr(forward_batch, _ATTRIBUTE, BatchRows.of(schedule_batch))
+        try:
+            setattr(forward_batch, _ATTRIBUTE, BatchRows.of(schedule_batch))
+        except Exception:  # it would end the server; a batch without rows is counted, and not grouped
+            _log_once()
+
+
+@functools.cache
+def _log_once() -> None:
+    logger.exception(
+        "packinfer: a batch could not be read and is not grouped; please report this with the SGLang version"
+    )
 
 
 def scope_rows(forward: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:

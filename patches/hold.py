@@ -6,6 +6,8 @@ next one. Nothing is taken out of any list, so that nothing can be lost.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,8 @@ from packinfer_sgl.config import Config, ConfigError
 from packinfer_sgl.metrics import STATS
 from packinfer_sgl.patches.hook import Hook
 from packinfer_sgl.siblings import MOST_HELD, Held, Prompt, Wait, wait
+
+logger = logging.getLogger(__name__)
 
 _WAIT = "_packinfer_wait"
 
@@ -53,6 +57,12 @@ class Pass:
             return None
         self._computing += map(prompt_of, adder.can_run_list[len(self._computing) :])
         return wait(prompt, self._computing, self._launched, adder.page_size, getattr(req, _WAIT, None))
+
+    def is_full(self, adder: Any) -> bool:
+        """Whether no more requests may be held in this pass, or are admitted after one that is."""
+        from sglang.srt.managers.schedule_policy import AddReqResult
+
+        return len(self.held) == MOST_HELD or adder.budget_state() is not AddReqResult.CONTINUE
 
     def may_overtake(self, adder: Any, req: Any) -> bool:
         """Whether ``req`` leaves the held requests all that they need to be admitted in a later pass: a place in the
@@ -115,32 +125,45 @@ def scope_pass(get_batch: Callable[..., Any], scheduler: Any, *args: Any, **kwar
     tree = scheduler.tree_cache
     if STATS.held is None or getattr(tree, "disable", True) or tree.supports_mamba():
         return get_batch(scheduler, *args, **kwargs)
-    _pass = Pass(scheduler)
+    try:
+        _pass = Pass(scheduler)
+    except Exception:  # it would end the server: this pass is SGLang's own
+        _log_once()
     try:
         return get_batch(scheduler, *args, **kwargs)
     finally:
         _pass = None
 
 
+@functools.cache
+def _log_once() -> None:
+    logger.exception("packinfer: requests could not be held back; please report this with the SGLang version")
+
+
 def hold(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Around ``PrefillAdder.add_one_req``, which SGLang calls for one waiting request after the other: in the order of
     its schedule policy, each just looked up in the radix tree."""
+    global _pass
     if _pass is None or STATS.held is None:
         return add(adder, req, *args, **kwargs)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     before: Wait | None = getattr(req, _WAIT, None)
-    now = _pass.wait(adder, req)
+    try:
+        now = _pass.wait(adder, req)
+        stays = not _pass.may_overtake(adder, req) if now is None else _pass.is_full(adder)
+        cached = _cached(req)  # afterwards without what host memory had of it
+    except Exception:  # it would end the server: this pass goes on as SGLang's own
+        _pass = None
+        _log_once()
+        return add(adder, req, *args, **kwargs)
+    if stays:
+        return AddReqResult.OTHER  # ends the pass
     if now is not None:
-        if len(_pass.held) == MOST_HELD or adder.budget_state() is not AddReqResult.CONTINUE:
-            return AddReqResult.OTHER  # ends the pass
         _pass.held.append(req)
         setattr(req, _WAIT, now)
         STATS.held.count_held(before, now)
         return AddReqResult.CONTINUE
-    if not _pass.may_overtake(adder, req):
-        return AddReqResult.OTHER
-    cached = _cached(req)  # afterwards without what host memory had of it
     result = add(adder, req, *args, **kwargs)
     if before is not None and adder.can_run_list and adder.can_run_list[-1] is req:
         STATS.held.count_found(before, cached)

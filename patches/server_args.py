@@ -18,13 +18,13 @@ _BACKEND_FIELDS = ("attention_backend", "decode_attention_backend", "prefill_att
 
 
 def add_flags(result: None, parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("packinfer (packed, prefix-grouped attention)")
+    # not in a group of their own: frameworks that start SGLang prefix its flags by replacing this parser's method
     for f in dataclasses.fields(Config):
         text = f"{f.metadata['help']} (default: {f.default})"
         if isinstance(f.default, bool):
-            group.add_argument(flag(f.name), dest=_dest(f.name), action="store_const", const=True, help=text)
+            parser.add_argument(flag(f.name), dest=_dest(f.name), action="store_const", const=True, help=text)
         else:
-            group.add_argument(flag(f.name), dest=_dest(f.name), type=type(f.default), default=None, help=text)
+            parser.add_argument(flag(f.name), dest=_dest(f.name), type=type(f.default), default=None, help=text)
 
 
 def check_flags(cls: type, args: argparse.Namespace) -> None:

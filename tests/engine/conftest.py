@@ -31,7 +31,7 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def stock(model) -> dict[str, list[dict]]:
     """What the stock backend says in every round, with its log-probabilities."""
-    rounds = ["tree", "cold", "samples", "abort", "busy", "family", *(["beams"] if SGLANG != "0.5.17" else [])]
+    rounds = ["tree", "cold", "samples", "abort", "busy", "family", "low", *(["beams"] if SGLANG != "0.5.17" else [])]
     engine = {"model_path": model, "attention_backend": "torch_native", **POOL}
     said = run_engine({"engine": engine, "rounds": rounds, "logprobs": True})["said"]
     return {name.split("-", 1)[1]: outputs for name, outputs in said.items()}

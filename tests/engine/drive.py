@@ -5,13 +5,16 @@
 Rounds: ``tree`` (16 requests in a three-level tree), ``cold`` (8 identical prompts at once), ``family`` (8 prompts
 behind 900 unseen tokens, and 2 unrelated ones between them), ``samples`` (n = 4),
 ``beams`` (beam search of width 4 on two prompts), ``abort`` (half of the tree's requests aborted in mid-generation),
-``flush`` (empties the cache), ``busy`` (long generations that overflow a small pool). Every round but ``flush``
-yields a list of outputs.
+``flush`` (empties the cache), ``busy`` (long generations that overflow a small pool), ``low`` (two prompts, one after
+the other), ``preempted`` (those prompts, each again and again preempted by others of a higher priority, as the
+scenario's ``preempt`` says: ``at_once`` of them run at a time, the others have so many ``tokens`` and generate none or
+one). Every round but ``flush`` yields a list of outputs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import sys
@@ -42,8 +45,8 @@ def greedy(tokens: int, **more: object) -> dict[str, object]:
 
 
 class Driver:
-    def __init__(self, engine, logprobs: bool) -> None:
-        self.engine, self.logprobs = engine, logprobs
+    def __init__(self, engine, logprobs: bool, preempt: dict[str, int]) -> None:
+        self.engine, self.logprobs, self.preempt = engine, logprobs, preempt
 
     def generate(self, prompts: list[list[int]], params: dict[str, object]) -> list[dict]:
         more = {"return_logprob": True, "top_logprobs_num": 5} if self.logprobs else {}
@@ -83,6 +86,38 @@ class Driver:
     def busy(self) -> list[dict]:
         return self.generate(tree_prompts(seed=3), greedy(150))
 
+    def low(self) -> list[dict]:
+        return [self.generate([prompt[:150]], greedy(80))[0] for prompt in tree_prompts(seed=7)[::8]]
+
+    def preempted(self) -> list[dict]:
+        """Outputs of the prompts of ``low`` in turn, ``at_once`` of which run while others come."""
+        rng = random.Random(8)
+        at_once, outs = self.preempt["at_once"], []
+        for after, new in itertools.product((1, 20), (0, 1)):
+            highs = [[rng.randrange(FIRST, LAST) for _ in range(self.preempt["tokens"])] for _ in range(at_once)]
+            outs += self.engine.loop.run_until_complete(self._preempt(at_once, highs, after, new))
+        assert all(out["meta_info"].get("num_retractions", 1) for out in outs), "nobody was preempted"
+        return [self.said(out) for out in outs]
+
+    async def _preempt(self, at_once: int, highs: list[list[int]], after: int, new: int) -> list[dict]:
+        async def one(nth: int) -> dict:
+            prompt = tree_prompts(seed=7)[::8][nth][:150]
+            stream = await self.engine.async_generate(
+                input_ids=prompt, sampling_params=greedy(80), priority=nth, stream=True
+            )
+            last, parts = None, 0
+            async for part in stream:
+                last, parts = part, parts + 1
+                if nth == 0 and parts == after:
+                    params = {"sampling_params": greedy(new), "priority": 1000}
+                    sent.append(asyncio.create_task(self.engine.async_generate(input_ids=highs, **params)))
+            return last
+
+        sent: list[asyncio.Task] = []
+        outs = await asyncio.gather(*(one(nth) for nth in range(at_once)))
+        await asyncio.gather(*sent)
+        return outs
+
     def flush(self) -> None:
         assert self.engine.flush_cache() is not None
 
@@ -115,7 +150,7 @@ def main() -> None:
 
     scenario = json.loads(sys.argv[1])
     engine = sglang.Engine(dtype="float32", random_seed=0, log_level="warning", **scenario["engine"])
-    driver = Driver(engine, scenario.get("logprobs", False))
+    driver = Driver(engine, scenario.get("logprobs", False), scenario.get("preempt", {}))
     said = {}
     for i, name in enumerate(scenario["rounds"]):
         said[f"{i}-{name}"] = getattr(driver, name)()

@@ -25,7 +25,12 @@ def install(folder: Path, *faults: str) -> dict[str, str]:
 def register() -> None:
     for fault in filter(None, os.environ.get(ENV, "").split(",")):
         name, _, argument = fault.partition("=")
-        {"poison": poison_freed_slots, "drop-token": drop_token, "break-hook": break_hook}[name](argument)
+        {
+            "poison": poison_freed_slots,
+            "drop-token": drop_token,
+            "forget-retractions": forget_retractions,
+            "break-hook": break_hook,
+        }[name](argument)
 
 
 def poison_freed_slots(_: str) -> None:
@@ -58,6 +63,19 @@ def drop_token(_: str) -> None:
         return plan
 
     planner.make_plan = faulty
+
+
+def forget_retractions(_: str) -> None:
+    """A batch compares equal to one before its requests' KV was taken from them."""
+    from packinfer_sgl.radix import BatchRows
+
+    read = BatchRows.of
+
+    def faulty(batch):
+        rows = read(batch)
+        return rows._replace(rows=[(*row[:3], 0) for row in rows.rows])
+
+    BatchRows.of = faulty
 
 
 def break_hook(target: str) -> None:
