@@ -10,9 +10,8 @@ from packinfer_sgl.kernels.packed import N_MERGED, N_QUERIES
 
 
 @triton.jit
-def _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM: tl.constexpr):
-    """The softmax over the union of what partial results ``begin`` to ``end`` of a head saw."""
-    BLOCK_P: tl.constexpr = 16
+def _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The softmax over the union of what partial results ``begin`` to ``end`` of a head saw, BLOCK_P at a time."""
     d = tl.arange(0, HEAD_DIM)
     acc = tl.zeros([HEAD_DIM], tl.float32)
     top = -float("inf")
@@ -35,7 +34,7 @@ def _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM: tl.
 @triton.jit
 def _merge_query(
     part_out_ptr, part_lse2_ptr, out_ptr, lse2_ptr, stride_out_token, stride_out_head, n_heads, query, begin, end,
-    first_head, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
+    first_head, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Partial results ``begin`` to ``end`` of HEADS heads of a query, to the output."""
     head = first_head + tl.arange(0, HEADS)
@@ -58,7 +57,7 @@ def _merge_query(
     else:
         for i in tl.static_range(HEADS):
             h = first_head + i
-            one, one_lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, h, n_heads, HEAD_DIM)
+            one, one_lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, h, n_heads, HEAD_DIM, BLOCK_P)
             out_row = out_ptr + query.to(tl.int64) * stride_out_token + h.to(tl.int64) * stride_out_head
             tl.store(out_row + d, one.to(out_ptr.dtype.element_ty))
             tl.store(lse2_ptr + query.to(tl.int64) * n_heads + h, one_lse2)
@@ -78,6 +77,7 @@ def merge_kernel(
     most_queries,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (query, i) merges the partial results of a query for the ``i``th HEADS of its heads.
@@ -105,7 +105,7 @@ def merge_kernel(
     elif end > begin:
         _merge_query(
             part_out_ptr, part_lse2_ptr, out_ptr, lse2_ptr, stride_out_token, stride_out_head, n_heads, query, begin,
-            end, first_head, HEAD_DIM, HEADS,
+            end, first_head, HEAD_DIM, HEADS, BLOCK_P,
         )  # fmt: skip
 
 
@@ -124,6 +124,7 @@ def merge_listed_kernel(
     n_rows,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``merge_kernel`` where queries are many and few of them have partial results: those in a list.
@@ -139,7 +140,7 @@ def merge_listed_kernel(
         end = tl.load(merge_indptr_ptr + query + 1)
         _merge_query(
             part_out_ptr, part_lse2_ptr, out_ptr, lse2_ptr, stride_out_token, stride_out_head, n_heads, query, begin,
-            end, first_head, HEAD_DIM, HEADS,
+            end, first_head, HEAD_DIM, HEADS, BLOCK_P,
         )  # fmt: skip
     head = first_head + tl.arange(0, HEADS)
     d = tl.arange(0, HEAD_DIM)

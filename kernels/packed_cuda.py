@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import triton
 
@@ -24,6 +25,8 @@ from packinfer_sgl.plan import Col, Plan
 
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
 LOG2_E = math.log2(math.e)
+# partial results that a program of the merge loads at once, and its warps: few programs have many results each
+MERGE_FEW, MERGE_MANY = (64, 4), (16, 1)
 
 
 class PackedCuda:
@@ -99,6 +102,7 @@ class PackedCuda:
         block = staging.numpy()
         counts = block[self._at["counts"]]
         counts[: len(plan.class_indptr)] = plan.class_indptr
+        self._class_items = np.diff(plan.class_indptr)
         merged = plan.merged
         counts[int(N_QUERIES)], counts[int(N_SPANS)] = len(plan.merge_indptr) - 1, len(plan.spans)
         counts[int(N_MERGED)] = len(merged)
@@ -189,13 +193,18 @@ class PackedCuda:
             sm_scale * LOG2_E, logits_soft_cap * LOG2_E,
         )  # fmt: skip
         flags = (view["counts"], view["counts"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
+        group, is_first = n_heads // self.kv_heads, True
         for i, tile in enumerate(self.tiles):
+            if any(n * group <= smaller.rows for smaller in self.tiles[i + 1 :]):
+                # so few queries go into a smaller tile, whatever they share, in any plan that a graph will replay
+                assert self._class_items[i] == 0, f"a plan for {n} queries has tiles of {tile.rows} rows"
+                continue
             grid, heads = (self._sms * tile.programs,), (i, i + 1, self.kv_heads, n_heads)
             kind = {
-                "GROUP": n_heads // self.kv_heads, "HEAD_DIM": head_dim, "BLOCK_N": tile.tokens, "PAGE": page_size,
+                "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_N": tile.tokens, "PAGE": page_size,
                 "SOFT_CAP": logits_soft_cap > 0, "STAGES": tile.stages,
                 # the first launch needs all that came before it on the stream
-                "launch_pdl": self._pdl and i > 0,
+                "launch_pdl": self._pdl and not is_first,
             }  # fmt: skip
             if tile.rows > 64:
                 packed_attention_extend_kernel[grid](
@@ -216,12 +225,17 @@ class PackedCuda:
                     # full blocks apart from the rest pay where they are many; tails are short, and flags spill
                     PEEL=i == 0 and mask is None, maxnreg=255 if tile.gather_registers else tile.registers,
                 )  # fmt: skip
+            is_first = False
         # a multiprocessor holds 32 programs at once: where there are more, each merges several heads
         crowded = n * n_heads > 32 * self._sms
         heads = next(h for h in (4, 2, 1) if n_heads % h == 0 and (crowded or h == 1))
         partials = (self._part_out, self._part_lse2, view["merge_indptr"])
         results = (out, lse2, out.stride(0), out.stride(1), n_heads)
-        kind = {"HEAD_DIM": head_dim, "HEADS": heads, "PDL": self._pdl, "num_warps": 1, "launch_pdl": self._pdl}
+        at_once, warps = MERGE_FEW if n * n_heads <= self._sms else MERGE_MANY
+        kind = {
+            "HEAD_DIM": head_dim, "HEADS": heads, "BLOCK_P": at_once, "PDL": self._pdl, "num_warps": warps,
+            "launch_pdl": self._pdl,
+        }  # fmt: skip
         if windowed:
             many = n if self.replayed else self._n_merged + n - self._n_queries
             if many:

@@ -2,7 +2,7 @@
 
     python scripts/bench_engine.py --model DIR [--backends packinfer,fa3,flashinfer] [--loads shared-16000] [--out DIR]
 
-Each load is 64 requests at once, 256 new tokens each, with a warm radix cache: what remains is decode. Weights may be
+Each load is its requests at once, 256 new tokens each, with a warm radix cache: what remains is decode. Weights may be
 ``--load-format dummy``: the time of a step does not depend on them, but its text does; outputs are not compared here.
 """
 
@@ -22,17 +22,28 @@ from pathlib import Path
 from engine_worker import EngineWorker, Orders
 from servers import ServerError, stop_all, undone_at_end
 
-REQUESTS, NEW_TOKENS = 64, 256
-LOADS = {"shared-16000": (16000, 64), "shared-2000": (2000, 64), "unrelated-2000": (0, 2000)}
+NEW_TOKENS = 256
+# requests, tokens that they share, tokens of each of them
+LOADS = {
+    "shared-16000": (64, 16000, 64),
+    "shared-2000": (64, 2000, 64),
+    "unrelated-2000": (64, 0, 2000),
+    "alone-500": (1, 0, 500),
+    "alone-8000": (1, 0, 8000),
+    "alone-32000": (1, 0, 32000),
+    "four-8000": (4, 0, 8000),
+    "sixteen-2000": (16, 0, 2000),
+}
+MOST_REQUESTS = max(requests for requests, *_ in LOADS.values())
 
 
 def prompts(load: str) -> list[list[int]]:
     """The requests' token ids: one shared prefix and a suffix for each."""
     rng = random.Random(load)
-    shared, own = LOADS[load]
+    requests, shared, own = LOADS[load]
     words = lambda n: [rng.randrange(1000, 30000) for _ in range(n)]  # noqa: E731
     prefix = words(shared)
-    return [prefix + words(own) for _ in range(REQUESTS)]
+    return [prefix + words(own) for _ in range(requests)]
 
 
 def worker(backend: str, args: argparse.Namespace) -> None:
@@ -46,8 +57,8 @@ def worker(backend: str, args: argparse.Namespace) -> None:
         attention_backend=backend,
         mem_fraction_static=0.93,
         max_total_tokens=args.pool_tokens,
-        cuda_graph_max_bs_decode=REQUESTS,
-        max_running_requests=REQUESTS,
+        cuda_graph_max_bs_decode=MOST_REQUESTS,
+        max_running_requests=MOST_REQUESTS,
         cuda_graph_backend_prefill="disabled",
         random_seed=0,
         log_level="warning",
@@ -84,7 +95,7 @@ def measure(args: argparse.Namespace, undo: ExitStack) -> list[dict]:
         for _ in range(args.rounds):
             for backend, arm in arms.items():
                 said = arm.ask(order)
-                speeds[backend].append(REQUESTS * NEW_TOKENS / said["s"])
+                speeds[backend].append(LOADS[load][0] * NEW_TOKENS / said["s"])
                 if backend == "packinfer":
                     first = said
         medians = {backend: statistics.median(v) for backend, v in speeds.items()}
@@ -101,7 +112,7 @@ def main() -> int | None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--backends", default="packinfer,fa3,flashinfer")
-    parser.add_argument("--loads", default=",".join(LOADS))
+    parser.add_argument("--loads", default="shared-16000,shared-2000,unrelated-2000", help=", ".join(LOADS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pool-tokens", type=int, default=155000, help="KV pool of each engine, tokens")
     parser.add_argument("--engine", default="{}", help="more arguments of sglang.Engine, as JSON")
@@ -117,7 +128,7 @@ def main() -> int | None:
             sys.exit(f"bench_engine: {e}")
         except KeyboardInterrupt:
             return 130
-    environment = {"sglang": version("sglang"), "model": os.path.basename(args.model), "requests": REQUESTS}
+    environment = {"sglang": version("sglang"), "model": os.path.basename(args.model), "new_tokens": NEW_TOKENS}
     (args.out / "engine.json").write_text(json.dumps({"environment": environment, "results": results}, indent=1))
 
 

@@ -3,7 +3,8 @@
     python scripts/bench_kernels.py [--only D1,P] [--slots random,contiguous] [--baselines fa3,fi,cascade]
                                     [--trees kernel_trees.json] [--out DIR]    # results.json, results.md, plots
 
-Workloads: decode (D, E), prompts over cached prefixes and without (P), prompts beside decodes (M), and, if asked for,
+Workloads: decode (D, E; few requests with long contexts: S), prompts over cached prefixes and without (P), prompts
+beside decodes (M), and, if asked for,
 drafts to verify (V), one request's chunk over its cached tokens (C256@0 to C4096@32k) and random batches of prompts and
 decodes (R0 to R39). FlashInfer compiles its kernels when they are first called, some for minutes: ``--baselines`` can
 leave out those of decode and prefill (``fi``), ``cascade``, ``batch`` (BatchAttention) and ``pod`` (BatchPOD).
@@ -155,7 +156,7 @@ def bench(work: Workload, contiguous: bool, families: set[str]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="D,E,P,M", help="beginnings of workload names, by comma")
+    parser.add_argument("--only", default="D,E,S,P,M", help="beginnings of workload names, by comma")
     parser.add_argument("--slots", default="random,contiguous")
     parser.add_argument("--baselines", default=FAMILIES)
     parser.add_argument("--trees", type=Path, help="JSON file of tree shapes, run with each of its head configurations")

@@ -100,9 +100,7 @@ class Workload:
     def extend_plan(self, tiles: tuple[Tile, ...], sms: int) -> Plan:
         """With which SGLang's extend batches of this kind are served."""
         planner = extend_planner(self.shape, tiles, sms, grouping="multi", count=Stats().count_extend, always=True)
-        found = planner.fastest(self.tree(), np.array(self.new, np.int32), self.kv_lens)
-        assert found is not None
-        return found[1]
+        return planner.fastest(self.tree(), np.array(self.new, np.int32), self.kv_lens)[1].plan
 
 
 def tree_workload(name: str, heads: tuple[int, int], nodes: list[int], tokens: list[int], jitter: int = 0) -> Workload:
@@ -134,6 +132,9 @@ def decodes() -> list[Workload]:
         tree_workload("D9 MHA 2k, 64 x 256", (16, 16), [1, 64], [2048, 256], 64),
         tree_workload("D10 8k prefix, 8 x 256", (32, 8), [1, 8], [8192, 256], 64),
         tree_workload("D11 PAT 1,4,16,512", (32, 8), [1, 4, 16, 512], [1024, 256, 128, 32]),
+        flat("S1 1 x 8k", [8192]),
+        flat("S2 1 x 32k", [32768]),
+        flat("S3 4 x 8k", [8192] * 4),
         tree_workload("E2 2k prefix, 64 x 192", (32, 8), [1, 64], [2048, 192]),  # scripts/bench_engine.py, half-way
     ]
 
