@@ -1,6 +1,6 @@
 """Whole engines on CUDA: is packinfer right, and does it start with what else SGLang can do?
 
-    python scripts/check_engine.py [--only verify,logits,tp,dp,pd,eagle,wrap,fp8] [--out DIR]
+    python scripts/check_engine.py [--only verify,logits,turns,tp,dp,pd,eagle,wrap,fp8] [--out DIR]
 
 Writes tiny models with random weights, runs every engine in processes of its own, several at once on one GPU, and
 prints one line for each check: PASS, FAIL, or REFUSED with the line that says why. Exit code 0 unless one FAILs.
@@ -63,6 +63,8 @@ STOCK = "-unwrapped"  # a wrapped engine that failed, once more without packinfe
 UNEVEN = ("tree", "tree", "three", "one")
 # verify steps are grouped where it pays: with a tiny model, behind a long prefix
 DEEP = ("deep", "deep")
+TURNS = {"cuda_graph_max_bs_decode": 96, "max_running_requests": 96}
+TALK = ("turns", "turns")
 
 SCENARIOS = {
     "fa3": Scenario("llama", FA3),
@@ -70,6 +72,13 @@ SCENARIOS = {
     "packinfer": Scenario("llama", OURS, rounds=("tree", "tree", "samples")),
     "verify-bf16": Scenario("llama", {**OURS, **EAGER}, VERIFY),
     "verify-fp16": Scenario("llama", {**OURS, **EAGER, "dtype": "float16"}, VERIFY),
+    # graphs are replayed, and each plan compared with SGLang's table before
+    "audit": Scenario("llama", OURS, VERIFY, rounds=("tree", "tree", "samples")),
+    "turns-fa3": Scenario("llama128", {**FA3, **TURNS}, rounds=TALK),
+    "turns-triton": Scenario("llama128", {**TRITON, **TURNS}, rounds=TALK),
+    "turns-packinfer": Scenario("llama128", {**OURS, **TURNS}, rounds=TALK),
+    "turns-audit": Scenario("llama128", {**OURS, **TURNS}, VERIFY, rounds=TALK),
+    "turns-chain": Scenario("llama128", {**OURS, **TURNS, **CHAIN}, VERIFY, rounds=TALK, logprobs=False),
     "eagle-fa3": Scenario("llama", {**FA3, **EAGLE}, logprobs=False),
     "eagle-packinfer": Scenario("llama", {**OURS, **EAGLE}, logprobs=False),
     "fa3-128": Scenario("llama128", FA3, rounds=DEEP),
@@ -108,7 +117,8 @@ SCENARIOS = {
 }
 CHECKS = {
     "verify": ("verify-bf16", "verify-fp16"),
-    "logits": ("fa3", "triton", "packinfer"),
+    "logits": ("fa3", "triton", "packinfer", "audit"),
+    "turns": ("turns-fa3", "turns-triton", "turns-packinfer", "turns-audit", "turns-chain"),
     "tp": ("fa3", "triton", "tp2-fa3", "tp2-packinfer"),
     "dp": ("fa3", "triton", "dp2-packinfer", "dpa-fa3", "dpa-packinfer", "dpa-eager-packinfer"),
     "pd": ("pd-decode", "pd-prefill"),
@@ -132,7 +142,7 @@ def account(ran: Ran) -> str:
             continue
         text = f"{state['packed_steps']} packed steps over {state['base_backend']}"
         text += f", KV tokens read {state['kv_tokens_read']} of {state['kv_tokens_logical']}"
-        for kind in ("fallback_steps", "fallback_layers"):
+        for kind in ("fallback_steps", "fallback_layers", "fitted_plans", "audited_steps"):
             if state.get(kind):
                 text += f", {kind} {state[kind]}"
         parts.append(text)
@@ -171,20 +181,22 @@ class Judge:
                 return False
         return True
 
-    @property
-    def limit(self) -> float:
-        """How far log-probabilities of two correct kernels may be apart: twice what two stock backends are."""
-        return 2 * compare(self.ran["triton"], self.ran["fa3"]).drift
-
-    def same(self, check: str, name: str, reference: str, *, packed: bool = True, control: str = "") -> None:
+    def same(
+        self, check: str, name: str, reference: str, *, packed: bool = True, control: str = "", stock: str = ""
+    ) -> None:
         """A row: ``name`` says what ``reference`` says, but for near ties. ``control`` is a stock engine that differs
-        from ``reference`` in more than its kernels; then what it deviates is allowed, too."""
+        from ``reference`` in more than its kernels; then what it deviates is allowed, too.
+
+        Log-probabilities of two correct kernels may be twice as far apart as those of two stock backends, the engines
+        ``stock`` + "triton" and ``stock`` + "fa3".
+        """
         ours, diff = self.ran[name], compare(self.ran[name], self.ran[reference])
-        drift, gap = self.limit, 2 * self.limit  # each of two tokens may have moved by the limit
+        drift = 2 * compare(self.ran[f"{stock}triton"], self.ran[f"{stock}fa3"]).drift
+        gap = 2 * drift  # each of two tokens may have moved by the limit
         if control:
-            stock = compare(self.ran[control], self.ran[reference])
-            drift, gap = max(drift, 2 * stock.drift), max(gap, stock.gap if stock.gap < float("inf") else 0.0)
-            self.add(f"{check}: stock", True, f"{control} against {reference}: {stock}")
+            other = compare(self.ran[control], self.ran[reference])
+            drift, gap = max(drift, 2 * other.drift), max(gap, other.gap if other.gap < float("inf") else 0.0)
+            self.add(f"{check}: stock", True, f"{control} against {reference}: {other}")
         ok = diff.of > 0 and diff.drift <= drift and diff.gap <= gap and (not packed or packs(ours))
         note = f"{name} against {reference}: {diff} (limits {drift:.3g}, {gap:.3g}); {account(ours)}"
         self.add(check, ok, note)
@@ -203,6 +215,24 @@ class Judge:
             groups = [own[i : i + 4] for i in range(0, len(own), 4)]
             equal = sum(sample["ids"] == group[0]["ids"] for group in groups for sample in group)
             self.add("samples", len(own) == 12, f"{equal}/12 greedy samples equal the first of their prompt")
+
+        if self.started("audit", "audit", stock=("fa3", "triton")):
+            self.same("audit", "audit", "fa3", control="triton")
+            self.audited("audit")
+
+    def audited(self, name: str) -> None:
+        """A row: each step's slots were compared with SGLang's table."""
+        state = self.ran[name].state
+        self.add(f"{name} steps", state["audited_steps"] == state["packed_steps"] > 0, account(self.ran[name]))
+
+    def turns(self) -> None:
+        names = ("turns-packinfer", "turns-audit")
+        if self.started("turns", *names, "turns-chain", stock=("turns-fa3", "turns-triton")):
+            for name in names:
+                self.same(name, name, "turns-fa3", control="turns-triton", stock="turns-")
+            self.same("turns-chain", "turns-chain", "turns-fa3", control="turns-triton", stock="turns-")
+            self.audited("turns-audit")
+            self.audited("turns-chain")
 
     def tp(self) -> None:
         if self.started("tp", "tp2-packinfer", stock=("fa3", "triton", "tp2-fa3")):

@@ -49,7 +49,8 @@ def worker(scenario: dict) -> None:
     """Print READY, then RESULT with what was said in each round and the engine's own account of it.
 
     Rounds: ``tree``: 16 requests in a three-level tree of prefixes; ``deep``: the same with a longer prefix for all;
-    ``samples``: 4 samples of each of 3 prompts; ``three``, ``one``: so many requests.
+    ``samples``: 4 samples of each of 3 prompts; ``three``, ``one``: so many requests; ``turns``: two requests at each
+    turn of a conversation of 48 turns.
     """
     import sglang
 
@@ -62,6 +63,9 @@ def worker(scenario: dict) -> None:
     for i, name in enumerate(scenario["rounds"]):
         shared = 1500 if name == "deep" else 300
         prompts = tree_prompts(2, shared)[: {"samples": 3, "three": 3, "one": 1}.get(name)]
+        if name == "turns":
+            talk = tree_prompts(3, 48 * 64)[0]
+            prompts = [[*talk[: 64 * (1 + i // 2)], 300 + i] for i in range(96)]
         params = greedy(TOKENS, **({"n": 4} if name == "samples" else {}))
         more = {"return_logprob": True, "top_logprobs_num": TOP} if scenario["logprobs"] else {}
         if "disaggregation_mode" in scenario["engine"]:  # SGLang's own stand-in for a prefill server
