@@ -26,7 +26,7 @@ from packinfer_sgl.plan import Col, Plan
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
 LOG2_E = math.log2(math.e)
 # partial results that a program of the merge loads at once, and its warps: few programs have many results each
-MERGE_FEW, MERGE_MANY = (64, 4), (16, 1)
+MERGE_FEW, MERGE_MANY = (128, 4), (16, 1)
 
 
 class PackedCuda:
