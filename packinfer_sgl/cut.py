@@ -50,7 +50,7 @@ def make_plan(
         w = listed_once
         whole = (w.parent, w.row_lo, w.row_hi, w.start, w.end, w.tail_start)
         segments, n_shared, spans, append_base, kv_capacity = list_once(*listed, whole)
-    queries, place_of, tiles = _tiles(tree.row_order, segments, n_shared, qo_indptr, sees, policy.table)
+    queries, place_of, tiles = _tiles(tree.row_order, segments, n_shared, qo_indptr, sees, policy.table, room_tokens)
     pieces = cut_pieces(tiles, policy.table)
     items, *others, kv_tokens_read = _items(
         tree.row_order, segments, n_shared, queries, place_of, tiles, pieces, sees, len(policy.table), room_tokens
@@ -66,16 +66,16 @@ def make_plan(
 
 # ``queries`` queries, from the ``first`` in place order, over the segment's KV positions [a_from, a_to) as run A and
 # ``b_len`` entries of the slot list from ``b_at`` on as run B: the segment's next positions, or, with ``ride``, tails
-# of the queries' rows.
+# of the queries' rows. Run A of a tail may grow by up to ``grows`` tokens while the plan lives.
 TILE = np.dtype(
     [(name, np.int64) for name in ("segment", "tile_class", "first", "queries", "a_from", "a_to", "b_at", "b_len")]
-    + [("ride", np.bool_), ("pieces", np.int64)]
+    + [("ride", np.bool_), ("pieces", np.int64), ("grows", np.int64)]
 )
 ITEM = np.dtype([(column.name.lower(), np.int32) for column in Col])
 
 
 @njit(cache=True)
-def _tiles(row_order, segments, n_shared, qo_indptr, sees, policy):  # type: ignore[no-untyped-def]
+def _tiles(row_order, segments, n_shared, qo_indptr, sees, policy, room_tokens):  # type: ignore[no-untyped-def]
     """The queries in place order, the place of each, and their tiles."""
     query_at = np.zeros(len(row_order) + 1, np.int64)  # of the first query of each place
     queries = np.empty(qo_indptr[-1], np.int32)
@@ -86,6 +86,8 @@ def _tiles(row_order, segments, n_shared, qo_indptr, sees, policy):  # type: ign
         queries[query_at[place] : query_at[place + 1]] = np.arange(begin, end)
         place_of[query_at[place] : query_at[place + 1]] = place
     tiles = _whole_tiles(segments, query_at, policy)
+    for tile in tiles:
+        tile.grows = room_tokens if tile.segment >= n_shared else 0
     see_from, see_to, windows = sees
     if windows:
         tiles = _ride(tiles, segments, n_shared, queries, place_of, see_from, see_to, policy[0].ride_tokens)

@@ -12,7 +12,8 @@ import numpy as np
 from numba import njit
 
 # Tokens [begin, end) of a tile's run A, the ``nth`` piece of it, in a program that from here on takes as long as for
-# ``cost`` tokens of a full tile.
+# ``cost`` tokens of a full tile. The last piece of a tail that grows is shorter than the others by what it may grow:
+# where programs are done together, a longer one would delay each step.
 PIECE = np.dtype([(name, np.int64) for name in ("tile", "nth", "begin", "end", "program", "cost")])
 # into how many pieces the longest tile may go, where programs take the next when they are free; and how much faster
 # that must be able to become to be looked into
@@ -45,7 +46,12 @@ def cut_pieces(tiles, policy):  # type: ignore[no-untyped-def]
     pieces = np.empty(tiles.pieces.sum(), PIECE)
     n = 0
     for i, tile in enumerate(tiles):
-        length = -(-(tile.a_to - tile.a_from) // tile.pieces)
+        tokens, grows = tile.a_to - tile.a_from, tile.grows
+        if np.isnan(policy[tile.tile_class].parallel):  # pieces are as long as they may be, not as fast as they can
+            grows = 0
+        length = -(-(tokens + grows) // tile.pieces)
+        if (tile.pieces - 1) * length >= tokens:  # the last piece would have no tokens
+            length = -(-tokens // tile.pieces)
         for nth in range(tile.pieces):
             piece = pieces[n]
             piece.tile, piece.nth, piece.program = i, nth, n
@@ -164,7 +170,9 @@ def _best_alone(tiles, timing, chunk):  # type: ignore[no-untyped-def]
     share = ((tiles.a_to - tiles.a_from + tiles.b_len).sum() + (len(tiles) + n) * fixed) / n
     token_us = timing.token_us * n / timing.parallel
     shares_us = share / (1 - np.exp(-timing.drain)) * token_us + 2 * n * tiles.queries.max() * timing.partial_us
-    return (chunk, n, share) if shares_us < best_us and share <= timing.chunk_tokens else (chunk, 0, 0.0)
+    if shares_us < best_us and share <= timing.chunk_tokens:
+        return chunk, n, share + tiles.grows.sum() / n
+    return chunk, 0, 0.0
 
 
 @njit
@@ -204,8 +212,9 @@ def _in_shares(tiles, n_shares, share, timing):  # type: ignore[no-untyped-def]
                 nth_share += 1
             room = (nth_share + 1) * share - done - fixed
             length = left
-            if left > 0 and nth_share < n_shares - 1 and left > room + least:
-                length = max(int(room), least, 1)
+            cut = max(int(room), least, 1)
+            if cut < left and nth_share < n_shares - 1 and left + tile.grows > room + least:
+                length = cut
             if nth_share != program_share:
                 program, program_share = program + 1, nth_share
             piece = pieces[n]
@@ -214,6 +223,7 @@ def _in_shares(tiles, n_shares, share, timing):  # type: ignore[no-untyped-def]
             piece.cost = length + (tile.b_len if length == left else 0)
             n, tile.pieces, done, begin = n + 1, tile.pieces + 1, done + fixed + piece.cost, begin + length
             if begin == tile.a_to:
+                done += tile.grows
                 break
             nth_share += 1
     pieces = pieces[:n]

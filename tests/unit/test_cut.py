@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
@@ -60,6 +61,19 @@ def test_what_does_not_fill_its_last_wave_is_divided() -> None:
     assert (plan_of([4000] * 20).items[:, Col.NEXT] < 0).all()
     assert len(loads(plan_of([100] * 21))) == 21  # too short to cut
     assert len(loads(plan_of([4000] * 62, partial_us=1e3))) == 62  # partial results cost more than idle programs
+
+
+def test_a_tail_that_grows_has_a_shorter_last_piece() -> None:
+    """One row among all programs: while it grows, no piece is ever longer than it needs to be in the end."""
+    room, lens = 64, np.array([9000], np.int32)
+    tree = PrefixTree.unshared(1)
+    cut = [policy(0.0), replace(policy(0.0), timings=tuple(replace(t, shares=0) for t in policy(0.0).timings))]
+    for each in cut:  # into shares, or into pieces
+        plan = make_plan(tree, lens, each, kv_tokens_unique=9000, room_tokens=room)
+        assert len(plan.items) > 5 and plan.kv_tokens_read == 9000
+        is_open = plan.items[:, Col.OPEN_ROW] >= 0
+        grown = plan.items[:, Col.A_LEN] + room * is_open
+        assert is_open.sum() == 1 and grown.max() - grown.min() <= FIXED
 
 
 def test_tails_beside_nodes_are_not_divided() -> None:
