@@ -3,10 +3,11 @@
     python scripts/soak.py [--requests 2000] [--seed 0]
 
 A tiny model on the CPU: requests behind families of prompts that are many times the pool, so that eviction never
-stops, with aborts, cache flushes and retractions, and siblings held back. Every request must be answered, as the stock
-backend answers it (up to near-ties), SGLang's own leak check, which runs whenever the server is idle, must stay silent,
-and in each decode step the arena's books must balance and each copy that is read must equal what it was copied from.
-Exit code 0: all of that held.
+stops, with aborts, cache flushes, retractions, preemptions by requests of a higher priority, many of which generate
+nothing, and siblings held back. Every request must be answered, as the stock backend answers it (up to near-ties),
+SGLang's own leak check, which runs whenever the server is idle, must stay silent, and in each decode step the plan must
+read just the slots that SGLang's table has, the arena's books must balance and each copy that is read must equal what
+it was copied from. Exit code 0: all of that held.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from typing import Any
 NEAR_TIE = 1e-4  # log-probability: the order of float32 sums may decide between tokens as close as this
 LONGEST = 60  # tokens of an answer
 PROMPTS = 60
-ENGINE = {"max_total_tokens": 2600, "max_running_requests": 24, "chunked_prefill_size": 512}
+ENGINE = {"max_total_tokens": 2600, "max_running_requests": 6, "chunked_prefill_size": 512}
+PRIORITIES = {"enable_priority_scheduling": True}
+URGENT, WITHIN_S = 1000, 2.0  # a priority that preempts others, and when such requests come after the others
 # SGLang's own setting for tests: some requests are retracted at every so many forward passes
 PACKINFER = {
     "PACKINFER_CONFIG": '{"arena_tokens": 500, "hold_siblings": true}',
@@ -53,14 +56,20 @@ def prompts(seed: int) -> list[list[int]]:
 
 
 def audit() -> None:
-    """SGLang's entry into this file, in the server's processes: look at the arena after each decode step."""
+    """SGLang's entry into this file, in the server's processes: look at slots and arena after each decode step."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from packinfer_sgl.cpu_decode import CpuDecode, audit_reads
     from packinfer_sgl.metrics import STATS
     from packinfer_sgl.regroup import Regroup
 
     seen: Counter[str] = Counter()
-    count_step = Regroup.count_step
+    count_step, decode_step = Regroup.count_step, CpuDecode.step
+
+    def read_right(self: CpuDecode, rows: Any, pool_rows: Any, kv_lens: Any, out_slots: Any) -> Any:
+        packed = decode_step(self, rows, pool_rows, kv_lens, out_slots)
+        audit_reads(self._planner.plan, self._kv_slots, self.req_to_token, pool_rows, kv_lens.numpy(), STATS)
+        return packed
 
     def audited(self: Regroup) -> None:
         held = [s for s in (*self._copies.values(), *self._waiting.values()) if s.slot >= 0]
@@ -77,11 +86,16 @@ def audit() -> None:
     def retracted(result: Any, *args: Any, **kwargs: Any) -> None:
         seen["retractions"] += 1
 
+    def preempted(result: bool, *args: Any, **kwargs: Any) -> None:
+        seen["preemptions"] += bool(result)
+
     def flushed(result: Any, *args: Any, **kwargs: Any) -> None:
         seen["flushes"] += bool(result)
 
-    Regroup.count_step = audited
+    Regroup.count_step, CpuDecode.step = audited, read_right
     HookRegistry.register("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", retracted, HookType.AFTER)
+    adder = "sglang.srt.managers.schedule_policy.PrefillAdder.preempt_to_schedule"
+    HookRegistry.register(adder, preempted, HookType.AFTER)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.flush_cache", flushed, HookType.AFTER)
 
 
@@ -94,7 +108,13 @@ def play(backend: str, model: str, requests: int, seed: int) -> dict[str, Any]:
     import sglang
 
     engine = sglang.Engine(
-        model_path=model, attention_backend=backend, dtype="float32", random_seed=0, log_level="error", **ENGINE
+        model_path=model,
+        attention_backend=backend,
+        dtype="float32",
+        random_seed=0,
+        log_level="error",
+        **ENGINE,
+        **(PRIORITIES if backend == "packinfer" else {}),
     )
     asked = prompts(seed)
     if backend != "packinfer":
@@ -114,10 +134,13 @@ def play(backend: str, model: str, requests: int, seed: int) -> dict[str, Any]:
 
     async def one(i: int, prompt: int, tokens: int, abort_at: int | None) -> dict[str, Any]:
         nonlocal aborted
+        if tokens < LONGEST:  # while others run
+            await asyncio.sleep(WITHIN_S * (i % 10) / 10)
         rid = f"soak-{i}"
         stream = await engine.async_generate(
-            input_ids=asked[prompt], sampling_params=greedy(tokens), rid=rid, stream=True
-        )
+            input_ids=asked[prompt], sampling_params=greedy(tokens), rid=rid, stream=True,
+            priority=URGENT if tokens < LONGEST else 0,
+        )  # fmt: skip
         last, parts = None, 0
         async for part in stream:
             parts += 1
@@ -137,8 +160,8 @@ def play(backend: str, model: str, requests: int, seed: int) -> dict[str, Any]:
         hot = rng.sample(range(PROMPTS), 15)
         orders = []
         for i in range(at, min(requests, at + rng.randint(20, 80))):
-            tokens = rng.choice([3, 20, LONGEST, LONGEST])
-            abort_at = rng.randint(1, tokens - 1) if rng.random() < 0.1 else None
+            tokens = rng.choice([0, 3, 20, LONGEST, LONGEST, LONGEST, LONGEST])
+            abort_at = rng.randint(1, tokens - 1) if tokens and rng.random() < 0.1 else None
             orders.append((i, rng.choice(hot if rng.random() < 0.9 else range(PROMPTS)), tokens, abort_at))
         said += engine.loop.run_until_complete(wave(orders))
         at += len(orders)
@@ -202,11 +225,13 @@ def soak(requests: int, seed: int, folder: Path) -> list[str]:
             at_token = f"token {at}: {answer['ids'][at]}, stock {expected['top'][at]}" if at is not None else "too few"
             print(f"answer {i} to prompt {answer['prompt']}, {of}; {at_token}")
     state, after = ours["state"], ours["after_flush"]
-    arena, seen = state["arena"], {"retractions": 0, "flushes": 0, "steps": 0, **state.get("soak", {})}
+    none = {"retractions": 0, "preemptions": 0, "flushes": 0, "steps": 0}
+    arena, seen = state["arena"], {**none, **state.get("soak", {})}
     print(f"{len(ours['said'])} answers: {verdicts[None]} equal, {verdicts['near-tie']} near-ties, "
           f"{verdicts['different']} different; {ours['aborted']} aborted")  # fmt: skip
     print(f"packed: {state['packed_steps']} decode steps, {state['packed_extends']} prefills and chunks")
-    print(f"audited steps {seen['steps']}, retractions {seen['retractions']}, flushes {seen['flushes']}")
+    print(f"audited steps {seen['steps']}, slots of {state['audited_steps']}, retractions {seen['retractions']}, "
+          f"preemptions {seen['preemptions']}, flushes {seen['flushes']}")  # fmt: skip
     print("arena: " + ", ".join(f"{name} {value:,}" for name, value in arena.items()))
     print("held: " + ", ".join(f"{name} {value:,}" for name, value in state["held"].items()))
     must = {
@@ -215,7 +240,11 @@ def soak(requests: int, seed: int, folder: Path) -> list[str]:
         "a flush leaves copies in the arena": after["used_tokens"] == after["spans"] == 0,
         "nothing was copied and found": min(arena["copies"], arena["hits"]) > 0,
         "no request was held and found its prefix": min(state["held"].values()) > 0,
-        "nothing was retracted, aborted or flushed": min(seen["retractions"], seen["flushes"], ours["aborted"]) > 0,
+        "nothing was retracted, preempted, aborted or flushed": min(
+            seen["retractions"], seen["preemptions"], seen["flushes"], ours["aborted"]
+        )
+        > 0,
+        "a decode step was not audited": state["audited_steps"] == state["packed_steps"],
     }
     return [problem for problem, held in must.items() if not held]
 
