@@ -218,6 +218,21 @@ def test_a_failing_pass_leaves_nothing_behind(one_pass):
 
 
 @pytest.mark.contract
+def test_a_pass_that_cannot_decide_goes_on_as_sglangs_own(one_pass, monkeypatch, caplog):
+    from packinfer_sgl.patches import hold
+
+    hold._log_once.cache_clear()
+    requests = [request() for _ in range(4)]
+    for method in ("__init__", "wait", "may_overtake"):
+        one_pass.adder.can_run_list = []
+        with monkeypatch.context() as patch:
+            patch.setattr(hold.Pass, method, lambda *_: 1 / 0)
+            assert one_pass(requests) == ([True] * 4)
+    assert caplog.text.count("requests could not be held back") == 1
+    one_pass.adder.can_run_list = []
+    assert one_pass(requests) == [True, False, False, False]
+
+
 def test_pipeline_parallelism_is_refused():
     from packinfer_sgl.patches.hold import HoldError, start
 

@@ -77,6 +77,68 @@ def test_two_batch_overlap_is_refused():
         layer_reasons(runner)
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}, {}],
+    ids=lambda flag: str([*flag]),
+)
+def test_deterministic_mode_is_refused(flag, model, monkeypatch):
+    """Under a stock backend's name, which SGLang's own check lets pass; by the setting, whoever gave it."""
+    from sglang.srt import runtime_context
+    from sglang.srt.server_args import ServerArgs
+
+    from packinfer_sgl.plugin import Over, PluginError
+
+    monkeypatch.setenv("PACKINFER_CONFIG", '{"wrap": true}')
+    args = ServerArgs(model_path=model, attention_backend="triton", **flag)
+    runtime_context.publish(args, role="scheduler")
+    built = []
+    runner = SimpleNamespace(is_draft_worker=True)  # else it is looked at further
+
+    def wrapped() -> object:
+        return Over("triton", lambda runner: built.append(runner))(runner)
+
+    try:
+        if flag:
+            name = next(iter(flag)).replace("_", "-")
+            with pytest.raises(
+                PluginError, match=f"^packinfer: --{name} promises bits that do not depend on what runs"
+            ):
+                wrapped()
+        else:
+            wrapped()
+    finally:
+        runtime_context.reset_context()
+    assert len(built) == (not flag)
+
+
+def test_flags_reach_a_parser_whose_method_was_replaced():
+    """Frameworks that start SGLang themselves prefix its flags like that."""
+    import argparse
+    import dataclasses
+
+    from sglang.srt.server_args import ServerArgs
+
+    from packinfer_sgl.config import Config, flag
+
+    parser = argparse.ArgumentParser()
+    add, names = parser.add_argument, []
+    parser.add_argument = lambda *flags, **more: (names.append(flags[0]), add(f"--rl-{flags[0][2:]}", **more))
+    ServerArgs.add_cli_args(parser)
+    assert {flag(field.name) for field in dataclasses.fields(Config)} <= set(names)
+    given = parser.parse_args(["--rl-model-path", "m", "--rl-packinfer-grouping", "single"])
+    assert given.packinfer_grouping == "single"
+
+
+def test_a_request_counts_how_often_its_kv_was_taken():
+    """By this a batch is told from one before a retraction or a preemption."""
+    from sglang.srt.managers.schedule_batch import Req
+
+    methods = {name: method.__code__ for name, method in vars(Req).items() if hasattr(method, "__code__")}
+    naming = [name for name, code in methods.items() if "retraction_count" in code.co_names]
+    assert sorted(naming) == ["__init__", "reset_for_retract"]  # nowhere is it set back
+
+
 def layer_and_pools():
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
