@@ -46,8 +46,8 @@ class Config:
     )
     verify: bool = _setting(
         False,
-        "debugging: check that grouped requests hold the same KV slots, that decode and verify steps read just the slots "
-        "of SGLang's table and, outside of CUDA graphs, each layer against the stock backend",
+        "debugging: check that grouped requests hold the same KV slots, that decode and verify steps read just the "
+        "slots of SGLang's table and, outside of CUDA graphs, each layer against the stock backend",
         unit="true or false",
         choices=("true", "false"),
     )
