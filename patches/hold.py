@@ -67,7 +67,7 @@ class Pass:
     def may_overtake(self, adder: Any, req: Any) -> bool:
         """Whether ``req`` leaves the held requests all that they need to be admitted in a later pass: a place in the
         running batch, KV slots, and that pass (the rest of a prompt in chunks goes before everybody)."""
-        if not self.held:
+        if not self.held or adder.preempt_list:  # who was preempted for it is lost in 0.5.17 if nobody is admitted
             return True
         places = self.scheduler.get_num_allocatable_reqs(len(adder.running_batch.reqs))
         return (

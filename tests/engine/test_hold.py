@@ -169,6 +169,26 @@ def test_nobody_takes_what_a_held_request_needs(what, value, one_pass):
 
 
 @pytest.mark.contract
+def test_one_for_whom_others_were_preempted_is_admitted(one_pass):
+    """SGLang 0.5.17 forgets those who were preempted in a pass that admits nobody; they were never answered."""
+    one_pass.adder.can_run_list = []
+    one_pass.adder.rem_total_tokens = 1
+    urgent = unrelated()
+
+    def preempts(scheduler):
+        from packinfer_sgl.patches import hold
+
+        hold._pass.held.append(request())
+        one_pass.adder.preempt_list.append(request())
+        return hold.hold(lambda adder, req: adder.can_run_list.append(req), one_pass.adder, urgent)
+
+    from packinfer_sgl.patches import hold
+
+    hold.scope_pass(preempts, one_pass.scheduler)
+    assert one_pass.adder.can_run_list == [urgent]
+
+
+@pytest.mark.contract
 def test_nobody_is_held_for_nothing(one_pass):
     """Without a radix cache, with Mamba layers, after others were preempted for it, or with the setting off."""
     from packinfer_sgl.metrics import STATS
