@@ -111,16 +111,21 @@ def verify_capacity(
     """
     queries, row_bytes = max_rows * drafts, shape.qo_heads * (shape.head_dim + 1) * 4
     least = max(8 * max_rows, least_partials(max_rows))
-    # a slot list that no batch overflows leaves no results but those of groups
-    once = _kv_slots(max_rows, context_tokens, pool_tokens) < max_rows * context_tokens
-    partials = least_partials(max_rows) * drafts if once else 2 * queries
+    kv_slots, most_kv_slots = _kv_slots(max_rows, context_tokens, pool_tokens), max_rows * context_tokens
+    partials = max(2 * queries, min(8 * queries + 65536 // shape.qo_heads, BUFFER_BYTES // row_bytes))
+    # either room for the results of a list that has each token once, or a list that no batch overflows
+    more_partials = max(least_partials(max_rows) * drafts - partials, 0)
+    if more_partials * row_bytes <= (most_kv_slots - kv_slots) * 4:
+        partials += more_partials if kv_slots < most_kv_slots else 0
+    else:
+        kv_slots = most_kv_slots
     return Capacity(
         queries=queries,
         slots=least * drafts,
         items=least * -(-drafts // tile_queries) + queries + 4096,
         spans=2 * max_rows,
-        partials=max(partials, min(8 * queries + 65536 // shape.qo_heads, BUFFER_BYTES // row_bytes)),
-        kv_slots=_kv_slots(max_rows, context_tokens, pool_tokens) + queries,
+        partials=partials,
+        kv_slots=kv_slots + queries,
     )
 
 

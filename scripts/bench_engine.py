@@ -47,7 +47,7 @@ def prompts(load: str) -> list[list[int]]:
 
 
 def worker(backend: str, args: argparse.Namespace) -> None:
-    """Obeys {"load"} with {"s", "cached", "packinfer"}."""
+    """Obeys {"load", "new"} (tokens to generate) with {"s", "cached", "packinfer"}."""
     orders = Orders()
     import sglang
 
@@ -65,7 +65,7 @@ def worker(backend: str, args: argparse.Namespace) -> None:
         **json.loads(args.engine),
     )
     for order in orders:
-        params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+        params = {"temperature": 0, "max_new_tokens": order["new"], "ignore_eos": True}
         started = time.perf_counter()
         outs = engine.generate(input_ids=prompts(order["load"]), sampling_params=params)
         took = time.perf_counter() - started
@@ -87,23 +87,27 @@ def measure(args: argparse.Namespace, undo: ExitStack) -> list[dict]:
         print(f"{backend} is up", flush=True)
     results = []
     for load in args.loads.split(","):
-        order = {"load": load}
+        order, only_first = {"load": load, "new": NEW_TOKENS}, {"load": load, "new": 1}
         for arm in arms.values():
             for _ in range(2):  # fills the radix cache, then the first warm run
                 first = arm.ask(order)
         speeds: dict[str, list[float]] = {backend: [] for backend in arms}
+        steps: dict[str, list[float]] = {backend: [] for backend in arms}  # ms of each token but the first
         for _ in range(args.rounds):
             for backend, arm in arms.items():
+                first_s = arm.ask(only_first)["s"]
                 said = arm.ask(order)
                 speeds[backend].append(LOADS[load][0] * NEW_TOKENS / said["s"])
+                steps[backend].append((said["s"] - first_s) / (NEW_TOKENS - 1) * 1e3)
                 if backend == "packinfer":
                     first = said
         medians = {backend: statistics.median(v) for backend, v in speeds.items()}
         best = max((m for b, m in medians.items() if b != "packinfer"), default=float("nan"))
         text = ", ".join(f"{b} {medians[b]:.0f} ({min(v):.0f}-{max(v):.0f})" for b, v in speeds.items())
         ratio = medians.get("packinfer", float("nan")) / best
+        text += "; ms a step " + ", ".join(f"{b} {statistics.median(v):.3f}" for b, v in steps.items())
         print(f"{load}: output tokens/s {text}; packinfer / best {ratio:.2f} | {first}", flush=True)
-        results.append({"load": load, "tokens_per_s": speeds, "last": first})
+        results.append({"load": load, "tokens_per_s": speeds, "step_ms": steps, "last": first})
     return results
 
 

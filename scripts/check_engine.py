@@ -118,7 +118,7 @@ SCENARIOS = {
 CHECKS = {
     "verify": ("verify-bf16", "verify-fp16"),
     "logits": ("fa3", "triton", "packinfer", "audit"),
-    "turns": ("turns-fa3", "turns-triton", "turns-packinfer", "turns-audit", "turns-chain"),
+    "turns": ("turns-fa3", "turns-triton", "turns-packinfer", "turns-audit", "turns-chain", "chain-fa3"),
     "tp": ("fa3", "triton", "tp2-fa3", "tp2-packinfer"),
     "dp": ("fa3", "triton", "dp2-packinfer", "dpa-fa3", "dpa-packinfer", "dpa-eager-packinfer"),
     "pd": ("pd-decode", "pd-prefill"),
@@ -227,11 +227,12 @@ class Judge:
 
     def turns(self) -> None:
         names = ("turns-packinfer", "turns-audit")
-        if self.started("turns", *names, "turns-chain", stock=("turns-fa3", "turns-triton")):
+        if self.started("turns", *names, stock=("turns-fa3", "turns-triton")):
             for name in names:
                 self.same(name, name, "turns-fa3", control="turns-triton", stock="turns-")
-            self.same("turns-chain", "turns-chain", "turns-fa3", control="turns-triton", stock="turns-")
             self.audited("turns-audit")
+        if self.started("turns-chain", "turns-chain", stock=("turns-fa3", "turns-triton", "chain-fa3")):
+            self.same("turns-chain", "turns-chain", "turns-fa3", control="turns-triton", stock="turns-")
             self.audited("turns-chain")
 
     def tp(self) -> None:
@@ -317,7 +318,8 @@ def main() -> None:
     names = list(dict.fromkeys(name for check in wanted for name in CHECKS[check]))
     out = args.out.resolve()
     (out / "models").mkdir(parents=True, exist_ok=True)
-    for model in sorted({SCENARIOS[name].model for name in names} | ({"eagle"} if "eagle" in wanted else set())):
+    drafts = {SCENARIOS[name].engine.get("speculative_draft_model_path") for name in names} - {None}
+    for model in sorted({SCENARIOS[name].model for name in names} | drafts):
         write_model(model, out / "models")
     ports = {name: 21000 + 1500 * i for i, name in enumerate(SCENARIOS)}  # SGLang takes some above each
     ran: dict[str, Ran] = {}

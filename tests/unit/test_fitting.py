@@ -133,7 +133,7 @@ def test_every_decode_batch_has_a_plan(batch: Served, heads: tuple[int, int], sp
 
 
 @settings(max_examples=60)
-@given(batches(), st.sampled_from(HEADS), st.sampled_from([0.0, 8.0]), st.sampled_from([2, 4, 8]))
+@given(batches(), st.sampled_from(HEADS), st.sampled_from([0.0, 8.0]), st.sampled_from([2, 4, 16]))
 def test_every_verify_step_has_a_plan(batch: Served, heads: tuple[int, int], spare: float, drafts: int) -> None:
     verify_plan(batch, heads, in_a_pool(batch, spare), drafts)
 
