@@ -152,6 +152,6 @@ def _fill_fragments(  # type: ignore[no-untyped-def]
             n -= 1
             segments[n].end, segments[n].to_slots = whole_end[node], to_slots[lister[node]]
         if lister[node] != own:
-            segments[n].start = max(whole_start[node], begin)
+            segments[n].start = whole_start[node]  # spans of the pruned tree begin where its nodes do
         last = lister[node]
         node = parent[node]
