@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-
-logger = logging.getLogger(__name__)
 
 # One tile holds all queries of a node; pieces bound the memory of a batched product.
 CPU_TILES = TilePolicy(tile_queries=(1 << 20, 1), chunk_tokens=4096)
@@ -89,7 +86,9 @@ class PackInferMixin:
         except Exception as e:  # it would end the server: the stock backend can run any batch
             if self._packinfer_verify:
                 raise
-            _count_error(e, "the stock backend runs this batch")
+            STATS.count_error(e, "the stock backend runs this batch")
+            if self._packinfer_decode is not None:
+                self._packinfer_decode.forget()  # its plan may be one that was never loaded
         self._packinfer_check = self._packinfer_verify
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
@@ -124,7 +123,7 @@ class PackInferMixin:
             except Exception as e:  # it would end the server; of the batch nothing but rows and lengths is needed
                 if self._packinfer_verify:
                     raise
-                _count_error(e, "this batch is run without groups")
+                STATS.count_error(e, "this batch is run without groups")
                 step.step_alone(pool_rows, lens)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
@@ -256,18 +255,6 @@ class PackInferMixin:
             if reason is not None:
                 STATS.set_layer(layer.layer_id, reason)
         return self._packinfer_layers[layer.layer_id]
-
-
-_errors: set[str] = set()
-
-
-def _count_error(error: Exception, then: str) -> None:
-    """Count that planning failed, and log it the first time; ``then`` is what happens instead."""
-    STATS.count_fallback(BatchReason.ERROR)
-    if repr(error) not in _errors:
-        _errors.add(repr(error))
-        text = "packinfer: planning failed, %s; please report this with the SGLang version"
-        logger.error(text, then, exc_info=error)
 
 
 def _n_rows(batch: ForwardBatch) -> int:

@@ -75,6 +75,10 @@ class CpuDecode:
             audit_reads(self._planner.plan, self._kv_slots, self.req_to_token, pool_rows, lens, self.stats)
         return self._packed
 
+    def forget(self) -> None:
+        """Make a new plan at the next step."""
+        self._planner.forget()
+
     def run(
         self,
         q: torch.Tensor,

@@ -73,6 +73,7 @@ class CudaDecode:
             stats=stats,
             regroup=regroup,
             overflow=capacity.overflow,
+            most_slots=capacity.slots,
         )
         logger.info("packinfer: decode buffers for %d rows: %.0f MB", max_rows, self._packed.nbytes / 1e6)
 
@@ -80,7 +81,8 @@ class CudaDecode:
         """Make the plan of this decode step the loaded one.
 
         Args:
-            rows: the scheduler's batch, or None if it is not known: then nothing counts as shared.
+            rows: the scheduler's batch, or None if it is not known: then nothing counts as shared, unless the batch
+                fits only if it is (``tree_by_slots``).
             pool_rows: [n] row of ``req_to_token`` of each request, on the GPU.
             lens: [n] int64 KV tokens of each row, the new one included.
         """
@@ -96,9 +98,16 @@ class CudaDecode:
             )  # fmt: skip
 
     def step_alone(self, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
-        """As ``step``, without groups and the arena: when that failed."""
-        self._planner.regroup = None
-        self.step(None, pool_rows, lens)
+        """As ``step``, of a batch of which nothing else is known, and without the arena: when that failed."""
+        regroup, self._planner.regroup = self._planner.regroup, None
+        try:
+            self.step(None, pool_rows, lens)
+        finally:
+            self._planner.regroup = regroup
+
+    def forget(self) -> None:
+        """Make a new plan at the next step."""
+        self._planner.forget()
 
     def step_for_capture(self, pool_rows: torch.Tensor) -> None:
         """Load a plan for rows of one token each, as graphs are captured with."""

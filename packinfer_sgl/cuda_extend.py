@@ -49,6 +49,7 @@ def extend_planner(
     count: Callable[[Plan, PrefixTree, float, tuple[str, ...]], None],
     always: bool,
     overflow: Callable[[Plan], dict[str, str]] | None = None,
+    most_slots: int = 1 << 62,
 ) -> ExtendPlanner:
     """Groups leave partial results, or, if their tails are short, these ride with them and partial results are few.
 
@@ -56,7 +57,7 @@ def extend_planner(
         tiles: ``tiles.tiles_for`` the GPU.
         sms: its multiprocessors.
         always: run every batch packed, whatever is expected.
-        count, overflow: see ``ExtendPlanner``; by default plans fit within ``BUFFER_BYTES``.
+        count, overflow, most_slots: see ``ExtendPlanner``; by default plans fit within ``BUFFER_BYTES``.
     """
     policy, cost = policy_of(shape, tiles, sms), EXTEND_H200.grouping(tiles[0].rows)
     riding = replace(policy, ride_tokens=RIDE_TOKENS)
@@ -68,6 +69,7 @@ def extend_planner(
         packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, sms, tiles[0].rows, tiles[0].tokens),
         stock_us=lambda q, kv: math.inf if always else EXTEND_H200.stock_us(q, kv, shape, sms),
         overflow=overflow or (lambda plan: _overflow(plan, shape)),
+        most_slots=most_slots,
     )
 
 
@@ -124,8 +126,9 @@ class CudaExtend:
         shape, sms = self.shape, multiprocessors(k.device)
         cut = replace(policy_of(shape, self._tiles, sms), timings=None, chunk_tokens=WARM_UP_KV // 4)
         tree = PrefixTree.unshared(2)
-        # merges of few and of many queries; where there are two tile classes, a prompt is of the large one
-        for queries in (17, 32 * sms // shape.qo_heads):
+        # merges of few queries, of more, and of many; where there are two tile classes, a prompt is of the large one
+        few = sms // shape.qo_heads
+        for queries in (*([few - 1] if few > 1 else []), max(17, few + 1), 32 * sms // shape.qo_heads):
             q_lens = np.array([queries, 1], np.int32)
             kv_lens = q_lens + WARM_UP_KV
             plan = make_plan(tree, kv_lens, cut, kv_tokens_unique=int(kv_lens.sum()), **causal(q_lens, kv_lens))

@@ -67,14 +67,15 @@ class CudaVerify:
         self._packed = PackedCuda(capacity, tiles, **heads, device=device, replayed=True)
         self._planner = extend_planner(
             shape, tiles, multiprocessors(device), grouping=grouping, count=stats.count_verify, always=True,
-            overflow=capacity.overflow,
+            overflow=capacity.overflow, most_slots=capacity.slots,
         )  # fmt: skip
 
     def step(self, rows: Rows | None, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
         """Make the plan of this verify step the loaded one.
 
         Args:
-            rows: the scheduler's batch, or None if it is not known: then nothing counts as shared.
+            rows: the scheduler's batch, or None if it is not known: then nothing counts as shared, unless the batch
+                fits only if it is (``tree_by_slots``).
             pool_rows: [n] row of ``req_to_token`` of each request, on the GPU.
             lens: [n] int64 KV tokens of each row, its drafts not included.
         """
@@ -92,7 +93,7 @@ class CudaVerify:
             )
 
     def step_alone(self, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
-        """As ``step``, without groups: when that failed."""
+        """As ``step``, of a batch of which nothing else is known: when that failed."""
         self.step(None, pool_rows, lens)
 
     def step_for_capture(self, pool_rows: torch.Tensor) -> None:

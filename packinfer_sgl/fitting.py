@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from packinfer_sgl.cut import make_plan
 from packinfer_sgl.groups import AttentionShape, CostModel, prune
 from packinfer_sgl.plan import Plan, TilePolicy
@@ -121,7 +123,7 @@ def verify_capacity(
         kv_slots = most_kv_slots
     return Capacity(
         queries=queries,
-        slots=least * drafts,
+        slots=max(least * drafts, partials),
         items=least * -(-drafts // tile_queries) + queries + 4096,
         spans=2 * max_rows,
         partials=partials,
@@ -136,11 +138,20 @@ def _kv_slots(max_rows: int, context_tokens: int, pool_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A plan that fits, the spans that it reads once, and what overflowed on the way to it."""
+    """A plan that fits, the spans that it reads once, what overflowed on the way to it, and whether its slot list has
+    each token once: then its spans are not those that it reads (``slot_list``)."""
 
     plan: Plan
     kept: PrefixTree
     overflowed: tuple[str, ...]
+    is_listed_once: bool
+
+
+def _members(kept: PrefixTree, q_lens: Int32 | None) -> int:
+    """Query slots of the spans that are read together."""
+    each = np.ones(kept.n_rows, np.int64) if q_lens is None else q_lens[kept.row_order]
+    before = np.concatenate([[0], np.cumsum(each)])
+    return int((before[kept.row_hi] - before[kept.row_lo]).sum())
 
 
 class DoesNotFit(RuntimeError):
@@ -159,6 +170,7 @@ def fit(
     q_lens: Int32 | None = None,
     saving_lens: Int32 | None = None,
     kept: PrefixTree | None = None,
+    most_slots: int = 1 << 62,
     **queries: Any,
 ) -> Fitted:
     """The plan that ``cost`` and ``policy`` ask for, or the nearest to it that fits.
@@ -168,6 +180,7 @@ def fit(
         overflow: what of a plan does not fit (``Capacity.overflow``).
         grouping, q_lens: see ``prune``; ``saving_lens``: its ``kv_lens``.
         kept: ``tree`` pruned like that, if it is known.
+        most_slots: query slots that fit; a choice of spans that needs more is not cut, only to see that.
         kv_lens, queries: see ``make_plan``.
 
     Raises:
@@ -183,7 +196,7 @@ def fit(
         plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, listed_once=once, **queries)
         over = overflow(plan)
         if not over:
-            return Fitted(plan, kept, tuple(overflowed))
+            return Fitted(plan, kept, tuple(overflowed), once is not None)
         overflowed |= over
         is_cut = policy.timings is not None or policy.chunk_tokens < UNCUT_TOKENS
         if once is None and over.keys() & {"kv_slots", "spans"}:
@@ -192,7 +205,7 @@ def fit(
             policy = replace(policy, chunk_tokens=UNCUT_TOKENS, timings=None)
         elif kept.n_nodes and not over.keys() & {"kv_slots", "spans", "queries"}:
             before = kept.n_nodes
-            while kept.n_nodes == before:
+            while kept.n_nodes == before or (kept.n_nodes and _members(kept, q_lens) > most_slots):
                 price_us *= 2
                 mode = grouping if price_us < DEAREST * dear_us else "off"
                 kept = prune(tree, shape, cost, mode, q_lens, saving_lens, price_us)

@@ -6,6 +6,7 @@ import logging
 import os
 import statistics
 import time
+import traceback
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,7 @@ class Stats:
     arena: Regroup | None = None
     held: Held | None = None
     _exported_at: float = 0.0
+    _errors: set[str] = field(default_factory=set)
 
     def count_plan(self, plan: Plan, tree: PrefixTree, took_us: float, overflowed: tuple[str, ...]) -> None:
         """A new plan was made from ``tree`` (pruned) in ``took_us`` microseconds; ``overflowed``: see ``Fitted``."""
@@ -116,6 +118,16 @@ class Stats:
     def count_fallback(self, reason: BatchReason) -> None:
         self.fallback_steps[reason.value] += 1
         self._export()
+
+    def count_error(self, error: Exception, then: str) -> None:
+        """Planning failed, ``then`` is what happens instead; logged once for each place where it does."""
+        self.count_fallback(BatchReason.ERROR)
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        place = f"{type(error).__name__} {frame.f_code.co_filename} {line}"
+        if place not in self._errors:
+            self._errors.add(place)
+            text = "packinfer: planning failed, %s; please report this with the SGLang version"
+            logger.error(text, then, exc_info=error)
 
     def set_layer(self, layer_id: int, reason: LayerReason) -> None:
         self.fallback_layers[layer_id] = reason.value

@@ -49,16 +49,18 @@ class DecodePlanner:
         stats: Stats,
         regroup: Regroup | None = None,
         overflow: Callable[[Plan], dict[str, str]] = lambda plan: {},
+        most_slots: int = 1 << 62,
     ) -> None:
         """
         Args:
             grouping: see ``config.Config``.
             room_tokens: how many steps a plan may live.
             regroup: where shared spans have contiguous copies, if there is an arena.
-            overflow: what of a plan cannot be run (``fitting.Capacity.overflow``); it then gives way.
+            overflow, most_slots: what of a plan cannot be run (``fitting.fit``); it then gives way.
         """
         self.shape, self.cost, self.policy, self.grouping = shape, cost, policy, grouping
         self.room_tokens, self.stats, self.overflow, self.regroup = room_tokens, stats, overflow, regroup
+        self.most_slots = most_slots
         self._rows: Rows | None = None
         self._lens = np.zeros(0, np.int64)
         self._steps_left = 0
@@ -121,7 +123,7 @@ class DecodePlanner:
             tree = tree_without_rows()
         fit_ = functools.partial(
             fit, shape=self.shape, cost=self.cost, policy=self.policy, overflow=self.overflow, grouping=self.grouping,
-            kv_lens=lens, saving_lens=lens, room_tokens=self.room_tokens,
+            kv_lens=lens, saving_lens=lens, room_tokens=self.room_tokens, most_slots=self.most_slots,
         )  # fmt: skip
         try:
             fitted = fit_(tree)
@@ -132,7 +134,8 @@ class DecodePlanner:
             fitted = fit_(tree)
         plan, kept = fitted.plan, fitted.kept
         if self.regroup is not None:
-            plan = self.regroup.point(plan, kept, rows)
+            spans = prune(tree, self.shape, self.cost, "off") if fitted.is_listed_once else kept
+            plan = self.regroup.point(plan, spans, rows)
         self._rows, self.plan, self.tree, self._steps_left = rows, plan, tree, self.room_tokens
         self.stats.count_plan(plan, kept, (time.perf_counter() - started) * 1e6, fitted.overflowed)
 
@@ -162,6 +165,7 @@ class ExtendPlanner:
         packed_us: Callable[[Plan], float],
         stock_us: Callable[[Int32, Int32], float],
         overflow: Callable[[Plan], dict[str, str]],
+        most_slots: int = 1 << 62,
     ) -> None:
         """
         Args:
@@ -171,10 +175,10 @@ class ExtendPlanner:
                 gave way (``Fitted``).
             packed_us: expected time of a plan in one layer.
             stock_us: expected time of the stock backend, by new tokens and KV tokens of each row ([n_rows] int32).
-            overflow: what of a plan cannot be run (``fitting.Capacity.overflow``); it then gives way.
+            overflow, most_slots: what of a plan cannot be run (``fitting.fit``); it then gives way.
         """
         self.shape, self.ways, self.grouping, self.count, self.overflow = shape, ways, grouping, count, overflow
-        self.packed_us, self.stock_us = packed_us, stock_us
+        self.packed_us, self.stock_us, self.most_slots = packed_us, stock_us, most_slots
 
     def plan(
         self,
@@ -223,7 +227,7 @@ class ExtendPlanner:
             try:
                 fitted = fit(
                     tree, self.shape, cost, policy, self.overflow, grouping=self.grouping, kv_lens=kv_lens,
-                    q_lens=q_lens, kept=kept, **queries,
+                    q_lens=q_lens, kept=kept, most_slots=self.most_slots, **queries,
                 )  # fmt: skip
             except DoesNotFit as e:
                 problem = e

@@ -23,7 +23,7 @@ def read_rows(forward_batch: Any, *args: Any, **kwargs: Any) -> None:
         schedule_batch = args[1] if len(args) > 1 else kwargs["batch"]
         try:
             setattr(forward_batch, _ATTRIBUTE, BatchRows.of(schedule_batch))
-        except Exception:  # it would end the server; a batch without rows is counted, and not grouped
+        except Exception:  # it would end the server; without rows, eager batches go to the stock backend, counted
             _log_once()
 
 

@@ -27,7 +27,7 @@ from typing import Any
 NEAR_TIE = 1e-4  # log-probability: the order of float32 sums may decide between tokens as close as this
 LONGEST = 60  # tokens of an answer
 PROMPTS = 60
-ENGINE = {"max_total_tokens": 2600, "max_running_requests": 6, "chunked_prefill_size": 512}
+ENGINE = {"max_total_tokens": 3100, "max_running_requests": 6, "chunked_prefill_size": 512}
 PRIORITIES = {"enable_priority_scheduling": True}
 URGENT, WITHIN_S = 1000, 2.0  # a priority that preempts others, and when such requests come after the others
 # SGLang's own setting for tests: some requests are retracted at every so many forward passes

@@ -52,17 +52,17 @@ def drop_token(_: str) -> None:
     """The last token of the first group is not read."""
     import numpy as np
 
-    import packinfer_sgl.planner as planner
+    import packinfer_sgl.fitting as fitting
     from packinfer_sgl.plan import Col
 
-    def faulty(tree, *args, __make=planner.make_plan, **kwargs):
+    def faulty(tree, *args, __make=fitting.make_plan, **kwargs):
         plan = __make(tree, *args, **kwargs)
         if tree.n_nodes:
             last = (plan.items[:, Col.A_POS] + plan.items[:, Col.A_LEN] == tree.end[0]) & (plan.items[:, Col.Q_CNT] > 1)
             plan.items[np.flatnonzero(last)[0], Col.A_LEN] -= 1
         return plan
 
-    planner.make_plan = faulty
+    fitting.make_plan = faulty
 
 
 def forget_retractions(_: str) -> None:

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from test_extend import Batch, attend, behind
+from test_planner import three_rows
 from test_verify import DEVICE, DRAFTS, Stock, on_gpu, verify_batch
 
 from packinfer_sgl import backend as backend_module
-from packinfer_sgl import metrics
+from packinfer_sgl import cpu_decode, metrics
 from packinfer_sgl.backend import PackInferMixin
 from packinfer_sgl.cuda_decode import CudaDecode
 from packinfer_sgl.fitting import DoesNotFit
 from packinfer_sgl.metrics import STATS, Stats
+from packinfer_sgl.plan import Plan
 from packinfer_sgl.prefix_tree import PrefixTree
 
 
@@ -37,7 +39,7 @@ class EagerStock(Stock):
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> PackInferMixin:
-    monkeypatch.setattr(backend_module, "_errors", set())
+    monkeypatch.setattr(STATS, "_errors", set())
     made = backend_module.packed_class(EagerStock)()
     made._packinfer_verify = False
     return made
@@ -48,21 +50,72 @@ def errors() -> int:
 
 
 def test_an_eager_batch_goes_to_the_stock_backend(backend, monkeypatch, caplog) -> None:
+    sizes, forgotten = iter(range(9)), []
+
     def fails(self: object, batch: object) -> None:
-        raise torch.OutOfMemoryError("none left")
+        raise torch.OutOfMemoryError(f"none left for {next(sizes)}")
 
     monkeypatch.setattr(PackInferMixin, "_packinfer_plan", fails)
+    backend._packinfer_decode = SimpleNamespace(forget=lambda: forgotten.append(True))
     before = errors()
     for _ in range(3):
         backend.init_forward_metadata(None)
         assert backend._packinfer_step is None
-    assert errors() == before + 3
+    assert errors() == before + 3 == before + len(forgotten)
     logged = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(logged) == 1 and "planning failed, the stock backend runs this batch" in logged[0].getMessage()
-    assert "none left" in str(logged[0].exc_info[1])
+    assert "none left for 0" in str(logged[0].exc_info[1])
     backend._packinfer_verify = True  # who debugs wants to see it
     with pytest.raises(torch.OutOfMemoryError):
         backend.init_forward_metadata(None)
+
+
+@pytest.mark.parametrize("fails_in", ["snapshot_slots", "audit_reads"])
+def test_a_plan_that_was_never_loaded_is_not_used(fails_in: str, monkeypatch) -> None:
+    """A step that fails between its plan and its slots, as when memory is short; the next ones must be right."""
+    engine = three_rows(verify=True)
+    for _ in range(3):
+        engine.step()
+        engine.join(4, like=next(iter(engine.rows)), shared=15)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_decode, fails_in, lambda *args, **more: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.step()
+        engine.planner.forget()  # as the backend does
+        engine.step()
+
+
+class Arena:
+    """Of ``Regroup`` what a planner calls."""
+
+    def __init__(self) -> None:
+        self.pointed: list[int] = []
+
+    def point(self, plan: Plan, kept: PrefixTree, rows: object) -> Plan:
+        self.pointed.append(kept.n_nodes)
+        return plan
+
+    def work(self) -> bool:
+        return False
+
+    def count_step(self) -> None: ...
+
+
+def test_the_arena_is_not_asked_for_spans_that_are_not_in_the_list() -> None:
+    rows = [[*range(1, 901), 1000 + i] for i in range(8)]
+    tree = PrefixTree.from_neighbours(range(8), [900] * 7)
+    batch = SimpleNamespace(prefix_tree=lambda: tree)
+    table = Batch(rows, [1] * 8).table().to(DEVICE)
+    for asked in (1, 0):
+        decode = CudaDecode(
+            backend_module.AttentionShape(4, 2, 64, 2), grouping="multi", verify=False, req_to_token=table,
+            pool_tokens=910, max_rows=8, stats=Stats(), regroup=(arena := Arena()),
+        )  # fmt: skip
+        if not asked:  # the node has a span of its own, unless each token is listed once
+            decode._planner.overflow = lambda plan: {"kv_slots": "many"} if len(plan.spans) > 8 else {}
+        decode.step(batch, torch.arange(8).flip(0).to(DEVICE), np.full(8, 901, np.int64))
+        decode.step_alone(torch.arange(8).flip(0).to(DEVICE), np.full(8, 901, np.int64))
+        assert arena.pointed == [asked] and decode._planner.regroup is arena
 
 
 def replayed(backend: PackInferMixin, step: object, monkeypatch: pytest.MonkeyPatch) -> None:
