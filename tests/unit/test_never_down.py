@@ -112,7 +112,10 @@ def test_the_arena_is_not_asked_for_spans_that_are_not_in_the_list() -> None:
             pool_tokens=910, max_rows=8, stats=Stats(), regroup=(arena := Arena()),
         )  # fmt: skip
         if not asked:  # the node has a span of its own, unless each token is listed once
-            decode._planner.overflow = lambda plan: {"kv_slots": "many"} if len(plan.spans) > 8 else {}
+            fits = decode._packed.capacity.overflow
+            decode._planner.overflow = lambda plan, fits=fits: (
+                {"kv_slots": "many"} if len(plan.spans) > 8 else fits(plan)
+            )
         decode.step(batch, torch.arange(8).flip(0).to(DEVICE), np.full(8, 901, np.int64))
         decode.step_alone(torch.arange(8).flip(0).to(DEVICE), np.full(8, 901, np.int64))
         assert arena.pointed == [asked] and decode._planner.regroup is arena
