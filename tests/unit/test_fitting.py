@@ -102,7 +102,7 @@ def decode_plan(batch: Served, heads: tuple[int, int], pool_tokens: int, groupin
     )
     fitted = fit(
         batch.tree, shape, H200, policy_of(shape, TILES[128], SMS), capacity.overflow, grouping=grouping,
-        kv_lens=batch.kv_lens, saving_lens=batch.kv_lens, room_tokens=ROOM,
+        kv_lens=batch.kv_lens, saving_lens=batch.kv_lens, room_tokens=ROOM, most_slots=capacity.slots,
     )  # fmt: skip
     assert grouping != "off" or fitted.kept.n_nodes == 0
     assert capacity.holds(fitted.plan)
@@ -118,7 +118,14 @@ def verify_plan(batch: Served, heads: tuple[int, int], pool_tokens: int, drafts:
         pool_tokens=pool_tokens + len(batch.own) * drafts,
     )  # fmt: skip
     planner = extend_planner(
-        shape, tiles, SMS, grouping="multi", count=lambda *_: None, always=True, overflow=capacity.overflow
+        shape,
+        tiles,
+        SMS,
+        grouping="multi",
+        count=lambda *_: None,
+        always=True,
+        overflow=capacity.overflow,
+        most_slots=capacity.slots,
     )
     _, fitted = planner.fastest(batch.tree, np.full(len(batch.own), drafts, np.int32), batch.kv_lens)
     assert capacity.holds(fitted.plan)
