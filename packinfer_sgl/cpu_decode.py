@@ -100,10 +100,14 @@ def tree_by_slots(req_to_token: torch.Tensor, pool_rows: torch.Tensor, kv_lens: 
         req_to_token, pool_rows: as for ``snapshot_slots``, on the CPU or on the GPU.
         kv_lens: [n] KV tokens of each row.
     """
-    held = req_to_token[pool_rows.long(), : kv_lens.max(initial=0)].cpu().numpy()
     indptr = np.concatenate([[0], np.cumsum(kv_lens)]).astype(np.int32)
-    slots = [row[:n] for row, n in zip(held, kv_lens.tolist())]
-    return PrefixTree.from_slots(indptr, np.concatenate(slots).astype(np.int32), 1, kv_lens.astype(np.int32))
+    slots = np.concatenate([np.zeros(0, np.int32), *held_slots(req_to_token, pool_rows, kv_lens)])
+    return PrefixTree.from_slots(indptr, slots, 1, kv_lens.astype(np.int32))
+
+
+def held_slots(req_to_token: torch.Tensor, pool_rows: torch.Tensor, kv_lens: np.ndarray) -> list[np.ndarray]:
+    """Of each row the slots of its KV tokens, int32, on the CPU; row by row, as a GPU may have no memory to spare."""
+    return [req_to_token[row, :n].cpu().numpy() for row, n in zip(pool_rows.tolist(), kv_lens.tolist())]
 
 
 def snapshot_slots(plan: Plan, req_to_token: torch.Tensor, pool_rows: torch.Tensor) -> torch.Tensor:
@@ -159,8 +163,7 @@ def audit_reads(
         drafts: queries of each row.
         newest_is_there: see ``check_reads``.
     """
-    table = req_to_token[pool_rows.long(), : kv_lens.max(initial=0)].cpu().numpy()
-    held = [row[:n] for row, n in zip(table, kv_lens.tolist())]
+    held = held_slots(req_to_token, pool_rows, kv_lens)
     row = np.repeat(np.arange(len(held), dtype=np.int32), drafts)
     seen = np.repeat(kv_lens, drafts) - np.tile(np.arange(drafts)[::-1], len(held))
     check_reads(plan, kv_slots.cpu().numpy(), held, row, seen.astype(np.int32), newest_is_there=newest_is_there)
