@@ -202,14 +202,14 @@ def packed_attention_kernel(
             row = tl.arange(0, BLOCK_M)
             d = tl.arange(0, HEAD_DIM)
             nth = row // GROUP
-            head = (kv_head * GROUP + row % GROUP).to(tl.int64)
+            head = kv_head * GROUP + row % GROUP
             live = nth < q_cnt
             query = tl.load(query_rows_ptr + q_off + nth, mask=live, other=0).to(tl.int64)
             slot = tl.load(a_slots + tl.arange(0, BLOCK_N))
             kv_len = tl.load(kv_lens_ptr + tl.maximum(open_row, 0)).to(tl.int32)
             a_len = tl.where(open_row >= 0, kv_len - a_pos, a_len)
             q = tl.load(
-                q_ptr + query[:, None] * stride_q_token + head[:, None] * stride_q_head + d[None, :],
+                q_ptr + query[:, None] * stride_q_token + head.to(tl.int64)[:, None] * stride_q_head + d[None, :],
                 mask=live[:, None],
                 other=0.0,
             )
@@ -262,7 +262,7 @@ def packed_attention_kernel(
             direct = live & (part < 0)
             partial = live & (part >= 0)
             tl.store(
-                out_ptr + query[:, None] * stride_out_token + head[:, None] * stride_out_head + d[None, :],
+                out_ptr + query[:, None] * stride_out_token + head.to(tl.int64)[:, None] * stride_out_head + d[None, :],
                 result.to(out_ptr.dtype.element_ty),
                 mask=direct[:, None],
             )
