@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from packinfer_sgl.plan import Col, Plan
+from packinfer_sgl.planning.plan import Col, Plan
 
 SLAB_BYTES = 6 << 20  # gathered keys of one batched product; best of 1 to 16 MiB on two cores
 LOG2_E = math.log2(math.e)

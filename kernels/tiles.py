@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from packinfer_sgl.extend_costs import EXTEND_H200, SMS
-from packinfer_sgl.groups import H200, AttentionShape
-from packinfer_sgl.plan import PieceTiming, TilePolicy
+from packinfer_sgl.planning.extend_costs import EXTEND_H200, SMS
+from packinfer_sgl.planning.groups import H200, AttentionShape
+from packinfer_sgl.planning.plan import PieceTiming, TilePolicy
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from packinfer_sgl.wrapper import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
+    from packinfer_sgl.paged.wrapper import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
 _here = Path(__file__).parent
 if not (_here / "kernels").is_dir():  # source checkout: kernels/ and patches/ sit beside this package
@@ -19,7 +19,7 @@ __all__ = ["BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWr
 def __getattr__(name: str) -> object:
     """The wrappers are imported when first asked for: they need torch, the package does not."""
     if name in __all__:
-        from packinfer_sgl import wrapper
+        from packinfer_sgl.paged import wrapper
 
         return getattr(wrapper, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

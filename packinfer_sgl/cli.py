@@ -46,13 +46,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from packinfer_sgl.doctor import examine
+    from packinfer_sgl.tools.doctor import examine
 
     return examine()
 
 
 def _tiny_model(args: argparse.Namespace) -> int:
-    from packinfer_sgl.tiny_model import write_tiny_model
+    from packinfer_sgl.tools.tiny_model import write_tiny_model
 
     shape = {name: getattr(args, name) for name in ("layers", "heads", "kv_heads", "head_dim", "seed")}
     try:
@@ -66,7 +66,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from rich.console import Console, Group
     from rich.live import Live
 
-    from packinfer_sgl.show import view
+    from packinfer_sgl.tools.inspect_view import view
 
     def look() -> Group:
         return Group(*map(view, server_states(args.url, args.api_key)))

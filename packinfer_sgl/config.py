@@ -44,7 +44,7 @@ class Config:
         unit="mode",
         choices=("auto", "on", "off"),
     )
-    verify: bool = _setting(
+    check: bool = _setting(
         False,
         "debugging: check that grouped requests hold the same KV slots, that decode and verify steps read just the "
         "slots of SGLang's table and, outside of CUDA graphs, each layer against the stock backend",

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "packinfer"
 TESTED = ("0.5.17", "0.5.23")
-_REPORTED = ("grouping", "extend", "verify", "arena_tokens", "hold_siblings")  # settings that /server_info repeats
+_REPORTED = ("grouping", "extend", "check", "arena_tokens", "hold_siblings")  # settings that /server_info repeats
 
 
 class PluginError(RuntimeError):
@@ -107,12 +107,12 @@ def create_backend(runner: Any) -> Any:
 
 
 def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]) -> Any:
-    from packinfer_sgl.backend import wrap
-    from packinfer_sgl.layers import layer_reasons
-    from packinfer_sgl.metrics import STATS, start_prometheus
     from packinfer_sgl.patches import hold
     from packinfer_sgl.patches.arena import carve
-    from packinfer_sgl.radix import want_rows
+    from packinfer_sgl.runners.metrics import STATS, start_prometheus
+    from packinfer_sgl.serving.backend import wrap
+    from packinfer_sgl.serving.batch_rows import want_rows
+    from packinfer_sgl.serving.layers import layer_reasons
 
     checks = check()
     if broken := [c for c in checks if not c.ok]:

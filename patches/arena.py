@@ -6,8 +6,8 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from packinfer_sgl.metrics import STATS
 from packinfer_sgl.patches.hook import Hook
+from packinfer_sgl.runners.metrics import STATS
 
 # settings of SGLang with which a node of the radix tree may come to hold other KV, or no decode step is packed
 _REFUSED = (

@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from packinfer_sgl.patches.hook import Hook
-from packinfer_sgl.radix import BatchRows, rows_wanted, running
+from packinfer_sgl.serving.batch_rows import BatchRows, rows_wanted, running
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from packinfer_sgl.config import Config, ConfigError
-from packinfer_sgl.metrics import STATS
 from packinfer_sgl.patches.hook import Hook
-from packinfer_sgl.siblings import MOST_HELD, Held, Prompt, Wait, wait
+from packinfer_sgl.planning.prefix_hold import MOST_HELD, Held, Prompt, Wait, wait
+from packinfer_sgl.runners.metrics import STATS
 
 logger = logging.getLogger(__name__)
 

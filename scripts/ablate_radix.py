@@ -35,7 +35,7 @@ from rich.text import Text
 from servers import ServerError, stop_all, undone_at_end
 from token_traces import TraceError
 
-from packinfer_sgl.tiny_model import write_tiny_model
+from packinfer_sgl.tools.tiny_model import write_tiny_model
 
 HERE = Path(__file__).resolve().parent
 ON_GPU = torch.cuda.is_available()

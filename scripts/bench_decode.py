@@ -76,7 +76,7 @@ def worker(backend: str, model: str) -> None:
 
 def measure(rounds: int, folder: Path, speeds: dict[tuple[str, str], list[float]], undo: ExitStack) -> None:
     """Appends decode tokens/s by load and arm."""
-    from packinfer_sgl.tiny_model import write_tiny_model
+    from packinfer_sgl.tools.tiny_model import write_tiny_model
 
     model = write_tiny_model(folder / "tiny")
     arms: dict[str, EngineWorker] = {}

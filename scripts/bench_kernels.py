@@ -36,11 +36,11 @@ from kernel_report import floor, show, write
 from kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload, workloads
 from rich.console import Console
 
-from packinfer_sgl.fitting import Capacity
-from packinfer_sgl.groups import H200
-from packinfer_sgl.kernels.packed_cuda import PackedCuda
+from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.tiles import multiprocessors, tile_policy, tiles_for
-from packinfer_sgl.plan import Col
+from packinfer_sgl.planning.fitting import Capacity
+from packinfer_sgl.planning.groups import H200
+from packinfer_sgl.planning.plan import Col
 
 ROUNDS = 5
 FAMILIES = "fa3,fi,cascade,batch,triton,pod"

@@ -24,10 +24,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.groups import H200, AttentionShape, prune
-from packinfer_sgl.plan import TilePolicy
-from packinfer_sgl.radix import BatchRows
+from packinfer_sgl.planning.groups import H200, AttentionShape, prune
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.serving.batch_rows import BatchRows
 
 SHAPE = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
 TILES = TilePolicy(tile_queries=(16, 4), chunk_tokens=1024)

@@ -43,7 +43,7 @@ class Row:
 FA3 = {"attention_backend": "fa3"}
 OURS = {"attention_backend": "packinfer"}
 EAGER = {"disable_cuda_graph": True}
-VERIFY = {"verify": True}
+CHECK = {"check": True}
 EAGLE = {
     "speculative_algorithm": "EAGLE",
     "speculative_draft_model_path": "eagle",
@@ -70,22 +70,22 @@ SCENARIOS = {
     "fa3": Scenario("llama", FA3),
     "triton": Scenario("llama", TRITON),
     "packinfer": Scenario("llama", OURS, rounds=("tree", "tree", "samples")),
-    "verify-bf16": Scenario("llama", {**OURS, **EAGER}, VERIFY),
-    "verify-fp16": Scenario("llama", {**OURS, **EAGER, "dtype": "float16"}, VERIFY),
+    "verify-bf16": Scenario("llama", {**OURS, **EAGER}, CHECK),
+    "verify-fp16": Scenario("llama", {**OURS, **EAGER, "dtype": "float16"}, CHECK),
     # graphs are replayed, and each plan compared with SGLang's table before
-    "audit": Scenario("llama", OURS, VERIFY, rounds=("tree", "tree", "samples")),
+    "audit": Scenario("llama", OURS, CHECK, rounds=("tree", "tree", "samples")),
     "turns-fa3": Scenario("llama128", {**FA3, **TURNS}, rounds=TALK),
     "turns-triton": Scenario("llama128", {**TRITON, **TURNS}, rounds=TALK),
     "turns-packinfer": Scenario("llama128", {**OURS, **TURNS}, rounds=TALK),
-    "turns-audit": Scenario("llama128", {**OURS, **TURNS}, VERIFY, rounds=TALK),
-    "turns-chain": Scenario("llama128", {**OURS, **TURNS, **CHAIN}, VERIFY, rounds=TALK, logprobs=False),
+    "turns-audit": Scenario("llama128", {**OURS, **TURNS}, CHECK, rounds=TALK),
+    "turns-chain": Scenario("llama128", {**OURS, **TURNS, **CHAIN}, CHECK, rounds=TALK, logprobs=False),
     "eagle-fa3": Scenario("llama", {**FA3, **EAGLE}, logprobs=False),
     "eagle-packinfer": Scenario("llama", {**OURS, **EAGLE}, logprobs=False),
     "fa3-128": Scenario("llama128", FA3, rounds=DEEP),
     "chain-fa3": Scenario("llama128", {**FA3, **CHAIN}, rounds=DEEP, logprobs=False),
     "chain-packinfer": Scenario("llama128", {**OURS, **CHAIN}, rounds=(*DEEP, "three", "one"), logprobs=False),
     "chain-eager": Scenario(
-        "llama128", {**OURS, **CHAIN, **EAGER}, VERIFY, rounds=(*DEEP, "three", "one"), logprobs=False
+        "llama128", {**OURS, **CHAIN, **EAGER}, CHECK, rounds=(*DEEP, "three", "one"), logprobs=False
     ),
     "fp8-fa3": Scenario("llama", {**FA3, **FP8}),
     "fp8-packinfer": Scenario("llama", {**OURS, **FP8}),
@@ -93,7 +93,7 @@ SCENARIOS = {
     "gemma2-packinfer": Scenario("gemma2", OURS),
     "gemma3-fa3": Scenario("gemma3", FA3),
     "gemma3-packinfer": Scenario("gemma3", OURS),
-    "llama4-wrap": Scenario("llama4", {**FA3, **DUMMY, **EAGER}, {**WRAP, **VERIFY}),
+    "llama4-wrap": Scenario("llama4", {**FA3, **DUMMY, **EAGER}, {**WRAP, **CHECK}),
     "gpt_oss-wrap": Scenario("gpt_oss", {**FA3, **DUMMY}, WRAP),
     "gemma4-wrap": Scenario("gemma4", {**TRITON, **DUMMY}, WRAP),
     "pd-decode": Scenario(
@@ -113,7 +113,7 @@ SCENARIOS = {
     # the last rounds leave a rank with less to do than the other, or with nothing
     "dpa-fa3": Scenario("qwen3", {**FA3, **DP_ATTENTION}, rounds=UNEVEN, gpus=2),
     "dpa-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION}, rounds=UNEVEN, gpus=2),
-    "dpa-eager-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION, **EAGER}, VERIFY, rounds=UNEVEN, gpus=2),
+    "dpa-eager-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION, **EAGER}, CHECK, rounds=UNEVEN, gpus=2),
 }
 CHECKS = {
     "verify": ("verify-bf16", "verify-fp16"),
@@ -205,7 +205,7 @@ class Judge:
         for name in CHECKS["verify"]:
             if self.started(name, name):
                 ran = self.ran[name]
-                error = ran.state.get("verify_error", 0.0)
+                error = ran.state.get("check_error", 0.0)
                 self.add(name, packs(ran) and error > 0, f"worst relative error of a row {error:.2g}; {account(ran)}")
 
     def logits(self) -> None:
@@ -273,7 +273,7 @@ class Judge:
             self.same("eagle chain", name, "fa3-128", control="chain-fa3")
             counted = self.ran[name].state["fallback_steps"].get("speculative", 0)
             self.add("eagle chain packed", counted == 0, f"{name}: {counted} verify steps on the base backend")
-        error = self.ran["chain-eager"].state["verify_error"]
+        error = self.ran["chain-eager"].state["check_error"]
         self.add("eagle chain verified", error > 0, f"worst relative error of a row {error:.2g}")
 
     def wrap(self) -> None:
@@ -284,9 +284,9 @@ class Judge:
                 self.add(f"{kind} layers", layers == {"sliding_window": 2}, f"2 of 4 have a window: {layers}")
         if self.started("llama4", "llama4-wrap"):
             ran = self.ran["llama4-wrap"]
-            ok = packs(ran) and ran.state["fallback_layers"] == {"sliding_window": 3} and ran.state["verify_error"] > 0
+            ok = packs(ran) and ran.state["fallback_layers"] == {"sliding_window": 3} and ran.state["check_error"] > 0
             self.add(
-                "llama4", ok, f"worst relative error of a row {ran.state.get('verify_error', 0):.2g}; {account(ran)}"
+                "llama4", ok, f"worst relative error of a row {ran.state.get('check_error', 0):.2g}; {account(ran)}"
             )
         for kind in ("gpt_oss", "gemma4"):
             if self.started(kind, f"{kind}-wrap"):

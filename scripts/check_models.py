@@ -1,7 +1,8 @@
 """Tiny models of the kinds that ``check_engine.py`` starts: random weights, written to disk, no download.
 
 Those whose outputs are compared get real weights, in which attention decides every token as in
-``packinfer_sgl.tiny_model``; those that only have to start and answer get a configuration for ``load_format="dummy"``.
+``packinfer_sgl.tools.tiny_model``; those that only have to start and answer get a configuration for
+``load_format="dummy"``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from packinfer_sgl.tiny_model import write_tiny_model
+from packinfer_sgl.tools.tiny_model import write_tiny_model
 
 Weights = dict[str, np.ndarray]
 WINDOW = 128  # tokens; the prompts of the checks are longer

@@ -26,8 +26,8 @@ from rich.text import Text
 from servers import Server, ServerError, undone_at_end
 
 from packinfer_sgl.cli import CommandError, server_states
-from packinfer_sgl.show import group_tree, totals
-from packinfer_sgl.tiny_model import build_tokenizer, write_tiny_model
+from packinfer_sgl.tools.inspect_view import group_tree, totals
+from packinfer_sgl.tools.tiny_model import build_tokenizer, write_tiny_model
 
 HERE = Path(__file__).resolve().parent
 ON_GPU = torch.cuda.is_available()

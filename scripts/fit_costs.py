@@ -4,8 +4,8 @@
 
 Each constant comes from two loads that differ in nothing else (more tokens, more items, more partial results), so that
 what a call costs besides cancels out. ``--write`` puts the constants into this checkout: kernels/tiles.py and the H200
-of packinfer_sgl/groups.py. Run scripts/bench_kernels.py before and after: constants are worth what the plans are worth
-that they lead to.
+of packinfer_sgl/planning/groups.py. Run scripts/bench_kernels.py before and after: constants are worth what the plans
+are worth that they lead to.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from write_constants import write
 
-from packinfer_sgl.fitting import Capacity
-from packinfer_sgl.groups import H200
 from packinfer_sgl.kernels import tiles
-from packinfer_sgl.kernels.packed_cuda import PackedCuda
-from packinfer_sgl.plan import Col, Plan, TilePolicy
+from packinfer_sgl.kernels.device_plan import PackedCuda
+from packinfer_sgl.planning.fitting import Capacity
+from packinfer_sgl.planning.groups import H200
+from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
@@ -133,7 +133,7 @@ def fit_partials() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into kernels/tiles.py and packinfer_sgl/groups.py")
+    parser.add_argument("--write", action="store_true", help="into kernels/tiles.py and planning/groups.py")
     args = parser.parse_args()
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     cut = fit_small(sms) | fit_large(sms)
@@ -146,7 +146,7 @@ def main() -> None:
     Console().print(table)
     if args.write:
         write(ROOT / "kernels" / "tiles.py", cut)
-        write(ROOT / "packinfer_sgl" / "groups.py", chosen)
+        write(ROOT / "packinfer_sgl" / "planning" / "groups.py", chosen)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python scripts/fit_extend.py --results DIR/results.json [--write]
 
 The plans are made again, so fit in the checkout that was measured. The table shows what the fitted times lead to;
-``--write`` puts them into packinfer_sgl/extend_costs.py, after which plans may differ: measure again, and see
+``--write`` puts them into packinfer_sgl/planning/extend_costs.py, after which plans may differ: measure again, and see
 whether they became faster.
 """
 
@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from write_constants import write
 
-from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200, SMS, ExtendCosts
 from packinfer_sgl.kernels.tiles import EXTEND_TILES
-from packinfer_sgl.plan import Plan
+from packinfer_sgl.planning.extend_costs import CLEARLY, EXTEND_H200, SMS, ExtendCosts
+from packinfer_sgl.planning.plan import Plan
 
-SOURCE = Path(__file__).resolve().parents[1] / "packinfer_sgl" / "extend_costs.py"
+SOURCE = Path(__file__).resolve().parents[1] / "packinfer_sgl" / "planning" / "extend_costs.py"
 STOCK = "fa3 page 1"
 TILES = EXTEND_TILES[HEAD_DIM]
 
@@ -124,7 +124,7 @@ def show(measured: list[Case], costs: ExtendCosts, console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="results.json of scripts/bench_kernels.py")
-    parser.add_argument("--write", action="store_true", help="into packinfer_sgl/extend_costs.py")
+    parser.add_argument("--write", action="store_true", help="into packinfer_sgl/planning/extend_costs.py")
     args = parser.parse_args()
     measured = cases(json.loads(args.results.read_text())["results"])
     if not measured:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from packinfer_sgl.cuda_extend import extend_planner
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.groups import AttentionShape, CostModel, prune
 from packinfer_sgl.kernels.tiles import Tile
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import Plan, TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.runners.cuda_extend import extend_planner
+from packinfer_sgl.runners.metrics import Stats
 
 HEAD_DIM = 128
 BYTES_PER_US = 4.3e6  # what a large copy reaches on an H200

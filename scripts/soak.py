@@ -59,9 +59,9 @@ def audit() -> None:
     """SGLang's entry into this file, in the server's processes: look at slots and arena after each decode step."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from packinfer_sgl.cpu_decode import CpuDecode, audit_reads
-    from packinfer_sgl.metrics import STATS
-    from packinfer_sgl.regroup import Regroup
+    from packinfer_sgl.runners.arena import Regroup
+    from packinfer_sgl.runners.cpu_decode import CpuDecode, audit_reads
+    from packinfer_sgl.runners.metrics import STATS
 
     seen: Counter[str] = Counter()
     count_step, decode_step = Regroup.count_step, CpuDecode.step
@@ -189,7 +189,7 @@ def wrong(answer: dict[str, Any], stock: dict[str, Any]) -> str | None:
 
 def soak(requests: int, seed: int, folder: Path) -> list[str]:
     """Run it; what did not hold, and a line for each thing that did on standard output."""
-    from packinfer_sgl.tiny_model import write_tiny_model
+    from packinfer_sgl.tools.tiny_model import write_tiny_model
 
     model = write_tiny_model(folder / "model", **MODEL)
     info = folder / "packinfer_soak-0.dist-info"

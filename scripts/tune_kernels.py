@@ -24,7 +24,7 @@ from kernel_workloads import HEAD_DIM, Inputs, workloads
 
 from packinfer_sgl.kernels import tiles
 from packinfer_sgl.kernels.tiles import Tile
-from packinfer_sgl.plan import TilePolicy
+from packinfer_sgl.planning.plan import TilePolicy
 
 Table = tuple[Tile, ...]
 LARGE, SMALL = tiles.TILES[HEAD_DIM]

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     import triton.experimental.gluon.language  # noqa: F401
 
     import packinfer_sgl.kernels.copy_slots  # noqa: F401
-    import packinfer_sgl.kernels.packed_cuda  # noqa: F401
+    import packinfer_sgl.kernels.device_plan  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

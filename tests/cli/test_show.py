@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from packinfer_sgl.show import ratio, view
+from packinfer_sgl.tools.inspect_view import ratio, view
 
 STATE = {
     "base_backend": "torch_native",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from packinfer_sgl.tiny_model import SPECIALS, WORDS, build_tokenizer, write_tiny_model
+from packinfer_sgl.tools.tiny_model import SPECIALS, WORDS, build_tokenizer, write_tiny_model
 
 SMALL = {"layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 8}
 TOKENIZER, SAID = build_tokenizer()

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
-    from packinfer_sgl.tiny_model import write_tiny_model
+    from packinfer_sgl.tools.tiny_model import write_tiny_model
 
     return str(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
 

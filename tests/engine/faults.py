@@ -52,8 +52,8 @@ def drop_token(_: str) -> None:
     """The last token of the first group is not read."""
     import numpy as np
 
-    import packinfer_sgl.fitting as fitting
-    from packinfer_sgl.plan import Col
+    import packinfer_sgl.planning.fitting as fitting
+    from packinfer_sgl.planning.plan import Col
 
     def faulty(tree, *args, __make=fitting.make_plan, **kwargs):
         plan = __make(tree, *args, **kwargs)
@@ -67,7 +67,7 @@ def drop_token(_: str) -> None:
 
 def forget_retractions(_: str) -> None:
     """A batch compares equal to one before its requests' KV was taken from them."""
-    from packinfer_sgl.radix import BatchRows
+    from packinfer_sgl.serving.batch_rows import BatchRows
 
     read = BatchRows.of
 

@@ -16,7 +16,7 @@ from test_exactness import ALL, check
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-# With ``verify`` every shared span is copied before every step, and what it was copied from is NaN for the packed
+# With ``check`` every shared span is copied before every step, and what it was copied from is NaN for the packed
 # kernels. Nothing runs but through the arena, and SGLang's check for leaks raises when it is idle.
 CASES = {"default": {}, "small-pool": {"max_total_tokens": 5000, "chunked_prefill_size": 128}}
 if SGLANG != "0.5.17":  # its paged allocator needs a GPU
@@ -27,7 +27,7 @@ if SGLANG != "0.5.17":  # its paged allocator needs a GPU
 def test_outputs_equal_stock_when_all_shared_kv_is_read_in_the_arena(case, model, stock):
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL, **CASES[case]}
     result = run_engine(
-        {"engine": engine, "rounds": ALL}, {"PACKINFER_CONFIG": '{"verify": true, "arena_tokens": 2000}'}
+        {"engine": engine, "rounds": ALL}, {"PACKINFER_CONFIG": '{"check": true, "arena_tokens": 2000}'}
     )
     check(result["said"], stock)
     arena = result["packinfer"]["arena"]
@@ -125,7 +125,7 @@ def test_a_node_keeps_its_tokens_and_slots(core, monkeypatch):
         monkeypatch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", core)
     from bench_plan import radix_cache
 
-    from packinfer_sgl.radix import _paths
+    from packinfer_sgl.serving.batch_rows import _paths
 
     cache, _ = radix_cache()
     rng = random.Random(0)

@@ -65,7 +65,7 @@ def check(said: dict[str, list[dict]], stock: dict[str, list[dict]]) -> None:
 def test_outputs_equal_stock(case, model, stock):
     flags, rounds = CASES[case]
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL, **flags}
-    config = {"verify": True, "extend": EXTEND.get(case, "auto")}
+    config = {"check": True, "extend": EXTEND.get(case, "auto")}
     result = run_engine(
         {"engine": engine, "rounds": rounds}, {"PACKINFER_CONFIG": json.dumps(config), **ENV.get(case, {})}
     )
@@ -98,7 +98,7 @@ def test_grouping_modes(grouping, model, stock):
 def test_samples_and_beams_are_grouped(what, model, stock):
     """4 rows behind each prompt: of three prompts, or of two, of which no beam ever enters the tree."""
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL}
-    result = run_engine({"engine": engine, "rounds": [what]}, {"PACKINFER_CONFIG": '{"verify": true}'})
+    result = run_engine({"engine": engine, "rounds": [what]}, {"PACKINFER_CONFIG": '{"check": true}'})
     check(result["said"], stock)
     state = result["packinfer"]
     assert state["rows"] == state["rows_grouped"] == (12 if what == "samples" else 8)
@@ -119,9 +119,9 @@ def test_a_stock_backend_is_wrapped(model, stock):
 def test_layers_with_a_window_stay_with_the_stock_backend(tmp_path):
     """Gemma 3: the other layers are packed, each checked against the stock backend."""
     engine = {"model_path": str(write_model("gemma3", tmp_path)), "attention_backend": "packinfer", **POOL}
-    result = run_engine({"engine": engine, "rounds": ["tree", "tree"]}, {"PACKINFER_CONFIG": '{"verify": true}'})
+    result = run_engine({"engine": engine, "rounds": ["tree", "tree"]}, {"PACKINFER_CONFIG": '{"check": true}'})
     state = result["packinfer"]
-    assert state["fallback_layers"] == {"sliding_window": 2} and 0 < state["verify_error"] < 1e-5
+    assert state["fallback_layers"] == {"sliding_window": 2} and 0 < state["check_error"] < 1e-5
     assert state["packed_steps"] > 30 and state["kv_tokens_read"] < 0.6 * state["kv_tokens_logical"]
 
 

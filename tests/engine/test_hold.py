@@ -1,6 +1,6 @@
 """Requests held while another computes their prefix: in real engines it is computed once, and answers stay the same.
 
-Whom to hold is decided in packinfer_sgl/siblings.py (tests/unit/test_siblings.py).
+Whom to hold is decided in packinfer_sgl/planning/prefix_hold.py (tests/unit/test_siblings.py).
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def one_pass():
     """A pass of a scheduler with 8 places, and what its adder answers for a request."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    from packinfer_sgl.metrics import STATS
     from packinfer_sgl.patches import hold
-    from packinfer_sgl.siblings import Held
+    from packinfer_sgl.planning.prefix_hold import Held
+    from packinfer_sgl.runners.metrics import STATS
 
     adder = Adder(
         can_run_list=[], preempt_list=[], page_size=1, rem_chunk_tokens=4000, rem_total_tokens=20000,
@@ -138,8 +138,8 @@ def test_the_pass_goes_on_behind_a_held_request(one_pass):
 
 @pytest.mark.contract
 def test_a_pass_holds_so_many_and_ends(one_pass):
-    from packinfer_sgl.metrics import STATS
-    from packinfer_sgl.siblings import MOST_HELD
+    from packinfer_sgl.planning.prefix_hold import MOST_HELD
+    from packinfer_sgl.runners.metrics import STATS
 
     one_pass.scheduler.get_num_allocatable_reqs = lambda running: 1000
     one_pass.adder.rem_total_tokens = 10**7
@@ -191,7 +191,7 @@ def test_one_for_whom_others_were_preempted_is_admitted(one_pass):
 @pytest.mark.contract
 def test_nobody_is_held_for_nothing(one_pass):
     """Without a radix cache, with Mamba layers, after others were preempted for it, or with the setting off."""
-    from packinfer_sgl.metrics import STATS
+    from packinfer_sgl.runners.metrics import STATS
 
     def both() -> list[bool]:
         one_pass.adder.can_run_list.clear()

@@ -39,7 +39,7 @@ def run(case: str, model: str, config: dict, env: dict[str, str]) -> dict:
 @pytest.mark.parametrize("case", CASES)
 def test_a_request_that_comes_back_has_new_slots(case, model, stock):
     """Row, radix node and length come back as they were; each decode step is audited, too."""
-    result = run(case, model, {"verify": True}, {})
+    result = run(case, model, {"check": True}, {})
     at_once = CASES[case][1]["at_once"]
     said = result["said"]["0-preempted"]
     wrong, _ = differences(said, stock["low"][:at_once] * (len(said) // at_once))
@@ -53,4 +53,4 @@ def test_the_audit_sees_a_stale_plan(model, tmp_path):
     with pytest.raises(
         pytest.fail.Exception, match="packinfer: a plan is not that of its batch: row 0 of the batch reads"
     ):
-        run("one request", model, {"verify": True}, faults.install(tmp_path, "forget-retractions"))
+        run("one request", model, {"check": True}, faults.install(tmp_path, "forget-retractions"))

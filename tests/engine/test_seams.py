@@ -53,7 +53,7 @@ def test_chains_of_drafts(topk, drafts):
     """With one branch each draft sees those before it; more branches are a tree."""
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
-    from packinfer_sgl.cuda_verify import chain_drafts
+    from packinfer_sgl.serving.backend import chain_drafts
 
     class Other(EagleVerifyInput):
         pass
@@ -67,7 +67,7 @@ def test_two_batch_overlap_is_refused():
     """Its halves would replay the plans with which graphs were captured."""
     from sglang.srt.server_args import ServerArgs
 
-    from packinfer_sgl.layers import UnsupportedModel, layer_reasons
+    from packinfer_sgl.serving.layers import UnsupportedModel, layer_reasons
 
     assert "enable_two_batch_overlap" in ServerArgs.__annotations__
     config = SimpleNamespace(is_encoder_decoder=False)
@@ -163,8 +163,8 @@ def layer_and_pools():
 
 
 def test_reasons_of_layers():
-    from packinfer_sgl.layers import layer_reason
     from packinfer_sgl.reasons import LayerReason
+    from packinfer_sgl.serving.layers import layer_reason
 
     layer, pool, hybrid = layer_and_pools()
     assert layer_reason(layer(logit_cap=30.0), pool()) is None
@@ -178,7 +178,7 @@ def test_reasons_of_layers():
 
 def test_a_layer_without_window_writes_to_its_own_pool():
     """Where other layers have a window, their KV lies in another pool with slots of its own."""
-    from packinfer_sgl.backend import _write_kv
+    from packinfer_sgl.serving.backend import _write_kv
 
     layer, _, hybrid = layer_and_pools()
     pool, slots, kv = hybrid(), torch.tensor([40, 7]), torch.randn(2, 2, 2, 16)

@@ -222,7 +222,7 @@ def test_server_says_what_it_does(model):
         port = str(free.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
     flags = ("--model-path", model, *PACKINFER, "--port", port)
-    server = start(*flags, "--enable-metrics", "--packinfer-verify", "--packinfer-arena-tokens", "1000",
+    server = start(*flags, "--enable-metrics", "--packinfer-check", "--packinfer-arena-tokens", "1000",
                    "--packinfer-hold-siblings")  # fmt: skip
     try:
         deadline = time.monotonic() + START_S
@@ -243,7 +243,7 @@ def test_server_says_what_it_does(model):
         state = requests.get(f"{url}/server_info", timeout=30).json()["internal_states"][0]["packinfer"]
         assert state["active"] and state["reason"] is None and state["base_backend"] == "torch_native"
         assert state["config"] == {
-            "grouping": "multi", "extend": "auto", "verify": True, "arena_tokens": 1000, "hold_siblings": True,
+            "grouping": "multi", "extend": "auto", "check": True, "arena_tokens": 1000, "hold_siblings": True,
         }  # fmt: skip
         assert state["packs"] == ["decode", "extend"]
         assert state["packed_steps"] > 50 and state["plan_us_p50"] > 0

@@ -16,23 +16,30 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the floors below its own. `__init__` offers the wrappers to users; nobody below floor 4 needs it.
 FLOORS = {
     "__version__": 0, "config": 0, "reasons": 0,
-    "prefix_tree": 1, "groups": 1, "plan": 1, "pieces": 1, "cut": 1, "siblings": 1,
-    "extend_costs": 1, "slot_list": 1, "fitting": 1, "audit": 1,
+    "planning": 1,
     "kernels": 2,
-    "paged_cpu": 3, "paged_cuda": 3, "paged": 3, "wrapper": 3, "regroup": 3, "metrics": 3,
-    "backend": 4, "layers": 4, "planner": 4, "cpu_decode": 4, "cuda_decode": 4, "cpu_extend": 4, "cuda_extend": 4,
-    "cuda_verify": 4, "radix": 4, "cpu_platform": 4, "__init__": 4,
-    "plugin": 5, "cli": 5, "tiny_model": 5, "show": 5, "doctor": 5, "patches": 5,
+    "runners": 3, "paged": 3,
+    "serving": 4, "cpu_platform": 4, "__init__": 4,
+    "plugin": 5, "cli": 5, "tools": 5, "patches": 5,
 }  # fmt: skip
-# Within a floor only these may be imported; on the floors that touch SGLang everybody may import everybody.
-NEIGHBOURS = {
-    "groups": {"prefix_tree"}, "plan": {"prefix_tree"}, "cut": {"prefix_tree", "plan", "pieces", "slot_list"},
-    "audit": {"prefix_tree", "plan"}, "fitting": {"prefix_tree", "plan", "groups", "cut"},
-    "extend_costs": {"prefix_tree", "plan", "groups"},
-    "paged": {"paged_cpu", "paged_cuda"}, "wrapper": {"paged"}, "metrics": {"regroup"},
+# Folders that a folder of its own floor may import.
+NEIGHBOURS = {"paged": {"runners"}}
+# Within a folder a room imports those that stand before it. Folders that are not here are on the floors that touch
+# SGLang, where rooms of one floor may import each other.
+ORDER = {
+    "planning": [
+        "prefix_tree", "groups", "plan", "schedule", "slot_list", "items", "fitting", "extend_costs", "audit",
+        "prefix_hold",
+    ],
+    "kernels": [
+        "copy_slots", "reference", "tiles", "attention_triton", "merge", "attention_hopper_decode",
+        "attention_hopper_extend", "device_plan",
+    ],
+    "runners": [
+        "arena", "metrics", "planner", "cpu_decode", "cpu_extend", "cuda_decode", "cuda_extend", "cuda_verify",
+    ],
+    "paged": ["on_cpu", "on_cuda", "batch", "wrapper"],
 }  # fmt: skip
-# the CUDA kernels are one thing in six files; the reference stays by itself
-CUDA_KERNELS = {"merge", "packed", "packed_cuda", "packed_extend", "packed_hopper", "tiles"}
 OPEN_FLOORS = {4, 5}
 THIRD_PARTY = {
     0: set(),
@@ -58,29 +65,33 @@ def imports(source: str, package: str) -> set[str]:
 
 
 def import_faults(room: str, source: str) -> list[str]:
-    """What ``source`` may not import as ``room``: ``plan``, or ``kernels.reference`` in the two top-level folders."""
-    top = room.split(".")[0]
+    """What ``source`` may not import as ``room``: ``config``, or ``planning.plan`` in a folder."""
+    top, _, name = room.partition(".")
     if top not in FLOORS:
         return [f"{room} has no floor: give it one in FLOORS of tests/house/test_house.py and in CONTRIBUTING.md"]
-    floor = FLOORS[top]
-    faults = []
-    for name in sorted(imports(source, "packinfer_sgl" if room == top else f"packinfer_sgl.{top}")):
-        first, *rest = name.split(".")
-        if first == "packinfer_sgl":
-            other = rest[0] if rest and rest[0] in FLOORS else "__init__"
-            allowed = FLOORS[other] < floor or (
-                FLOORS[other] == floor and (floor in OPEN_FLOORS or other in NEIGHBOURS.get(top, ()))
-            )
-            if top == other == "kernels":
-                allowed = room.rpartition(".")[2] in CUDA_KERNELS and len(rest) > 1 and rest[1] in CUDA_KERNELS
-        elif first in ("kernels", "patches"):
-            faults.append(f"{room} imports {name}: write packinfer_sgl.{name}")
-            continue
-        else:
-            allowed = first in sys.stdlib_module_names or floor not in THIRD_PARTY or first in THIRD_PARTY[floor]
-        if not allowed:
-            faults.append(f"{room} (floor {floor}) may not import {name}")
+    if top in ORDER and name != "__init__" and name not in ORDER[top]:
+        return [f"{room} has no place: give it one in ORDER of tests/house/test_house.py"]
+    floor, faults = FLOORS[top], []
+    for imported in sorted(imports(source, f"packinfer_sgl.{top}" if name else "packinfer_sgl")):
+        first, *rest = imported.split(".")
+        if first in ("kernels", "patches"):
+            faults.append(f"{room} imports {imported}: write packinfer_sgl.{imported}")
+        elif first == "packinfer_sgl" and not _may_use(top, name, rest):
+            faults.append(f"{room} (floor {floor}) may not import {imported}")
+        elif first not in {"packinfer_sgl", *sys.stdlib_module_names, *THIRD_PARTY.get(floor, {first})}:
+            faults.append(f"{room} (floor {floor}) may not import {imported}")
     return faults
+
+
+def _may_use(top: str, name: str, path: list[str]) -> bool:
+    """Whether a room may import ``packinfer_sgl.<path>``."""
+    other = path[0] if path and path[0] in FLOORS else "__init__"
+    if top == other and top in ORDER:
+        order = ORDER[top]
+        return len(path) > 1 and path[1] in order and order.index(path[1]) < order.index(name)
+    if FLOORS[top] == FLOORS[other]:
+        return FLOORS[top] in OPEN_FLOORS or other in NEIGHBOURS.get(top, ())
+    return FLOORS[other] < FLOORS[top]
 
 
 def rooms(root: Path) -> dict[str, Path]:
@@ -139,26 +150,28 @@ def test_files() -> None:
     [
         ("config", "import numpy"),
         ("config", "def f():\n    import torch.nn"),
-        ("groups", "from packinfer_sgl.plan import Plan"),
-        ("prefix_tree", "from . import groups"),
-        ("prefix_tree", "from .groups import prune"),
-        ("plan", "import triton"),
-        ("plan", "from packinfer_sgl import kernels"),
-        ("plan", "from packinfer_sgl import BatchDecodeWithPagedKVCacheWrapper"),
-        ("plan", "import packinfer_sgl"),
-        ("kernels.decode", "import sglang"),
-        ("kernels.decode", "from packinfer_sgl.kernels import reference"),
-        ("kernels.decode", "from .reference import merge"),
-        ("kernels.decode", "from ..metrics import Totals"),
-        ("wrapper", "from sglang.srt.layers import radix_attention"),
-        ("wrapper", "from packinfer_sgl import metrics"),
-        ("wrapper", "from packinfer_sgl.radix import paths"),
-        ("backend", "from packinfer_sgl.plugin import register"),
-        ("backend", "if TYPE_CHECKING:\n    from packinfer_sgl.patches.batch import current"),
+        ("planning.groups", "from packinfer_sgl.planning.plan import Plan"),
+        ("planning.prefix_tree", "from . import groups"),
+        ("planning.prefix_tree", "from .groups import prune"),
+        ("planning.plan", "import triton"),
+        ("planning.plan", "from packinfer_sgl import kernels"),
+        ("planning.plan", "from packinfer_sgl import BatchDecodeWithPagedKVCacheWrapper"),
+        ("planning.plan", "import packinfer_sgl"),
+        ("kernels.merge", "import sglang"),
+        ("kernels.copy_slots", "from packinfer_sgl.kernels import reference"),
+        ("kernels.reference", "from .merge import merge_kernel"),
+        ("kernels.merge", "from ..serving.router import Router"),
+        ("runners.arena", "from packinfer_sgl.paged.wrapper import BatchDecodeWithPagedKVCacheWrapper"),
+        ("paged.wrapper", "from sglang.srt.layers import radix_attention"),
+        ("paged.batch", "from .wrapper import BatchDecodeWithPagedKVCacheWrapper"),
+        ("paged.wrapper", "from packinfer_sgl.serving.batch_rows import BatchRows"),
+        ("serving.backend", "from packinfer_sgl.plugin import register"),
+        ("serving.backend", "if TYPE_CHECKING:\n    from packinfer_sgl.patches.hook import Hook"),
         ("cli", "from kernels.reference import merge"),
-        ("patches.batch", "import patches.flags"),
+        ("patches.hook", "import patches.flags"),
         ("helpers", ""),
         ("utils.strings", ""),
+        ("planning.helpers", ""),
     ],
 )
 def test_a_forbidden_import_is_found(room: str, source: str) -> None:
@@ -169,13 +182,19 @@ def test_a_forbidden_import_is_found(room: str, source: str) -> None:
     ("room", "source"),
     [
         ("config", "from __future__ import annotations\nimport json, os.path\nfrom dataclasses import dataclass"),
-        ("cut", "import numpy as np\nfrom .plan import Plan\nfrom packinfer_sgl import prefix_tree, __version__"),
-        ("kernels.reference", "import torch\nfrom packinfer_sgl.plan import Plan\nfrom ..config import Config"),
-        ("wrapper", "from packinfer_sgl.kernels import reference\nfrom packinfer_sgl.plan import Plan"),
-        ("backend", "import sglang, packinfer_sgl\nfrom .radix import paths\nfrom packinfer_sgl.wrapper import W"),
-        ("__init__", "from packinfer_sgl.wrapper import BatchDecodeWithPagedKVCacheWrapper"),
-        ("patches.batch", "import sglang\nfrom . import flags\nfrom packinfer_sgl.plugin import register"),
-        ("cli", "import rich\nfrom packinfer_sgl import doctor, show"),
+        ("planning.items", "import numpy as np\nfrom .plan import Plan\nfrom packinfer_sgl import __version__"),
+        (
+            "kernels.reference",
+            "import torch\nfrom ..planning.plan import Plan\nfrom ..config import Config",
+        ),
+        ("paged.wrapper", "from packinfer_sgl.kernels import reference\nfrom packinfer_sgl.runners import arena"),
+        (
+            "serving.backend",
+            "import sglang, packinfer_sgl\nfrom .layers import heads_of\nfrom ..paged import wrapper",
+        ),
+        ("__init__", "from packinfer_sgl.paged.wrapper import BatchDecodeWithPagedKVCacheWrapper"),
+        ("patches.hold", "import sglang\nfrom . import hook\nfrom packinfer_sgl.plugin import register"),
+        ("cli", "import rich\nfrom packinfer_sgl.tools import doctor, inspect_view"),
     ],
 )
 def test_an_allowed_import_is_allowed(room: str, source: str) -> None:

@@ -28,7 +28,8 @@ def run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
 
 
 def modules(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.py"))
+    found = (path.relative_to(folder) for path in folder.rglob("*.py"))
+    return sorted(".".join(path.with_suffix("").parts) for path in found if path.parts[0] not in ("kernels", "patches"))
 
 
 def shipped() -> list[Path]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.fitting import Capacity
-from packinfer_sgl.kernels.packed_cuda import PackedCuda
+from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.tiles import Tile, tiles_for
-from packinfer_sgl.plan import PieceTiming, Plan, TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.fitting import Capacity
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import PieceTiming, Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 POISON = 2**28  # a slot that no test has
 

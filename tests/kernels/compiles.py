@@ -15,9 +15,9 @@ from cases import make_packed, random_case
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from packinfer_sgl.fitting import Capacity
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.tiles import EXTEND_TILES
+from packinfer_sgl.planning.fitting import Capacity
 
 DTYPE = {64: torch.float16, 128: torch.bfloat16, 256: torch.bfloat16}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from cases import make_packed, random_case
 
-from packinfer_sgl.fitting import Capacity
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
+from packinfer_sgl.planning.fitting import Capacity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import EXTENDS, brute_force, make_packed, random_case, run_packed
 
-from packinfer_sgl.fitting import Capacity
+from packinfer_sgl.planning.fitting import Capacity
 
 pytestmark = pytest.mark.gpu
 # P and the output are rounded to 8 bits: relative to the size of a row

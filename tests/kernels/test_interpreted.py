@@ -13,10 +13,10 @@ import pytest
 import torch
 from cases import EXTENDS, brute_force, make_packed, random_case, run_packed
 
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.fitting import Capacity
-from packinfer_sgl.plan import Col, TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.fitting import Capacity
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Col, TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {

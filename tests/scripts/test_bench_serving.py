@@ -24,7 +24,7 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 600, 12
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from packinfer_sgl.tiny_model import write_tiny_model
+    from packinfer_sgl.tools.tiny_model import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny-serving", layers=2)
 

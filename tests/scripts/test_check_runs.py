@@ -34,7 +34,7 @@ def test_the_line_that_says_why():
     log = """
 [2026-01-01 00:00:00] Scheduler hit an exception: Traceback (most recent call last):
   File "x.py", line 1, in f
-packinfer_sgl.layers.UnsupportedModel: packinfer: M uses multi-head latent attention
+packinfer_sgl.serving.layers.UnsupportedModel: packinfer: M uses multi-head latent attention
 During handling of the above exception, another exception occurred:
 KeyError: 'x'
 EOFError

@@ -14,7 +14,7 @@ from kernel_report import OURS
 from kernel_workloads import workloads
 from write_constants import write
 
-from packinfer_sgl.extend_costs import EXTEND_H200, SMS
+from packinfer_sgl.planning.extend_costs import EXTEND_H200, SMS
 
 CASES = [Case(work, work.extend_plan(TILES, SMS), 0.0, 0.0) for work in workloads() if work.name[0] in "PMCR"]
 PLANTED = replace(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from kernel_workloads import HEAD_DIM, Inputs, Workload, ragged, workloads
 
-from packinfer_sgl.groups import H200
 from packinfer_sgl.kernels.reference import PackedReference
 from packinfer_sgl.kernels.tiles import tile_policy
-from packinfer_sgl.plan import Col, Plan, TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.groups import H200
+from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 WORKLOADS = {work.name.split()[0]: work for work in workloads()}
 

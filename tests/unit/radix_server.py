@@ -12,15 +12,15 @@ import torch
 from strategies import attention64
 from test_planner import EAGER
 
-from packinfer_sgl.cpu_decode import CpuDecode
-from packinfer_sgl.cuda_decode import CudaDecode
-from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
-from packinfer_sgl.regroup import Regroup
+from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.runners.arena import Regroup
+from packinfer_sgl.runners.cpu_decode import CpuDecode
+from packinfer_sgl.runners.cuda_decode import CudaDecode
+from packinfer_sgl.runners.metrics import Stats
 
 HEADS, LAYERS = 1, 2
 CONTEXT, POOL_ROWS = 64, 12
@@ -90,7 +90,7 @@ class Server:
         )
         self.stats = Stats()
         shape = AttentionShape(HEADS, HEADS, dim, 4)
-        settings = {"grouping": grouping, "verify": True, "req_to_token": self.table, "stats": self.stats}
+        settings = {"grouping": grouping, "check": True, "req_to_token": self.table, "stats": self.stats}
         settings["regroup"] = self.arena
         self.decode: CpuDecode | CudaDecode
         if kernels:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.plan import PieceTiming, Plan, TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import PieceTiming, Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 Rows = list[list[int]]  # per row, the KV slot of each position
 Span = tuple[frozenset[int], int, int]  # members, first position, position after the last

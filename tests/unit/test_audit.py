@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Case, cases, slot_list, tree_of
 
-from packinfer_sgl.audit import check_reads
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.audit import check_reads
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
 
 NOT_ITS_BATCH = "^packinfer: a plan is not that of its batch: "
 

@@ -13,7 +13,7 @@ from packinfer_sgl import config
 from packinfer_sgl.config import Config, ConfigError, flag
 
 DEFAULTS = {
-    "base_backend": "auto", "grouping": "multi", "extend": "auto", "verify": False, "arena_tokens": 0, "wrap": False,
+    "base_backend": "auto", "grouping": "multi", "extend": "auto", "check": False, "arena_tokens": 0, "wrap": False,
     "hold_siblings": False,
 }  # fmt: skip
 
@@ -48,21 +48,21 @@ def test_every_setting_is_described() -> None:
         ('{"extend": "all"}', ["extend", "'all'", "auto, on, off"]),
         ('{"grouping": null}', ["grouping", "None", "str"]),
         ('{"grouping": ["multi"]}', ["grouping", "str"]),
-        ('{"verify": 1}', ["verify", "1", "bool"]),
-        ('{"verify": 0}', ["verify", "0", "bool"]),
-        ('{"verify": "true"}', ["verify", "'true'", "bool"]),
+        ('{"check": 1}', ["check", "1", "bool"]),
+        ('{"check": 0}', ["check", "0", "bool"]),
+        ('{"check": "true"}', ["check", "'true'", "bool"]),
         ('{"hold_siblings": 256}', ["hold_siblings", "256", "bool"]),
         ('{"arena_tokens": -1}', ["arena_tokens", "-1", "0 or more"]),
         ('{"arena_tokens": "5"}', ["arena_tokens", "'5'", "int"]),
         ('{"arena_tokens": 1.0}', ["arena_tokens", "1.0", "int"]),
         ('{"arena_tokens": true}', ["arena_tokens", "True", "int"]),
-        ('{"verify": null}', ["verify", "None", "bool"]),
+        ('{"check": null}', ["check", "None", "bool"]),
         ('{"base_backend": true}', ["base_backend", "True", "str"]),
         ('{"base_backend": ""}', ["base_backend", "''", "stock backend", "auto"]),
         ('{"base_backend": "packinfer"}', ["base_backend", "'packinfer'", "stock backend", "auto"]),
-        ('{"group": "multi"}', ["'group'", "base_backend, extend, grouping, hold_siblings, verify"]),
-        ('{"base-backend": "triton"}', ["'base-backend'", "base_backend, extend, grouping, hold_siblings, verify"]),
-        ('{"a\\nb": 1, "grouping": "off"}', ["base_backend, extend, grouping, hold_siblings, verify"]),
+        ('{"group": "multi"}', ["'group'", "base_backend, check, extend, grouping, hold_siblings"]),
+        ('{"base-backend": "triton"}', ["'base-backend'", "base_backend, check, extend, grouping, hold_siblings"]),
+        ('{"a\\nb": 1, "grouping": "off"}', ["base_backend, check, extend, grouping, hold_siblings"]),
         ("{grouping: off}", ["PACKINFER_CONFIG", "JSON"]),
         ('{"grouping": "off"', ["PACKINFER_CONFIG", "JSON"]),
         ("\n\n\n{,}\n", ["PACKINFER_CONFIG", "JSON"]),
@@ -111,9 +111,9 @@ def test_any_text_is_a_config_or_one_line(text: str) -> None:
     st.booleans(),
 )
 def test_json_round_trip(
-    base_backend: str, grouping: str, extend: str, verify: bool, arena_tokens: int, wrap: bool, hold: bool
+    base_backend: str, grouping: str, extend: str, check: bool, arena_tokens: int, wrap: bool, hold: bool
 ) -> None:
-    written = Config("auto" if wrap else base_backend, grouping, extend, verify, arena_tokens, wrap, hold)
+    written = Config("auto" if wrap else base_backend, grouping, extend, check, arena_tokens, wrap, hold)
     assert Config.from_json(written.to_json()) == written
 
 
@@ -134,7 +134,7 @@ def test_flag_names() -> None:
         "--packinfer-base-backend",
         "--packinfer-grouping",
         "--packinfer-extend",
-        "--packinfer-verify",
+        "--packinfer-check",
         "--packinfer-arena-tokens",
         "--packinfer-wrap",
         "--packinfer-hold-siblings",

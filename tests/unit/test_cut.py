@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.plan import Col, PieceTiming, Plan, TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Col, PieceTiming, Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 FIXED, PROGRAMS = 40, 20  # tokens that an item's fixed time is worth; programs that run at once
 

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Rows, attention64, kv_pool, pool_size, radix_rows, shared_spans, tree_of
 
-from packinfer_sgl.backend import _extend_reason
-from packinfer_sgl.cpu_extend import CpuExtend
-from packinfer_sgl.cuda_extend import CudaExtend
-from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels import packed_cuda
-from packinfer_sgl.kernels.packed_cuda import PackedCuda
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import Col
-from packinfer_sgl.prefix_tree import PrefixTree
-from packinfer_sgl.radix import BatchRows
+from packinfer_sgl.kernels.device_plan import PackedCuda
+from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.plan import Col
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.reasons import BatchReason
+from packinfer_sgl.runners.cpu_extend import CpuExtend
+from packinfer_sgl.runners.cuda_extend import CudaExtend
+from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.serving.backend import _extend_reason
+from packinfer_sgl.serving.batch_rows import BatchRows
 
 SHAPE = AttentionShape(qo_heads=4, kv_heads=2, head_dim=64, kv_bytes=4)
 
@@ -86,7 +86,7 @@ def attend(extend: CpuExtend | CudaExtend, batch: Batch, dtype: torch.dtype, dev
 
 
 def on_cpu(batch: Batch, stats: Stats, **more: bool) -> CpuExtend:
-    settings_ = {"grouping": "multi", "verify": True, "always": True, **more}
+    settings_ = {"grouping": "multi", "check": True, "always": True, **more}
     return CpuExtend(SHAPE, req_to_token=batch.table(), stats=stats, **settings_)
 
 
@@ -111,7 +111,7 @@ def test_equals_brute_force_on_the_triton_kernels(several: list[Batch]) -> None:
     for batch in several:
         table = batch.table().to(device)
         extend = extend or CudaExtend(
-            SHAPE, grouping="multi", verify=True, req_to_token=table, stats=Stats(), always=True
+            SHAPE, grouping="multi", check=True, req_to_token=table, stats=Stats(), always=True
         )
         extend.req_to_token = table
         rows, pool_rows, *lens = batch.arguments()
@@ -193,7 +193,7 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PackedCuda, "run", checked)
     monkeypatch.setattr(packed_cuda, "merge_listed_kernel", Merge())
     extend = CudaExtend(
-        SHAPE, grouping="multi", verify=False, req_to_token=torch.zeros(1, 8, dtype=torch.int32, device=device),
+        SHAPE, grouping="multi", check=False, req_to_token=torch.zeros(1, 8, dtype=torch.int32, device=device),
         stats=Stats(), always=True,
     )  # fmt: skip
     extend.warm_up(k, v, torch.float16, 0.0)
@@ -206,9 +206,9 @@ def test_what_fits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table, (rows, pool_rows, *lens) = batch.table().to(device), batch.arguments()
     arguments = (rows, pool_rows.to(device), *lens)
-    extend = CudaExtend(SHAPE, grouping="multi", verify=False, req_to_token=table, stats=stats, always=True)
+    extend = CudaExtend(SHAPE, grouping="multi", check=False, req_to_token=table, stats=stats, always=True)
     assert extend.step(*arguments)
-    monkeypatch.setattr("packinfer_sgl.cuda_extend.BUFFER_BYTES", 820 * 4 - 1)  # the slots of 820 tokens
+    monkeypatch.setattr("packinfer_sgl.runners.cuda_extend.BUFFER_BYTES", 820 * 4 - 1)  # the slots of 820 tokens
     assert not extend.step(*arguments) and stats.packed_extends == 1
 
 

@@ -12,13 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packinfer_sgl.cuda_extend import extend_planner, is_measured
-from packinfer_sgl.extend_costs import BLOCK, EXTEND_H200, ROWS, SMS, ExtendCosts, _next_free_us
-from packinfer_sgl.groups import H200, AttentionShape
 from packinfer_sgl.kernels.tiles import EXTEND_TILES
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import Col, Plan
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.extend_costs import BLOCK, EXTEND_H200, ROWS, SMS, ExtendCosts, _next_free_us
+from packinfer_sgl.planning.groups import H200, AttentionShape
+from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.runners.cuda_extend import extend_planner
+from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.serving.layers import is_measured
 
 SHAPE = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
 TILES = EXTEND_TILES[128]

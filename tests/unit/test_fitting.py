@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packinfer_sgl.cuda_extend import extend_planner
-from packinfer_sgl.fitting import Capacity, DoesNotFit, decode_capacity, fit, least_partials, verify_capacity
-from packinfer_sgl.groups import H200, AttentionShape
 from packinfer_sgl.kernels.tiles import EXTEND_TILES, TILES, policy_of
-from packinfer_sgl.plan import Plan
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.fitting import Capacity, DoesNotFit, decode_capacity, fit, least_partials, verify_capacity
+from packinfer_sgl.planning.groups import H200, AttentionShape
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.runners.cuda_extend import extend_planner
 
 SMS = 132
 CONTEXT = 131_072

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import members, spans_of
 
-from packinfer_sgl.groups import CPU, H200, AttentionShape, CostModel, prune
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.groups import CPU, H200, AttentionShape, CostModel, prune
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 LLAMA_8B = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
 

@@ -12,14 +12,14 @@ from test_extend import Batch, attend, behind
 from test_planner import three_rows
 from test_verify import DEVICE, DRAFTS, Stock, on_gpu, verify_batch
 
-from packinfer_sgl import backend as backend_module
-from packinfer_sgl import cpu_decode, metrics
-from packinfer_sgl.backend import PackInferMixin
-from packinfer_sgl.cuda_decode import CudaDecode
-from packinfer_sgl.fitting import DoesNotFit
-from packinfer_sgl.metrics import STATS, Stats
-from packinfer_sgl.plan import Plan
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.fitting import DoesNotFit
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.runners import cpu_decode, metrics
+from packinfer_sgl.runners.cuda_decode import CudaDecode
+from packinfer_sgl.runners.metrics import STATS, Stats
+from packinfer_sgl.serving import backend as backend_module
+from packinfer_sgl.serving.backend import PackInferMixin
 
 
 class Broken:
@@ -41,7 +41,7 @@ class EagerStock(Stock):
 def backend(monkeypatch: pytest.MonkeyPatch) -> PackInferMixin:
     monkeypatch.setattr(STATS, "_errors", set())
     made = backend_module.packed_class(EagerStock)()
-    made._packinfer_verify = False
+    made._packinfer_debug = False
     return made
 
 
@@ -65,7 +65,7 @@ def test_an_eager_batch_goes_to_the_stock_backend(backend, monkeypatch, caplog) 
     logged = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(logged) == 1 and "planning failed, the stock backend runs this batch" in logged[0].getMessage()
     assert "none left for 0" in str(logged[0].exc_info[1])
-    backend._packinfer_verify = True  # who debugs wants to see it
+    backend._packinfer_debug = True  # who debugs wants to see it
     with pytest.raises(torch.OutOfMemoryError):
         backend.init_forward_metadata(None)
 
@@ -73,7 +73,7 @@ def test_an_eager_batch_goes_to_the_stock_backend(backend, monkeypatch, caplog) 
 @pytest.mark.parametrize("fails_in", ["snapshot_slots", "audit_reads"])
 def test_a_plan_that_was_never_loaded_is_not_used(fails_in: str, monkeypatch) -> None:
     """A step that fails between its plan and its slots, as when memory is short; the next ones must be right."""
-    engine = three_rows(verify=True)
+    engine = three_rows(check=True)
     for _ in range(3):
         engine.step()
         engine.join(4, like=next(iter(engine.rows)), shared=15)
@@ -108,7 +108,7 @@ def test_the_arena_is_not_asked_for_spans_that_are_not_in_the_list() -> None:
     table = Batch(rows, [1] * 8).table().to(DEVICE)
     for asked in (1, 0):
         decode = CudaDecode(
-            backend_module.AttentionShape(4, 2, 64, 2), grouping="multi", verify=False, req_to_token=table,
+            backend_module.AttentionShape(4, 2, 64, 2), grouping="multi", check=False, req_to_token=table,
             pool_tokens=910, max_rows=8, stats=Stats(), regroup=(arena := Arena()),
         )  # fmt: skip
         if not asked:  # the node has a span of its own, unless each token is listed once
@@ -141,7 +141,7 @@ def test_a_graph_is_replayed_without_groups(backend, monkeypatch, caplog) -> Non
     replayed(backend, step, monkeypatch)
     assert calls == [([0, 1], [5, 6])] and errors() == before + 1
     assert "this batch is run without groups" in caplog.text
-    backend._packinfer_verify = True
+    backend._packinfer_debug = True
     with pytest.raises(DoesNotFit):
         replayed(backend, step, monkeypatch)
 
@@ -171,7 +171,7 @@ def test_a_decode_batch_of_which_nothing_is_known_is_found_in_the_slots() -> Non
     rows = [[*range(1, 901), 1000 + i] for i in range(8)]
     table = Batch(rows, [1] * 8).table().to(DEVICE)
     decode = CudaDecode(
-        backend_module.AttentionShape(4, 2, 64, 2), grouping="multi", verify=True, req_to_token=table,
+        backend_module.AttentionShape(4, 2, 64, 2), grouping="multi", check=True, req_to_token=table,
         pool_tokens=910, max_rows=8, stats=(stats := Stats()),
     )  # fmt: skip
     decode.step(None, torch.arange(8).flip(0).to(DEVICE), np.full(8, 901, np.int64))

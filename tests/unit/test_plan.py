@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DECODE, Case, cases, keep_nodes, tree_of
 
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.plan import Col, Plan, TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 ROOM = "room"
 

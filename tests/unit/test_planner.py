@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import attention64, shared_spans, tree_of
 
-from packinfer_sgl.cpu_decode import ROOM_TOKENS, CpuDecode
-from packinfer_sgl.groups import CPU, AttentionShape, CostModel
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.groups import CPU, AttentionShape, CostModel
+from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.runners.cpu_decode import ROOM_TOKENS, CpuDecode
+from packinfer_sgl.runners.metrics import Stats
 
 KV_HEADS, GROUP, HEAD_DIM = 1, 2, 16
 SLOTS, CONTEXT, POOL_ROWS = 1000, 128, 16
@@ -49,7 +49,7 @@ class FakeRows:
 class Engine:
     """A batch in a server that keeps slots, lengths and the pool as SGLang does; decodes by brute force, too."""
 
-    def __init__(self, grouping: str = "multi", verify: bool = False, cost: CostModel = EAGER) -> None:
+    def __init__(self, grouping: str = "multi", check: bool = False, cost: CostModel = EAGER) -> None:
         self.table = torch.full((POOL_ROWS, CONTEXT), -1, dtype=torch.int32)
         # KV is NaN until somebody writes it, and again once its slot is free
         self.k, self.v = torch.full((2, SLOTS, KV_HEADS, HEAD_DIM), math.nan)
@@ -63,7 +63,7 @@ class Engine:
             cost,
             TilePolicy(tile_queries=(8, 1), chunk_tokens=8),
             grouping=grouping,
-            verify=verify,
+            check=check,
             req_to_token=self.table,
             stats=self.stats,
         )
@@ -250,7 +250,7 @@ def test_modes(grouping: str, saved: int) -> None:
 
 def test_verify_finds_rows_that_do_not_share() -> None:
     wrong = PrefixTree.from_neighbours([0, 1, 2], [13, 0])  # 12 tokens are shared
-    engine = three_rows(verify=True)
+    engine = three_rows(check=True)
     with pytest.raises(
         RuntimeError, match=r"^packinfer: requests grouped on tokens 0 to 13 hold different KV slots.*$"
     ):
@@ -258,7 +258,7 @@ def test_verify_finds_rows_that_do_not_share() -> None:
 
 
 def test_verify_passes_rows_that_share() -> None:
-    engine = three_rows(verify=True)
+    engine = three_rows(check=True)
     for _ in range(ROOM_TOKENS + 3):
         engine.step()
     assert engine.stats.plans == 2
@@ -276,7 +276,7 @@ def test_verify_passes_rows_that_share() -> None:
     st.randoms(use_true_random=False),
 )
 def test_any_history(events: list[str], grouping: str, cost: CostModel, random) -> None:
-    engine = Engine(grouping, verify=True, cost=cost)
+    engine = Engine(grouping, check=True, cost=cost)
     engine.join(3)
     planned_for, room = None, 0
     for event in events:

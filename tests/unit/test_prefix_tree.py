@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Rows, radix_rows, ragged, shared_spans, spans_of, tree_of
 
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 
 def assert_tree(tree: PrefixTree, rows: list[list[int]]) -> None:

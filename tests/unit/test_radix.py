@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from packinfer_sgl.radix import BatchRows
+from packinfer_sgl.serving.batch_rows import BatchRows
 
 
 def spans(rows: BatchRows) -> set[tuple[int, int, frozenset[int]]]:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from radix_server import HEADS, LAYERS, Server
 from test_planner import EAGER
 
-from packinfer_sgl import cuda_decode, regroup
-from packinfer_sgl.regroup import Extents
+from packinfer_sgl.runners import arena as regroup
+from packinfer_sgl.runners import cuda_decode
+from packinfer_sgl.runners.arena import Extents
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packinfer_sgl import siblings
-from packinfer_sgl.siblings import LEAST_TOKENS, Held, Prompt, Wait, wait
+from packinfer_sgl.planning import prefix_hold as siblings
+from packinfer_sgl.planning.prefix_hold import LEAST_TOKENS, Held, Prompt, Wait, wait
 
 LONG = tuple(range(1000))
 

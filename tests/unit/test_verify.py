@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_extend import SHAPE, Batch, attend, batches, behind
 
-from packinfer_sgl import backend as backend_module
-from packinfer_sgl.backend import PackInferMixin
-from packinfer_sgl.cuda_decode import CudaDecode
-from packinfer_sgl.cuda_verify import CudaVerify
-from packinfer_sgl.metrics import Stats
+from packinfer_sgl.runners.cuda_decode import CudaDecode
+from packinfer_sgl.runners.cuda_verify import CudaVerify
+from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.serving import backend as backend_module
+from packinfer_sgl.serving.backend import PackInferMixin
 
 DRAFTS = 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +33,7 @@ def drafted(draw: st.DrawFn) -> Batch:
 
 def on_gpu(batch: Batch, stats: Stats, **more: int) -> CudaVerify:
     return CudaVerify(
-        SHAPE, DRAFTS, grouping="multi", verify=True, req_to_token=batch.table().to(DEVICE), stats=stats,
+        SHAPE, DRAFTS, grouping="multi", check=True, req_to_token=batch.table().to(DEVICE), stats=stats,
         **{"max_rows": 8, "pool_tokens": 4096, **more},
     )  # fmt: skip
 

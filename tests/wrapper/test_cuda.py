@@ -18,8 +18,9 @@ from paged_cases import EDGES, Batch, Layer, check, indptr, int32
 
 from packinfer_sgl import BatchDecodeWithPagedKVCacheWrapper as Decode
 from packinfer_sgl import BatchPrefillWithPagedKVCacheWrapper as Prefill
-from packinfer_sgl import paged, paged_cuda
 from packinfer_sgl.kernels.tiles import tile_policy
+from packinfer_sgl.paged import batch as paged
+from packinfer_sgl.paged import on_cuda as paged_cuda
 
 HALF = Layer(2, 1, 64, q_dtype=torch.float16, kv_dtype=torch.float16, cuda=True)
 DEVICE = HALF.device
@@ -218,7 +219,7 @@ def test_a_plan_beyond_the_buffers_shares_less(monkeypatch: pytest.MonkeyPatch) 
 
 def prune_of(tree: Any, grouping: str) -> Any:
     """All spans, unless none may be kept."""
-    from packinfer_sgl.groups import H200, AttentionShape, prune
+    from packinfer_sgl.planning.groups import H200, AttentionShape, prune
 
     return prune(tree, AttentionShape(2, 1, 64, 2), H200, "off") if grouping == "off" else tree
 

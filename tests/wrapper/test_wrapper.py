@@ -15,9 +15,11 @@ import pytest
 import torch
 from paged_cases import EDGES, Batch, Layer, check, tree_batch
 
-from packinfer_sgl import paged, paged_cpu, wrapper
-from packinfer_sgl.plan import TilePolicy
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.paged import batch as paged
+from packinfer_sgl.paged import on_cpu as paged_cpu
+from packinfer_sgl.paged import wrapper
+from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 
 def keep_all(tree: PrefixTree, *_: Any) -> PrefixTree:

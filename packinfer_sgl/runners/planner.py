@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.fitting import DoesNotFit, Fitted, fit
-from packinfer_sgl.groups import AttentionShape, CostModel, prune
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import Plan, TilePolicy
-from packinfer_sgl.prefix_tree import Int32, PrefixTree
-from packinfer_sgl.regroup import Paths, Regroup
+from packinfer_sgl.planning.fitting import DoesNotFit, Fitted, fit
+from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.runners.arena import Paths, Regroup
+from packinfer_sgl.runners.metrics import Stats
 
 
 class Rows(Paths, Protocol):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import triton
 
-from packinfer_sgl.fitting import Capacity
-from packinfer_sgl.kernels.merge import merge_kernel, merge_listed_kernel
-from packinfer_sgl.kernels.packed import (
+from packinfer_sgl.kernels.attention_hopper_decode import packed_attention_hopper_kernel
+from packinfer_sgl.kernels.attention_hopper_extend import packed_attention_extend_kernel
+from packinfer_sgl.kernels.attention_triton import (
     N_MERGED,
     N_QUERIES,
     N_SPANS,
@@ -18,10 +18,10 @@ from packinfer_sgl.kernels.packed import (
     packed_attention_kernel,
     snapshot_kernel,
 )
-from packinfer_sgl.kernels.packed_extend import packed_attention_extend_kernel
-from packinfer_sgl.kernels.packed_hopper import packed_attention_hopper_kernel
+from packinfer_sgl.kernels.merge import merge_kernel, merge_listed_kernel
 from packinfer_sgl.kernels.tiles import Tile
-from packinfer_sgl.plan import Col, Plan
+from packinfer_sgl.planning.fitting import Capacity
+from packinfer_sgl.planning.plan import Col, Plan
 
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
 LOG2_E = math.log2(math.e)

@@ -8,17 +8,17 @@ import logging
 import numpy as np
 import torch
 
-from packinfer_sgl.cpu_decode import audit_reads, check_shared_slots, tree_by_slots
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.fitting import decode_capacity
-from packinfer_sgl.groups import H200, AttentionShape
-from packinfer_sgl.kernels.packed_cuda import PackedCuda
+from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.tiles import tile_policy, tiles_for
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import Plan
-from packinfer_sgl.planner import DecodePlanner, Rows
-from packinfer_sgl.prefix_tree import PrefixTree
-from packinfer_sgl.regroup import SPANS_PER_ROW, Regroup
+from packinfer_sgl.planning.fitting import decode_capacity
+from packinfer_sgl.planning.groups import H200, AttentionShape
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.runners.arena import SPANS_PER_ROW, Regroup
+from packinfer_sgl.runners.cpu_decode import audit_reads, check_shared_slots, tree_by_slots
+from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.runners.planner import DecodePlanner, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class CudaDecode:
         shape: AttentionShape,
         *,
         grouping: str,
-        verify: bool,
+        check: bool,
         req_to_token: torch.Tensor,
         pool_tokens: int,
         max_rows: int,
@@ -51,10 +51,10 @@ class CudaDecode:
             req_to_token: [pool rows, max context] int32 on the GPU, SGLang's table of slots.
             pool_tokens: KV tokens in the pool.
             max_rows: most rows of a batch.
-            grouping, verify: see ``config.Config``.
+            grouping, check: see ``config.Config``.
             regroup: the arena, if there is one.
         """
-        self.verify, self.req_to_token, self.max_rows, self.stats = verify, req_to_token, max_rows, stats
+        self.check, self.req_to_token, self.max_rows, self.stats = check, req_to_token, max_rows, stats
         device = req_to_token.device
         capacity = decode_capacity(
             shape, max_rows=max_rows, context_tokens=req_to_token.shape[1], pool_tokens=pool_tokens,
@@ -88,10 +88,10 @@ class CudaDecode:
         """
         by_slots = functools.partial(tree_by_slots, self.req_to_token, pool_rows, lens)
         if self._planner.step(rows, lens, lambda: PrefixTree.unshared(len(lens)), by_slots):
-            if self.verify:
+            if self.check:
                 check_shared_slots(self._planner.tree, self.req_to_token, pool_rows)
             self._load(self._planner.plan, pool_rows)
-        if self.verify:
+        if self.check:
             audit_reads(
                 self._planner.plan, self._packed.kv_slots, self.req_to_token, pool_rows, lens, self.stats,
                 newest_is_there=False,

@@ -26,8 +26,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from packinfer_sgl.plan import Plan
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 RUN_TOKENS = 64  # slots that follow each other for this long are read as fast as a copy
 COPY_TOKENS = 256  # what a copy costs besides its tokens, in KV tokens read

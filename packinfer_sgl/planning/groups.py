@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from packinfer_sgl.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
 
 @dataclass(frozen=True)

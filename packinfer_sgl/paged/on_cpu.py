@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
 
-from packinfer_sgl.groups import CPU, AttentionShape, CostModel
 from packinfer_sgl.kernels.reference import MaskRows, PackedReference
-from packinfer_sgl.plan import Plan, TilePolicy
-from packinfer_sgl.prefix_tree import Int32
-
-# With more queries to a tile the logits leave the CPU's cache: 64 measured best from 8 to 64 queries a request.
-TILES = TilePolicy(tile_queries=(64, 1), chunk_tokens=1024, ride_tokens=256)
-# The reference copies keys and values before it multiplies: what sharing saves is the copy, whatever the products.
-COST = replace(CPU, flops_per_us=math.inf)
-
-
-def cost_of(shape: AttentionShape) -> CostModel:
-    return replace(COST, large_rows=TILES.tile_queries[0] * shape.group_size)
+from packinfer_sgl.planning.groups import AttentionShape, CostModel
+from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import Int32
+from packinfer_sgl.runners.cpu_extend import TILES, cost_of
 
 
 class OnCpu:

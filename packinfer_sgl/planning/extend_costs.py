@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numba import njit
 
-from packinfer_sgl.groups import H200, AttentionShape, CostModel
-from packinfer_sgl.plan import Col, Plan
-from packinfer_sgl.prefix_tree import Int32
+from packinfer_sgl.planning.groups import H200, AttentionShape, CostModel
+from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.prefix_tree import Int32
 
 ROWS, BLOCK = 128, 128  # query rows of a tile of FlashAttention-3, and KV tokens of its blocks
 HALF = ROWS // 2  # rows of a warpgroup
@@ -77,7 +77,7 @@ class ExtendCosts:
             _next_free_us(-np.sort(-item_us), shape.kv_heads, sms),
             plan.kv_tokens_unique * kv_bytes / H200.bytes_per_us,
         )
-        return busy_us + self.partials * plan.n_partials * H200.partials_us(shape) + self.call_us
+        return float(busy_us) + self.partials * plan.n_partials * H200.partials_us(shape) + self.call_us
 
     def stock_us(self, q_lens: Int32, kv_lens: Int32, shape: AttentionShape, sms: int) -> float:
         """Expected time of FlashAttention-3 in one layer, by new tokens and KV tokens of each row ([n_rows] int32).
@@ -100,7 +100,7 @@ class ExtendCosts:
             blocks = np.repeat(blocks / splits, splits)
         block_us = self.stock_half_block_us if narrow else self.stock_block_us
         tile_us = blocks * (block_us * shape.head_dim / HEAD_DIM) + self.stock_tile_us
-        return _next_free_us(-np.sort(-tile_us), shape.kv_heads, sms) + self.stock_call_us
+        return float(_next_free_us(-np.sort(-tile_us), shape.kv_heads, sms)) + self.stock_call_us
 
 
 @njit(cache=True)

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
-from packinfer_sgl.cpu_decode import audit_reads, check_shared_slots, tree_by_slots
-from packinfer_sgl.cuda_extend import extend_planner
-from packinfer_sgl.fitting import verify_capacity
-from packinfer_sgl.groups import AttentionShape
-from packinfer_sgl.kernels.packed_cuda import PackedCuda
+from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.tiles import multiprocessors, tiles_for
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import Plan
-from packinfer_sgl.planner import Rows
-from packinfer_sgl.prefix_tree import PrefixTree
-
-
-def chain_drafts(spec_info: Any) -> int:
-    """Tokens that each row has in a verify step if each of them sees those before it; 0 for trees of drafts."""
-    from sglang.srt.speculative.eagle_info import EagleVerifyInput
-
-    return int(spec_info.draft_token_num) if type(spec_info) is EagleVerifyInput and spec_info.topk == 1 else 0
+from packinfer_sgl.planning.fitting import verify_capacity
+from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.runners.cpu_decode import audit_reads, check_shared_slots, tree_by_slots
+from packinfer_sgl.runners.cuda_extend import extend_planner
+from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.runners.planner import Rows
 
 
 class CudaVerify:
@@ -41,7 +33,7 @@ class CudaVerify:
         drafts: int,
         *,
         grouping: str,
-        verify: bool,
+        check: bool,
         req_to_token: torch.Tensor,
         pool_tokens: int,
         max_rows: int,
@@ -49,13 +41,13 @@ class CudaVerify:
     ) -> None:
         """
         Args:
-            drafts: tokens of each row (``chain_drafts``).
+            drafts: tokens of each row, a chain.
             req_to_token: [pool rows, max context] int32 on the GPU, SGLang's table of slots.
             pool_tokens: KV tokens in the pool.
             max_rows: most rows of a batch.
-            grouping, verify: see ``config.Config``.
+            grouping, check: see ``config.Config``.
         """
-        self.drafts, self.verify, self.req_to_token = drafts, verify, req_to_token
+        self.drafts, self.check, self.req_to_token = drafts, check, req_to_token
         self.max_rows, self.stats = max_rows, stats
         device = req_to_token.device
         tiles = tiles_for(shape.head_dim, device, extend=True)
@@ -84,10 +76,10 @@ class CudaVerify:
         planned = self._planner.plan(rows, np.full(len(lens), self.drafts, np.int32), kv_lens, by_slots)
         assert planned is not None  # no stock backend is expected to be faster, and DoesNotFit is raised
         plan, tree = planned
-        if self.verify:
+        if self.check:
             check_shared_slots(tree, self.req_to_token, pool_rows)
         self._load(plan, pool_rows)
-        if self.verify:
+        if self.check:
             audit_reads(
                 plan, self._packed.kv_slots, self.req_to_token, pool_rows, kv_lens, self.stats, drafts=self.drafts
             )

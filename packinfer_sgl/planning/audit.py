@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from packinfer_sgl.plan import Col, Plan
-from packinfer_sgl.prefix_tree import Int32
+from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.prefix_tree import Int32
 
 
 def check_reads(

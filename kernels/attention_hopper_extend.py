@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from packinfer_sgl.kernels.packed import (
+from packinfer_sgl.kernels.attention_hopper_decode import ROWS
+from packinfer_sgl.kernels.attention_triton import (
     A_LEN,
     A_OFF,
     B_LEN,
@@ -32,7 +33,6 @@ from packinfer_sgl.kernels.packed import (
     Q_OFF,
     TILE_CLASS,
 )
-from packinfer_sgl.kernels.packed_hopper import ROWS
 
 CHUNK = gl.constexpr(32)  # rows that are copied together
 WARPGROUPS = gl.constexpr(2)  # that multiply, each ROWS of a tile

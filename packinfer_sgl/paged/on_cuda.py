@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from packinfer_sgl.fitting import Capacity
-from packinfer_sgl.groups import H200, AttentionShape, CostModel
-from packinfer_sgl.kernels.packed_cuda import PackedCuda
+from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.reference import MaskRows
 from packinfer_sgl.kernels.tiles import TILES, Tile, tile_policy, tiles_for
-from packinfer_sgl.plan import Plan, TilePolicy
-from packinfer_sgl.prefix_tree import Int32
+from packinfer_sgl.planning.fitting import Capacity
+from packinfer_sgl.planning.groups import H200, AttentionShape, CostModel
+from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import Int32
 
 MAX_GROUP = 16  # query heads of a KV head: the rows of the smallest tile
 PARTIAL_BYTES = 1 << 29  # most memory for partial results; a plan that needs more shares less

@@ -11,21 +11,21 @@ import numpy as np
 import torch
 
 from packinfer_sgl.config import Config
-from packinfer_sgl.cpu_decode import CpuDecode
-from packinfer_sgl.cpu_extend import CpuExtend
-from packinfer_sgl.cuda_decode import CudaDecode
-from packinfer_sgl.cuda_extend import CudaExtend, is_measured
-from packinfer_sgl.cuda_verify import CudaVerify, chain_drafts
-from packinfer_sgl.groups import CPU, AttentionShape
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
 from packinfer_sgl.kernels.tiles import tile_policy
-from packinfer_sgl.layers import heads_of, layer_reason
-from packinfer_sgl.metrics import STATS
-from packinfer_sgl.plan import TilePolicy
-from packinfer_sgl.radix import BatchRows, running_rows
+from packinfer_sgl.planning.groups import CPU, AttentionShape
+from packinfer_sgl.planning.plan import TilePolicy
 from packinfer_sgl.reasons import BatchReason, LayerReason
-from packinfer_sgl.regroup import Regroup
+from packinfer_sgl.runners.arena import Regroup
+from packinfer_sgl.runners.cpu_decode import CpuDecode
+from packinfer_sgl.runners.cpu_extend import CpuExtend
+from packinfer_sgl.runners.cuda_decode import CudaDecode
+from packinfer_sgl.runners.cuda_extend import CudaExtend
+from packinfer_sgl.runners.cuda_verify import CudaVerify
+from packinfer_sgl.runners.metrics import STATS
+from packinfer_sgl.serving.batch_rows import BatchRows, running_rows
+from packinfer_sgl.serving.layers import heads_of, is_measured, layer_reason
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -62,7 +62,7 @@ class PackInferMixin:
     _packinfer_layers: dict[int, LayerReason | None]
     _packinfer_heads: tuple[int, int, int]  # of the layers that are packed
     _packinfer_step: Step | None = None  # runs this forward pass, if packed
-    _packinfer_verify: bool
+    _packinfer_debug: bool
     _packinfer_check: bool = False  # this step is eager, and compared with the stock backend
     _packinfer_tokens: int = 0  # query tokens of an eager step that are no padding
     _packinfer_regroup: Regroup | None
@@ -84,12 +84,12 @@ class PackInferMixin:
         try:
             self._packinfer_step = self._packinfer_plan(forward_batch)
         except Exception as e:  # it would end the server: the stock backend can run any batch
-            if self._packinfer_verify:
+            if self._packinfer_debug:
                 raise
             STATS.count_error(e, "the stock backend runs this batch")
             if self._packinfer_decode is not None:
                 self._packinfer_decode.forget()  # its plan may be one that was never loaded
-        self._packinfer_check = self._packinfer_verify
+        self._packinfer_check = self._packinfer_debug
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Before a graph is captured or replayed; some stock backends come here before an eager pass, too."""
@@ -121,7 +121,7 @@ class PackInferMixin:
             try:
                 step.step(_of_rows(n), pool_rows, lens)
             except Exception as e:  # it would end the server; of the batch nothing but rows and lengths is needed
-                if self._packinfer_verify:
+                if self._packinfer_debug:
                     raise
                 STATS.count_error(e, "this batch is run without groups")
                 step.step_alone(pool_rows, lens)
@@ -257,6 +257,13 @@ class PackInferMixin:
         return self._packinfer_layers[layer.layer_id]
 
 
+def chain_drafts(spec_info: Any) -> int:
+    """Tokens that each row has in a verify step if each of them sees those before it; 0 for trees of drafts."""
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+    return int(spec_info.draft_token_num) if type(spec_info) is EagleVerifyInput and spec_info.topk == 1 else 0
+
+
 def _n_rows(batch: ForwardBatch) -> int:
     """Rows of an eager batch: data-parallel attention pads those of its ranks to one size."""
     return int(batch.batch_size if batch._original_batch_size is None else batch._original_batch_size)
@@ -307,7 +314,7 @@ def _check_output(out: torch.Tensor, stock: torch.Tensor, layer_id: int) -> None
     """Raise RuntimeError if a row of ``out`` ([n, heads * head_dim]) is not the stock backend's within rounding."""
     error = (out.float() - stock.float()).norm(dim=1) / stock.float().norm(dim=1)
     worst = float(error.max())
-    STATS.verify_error = max(STATS.verify_error, worst)
+    STATS.check_error = max(STATS.check_error, worst)
     # float32: sums of some thousand terms in another order; half precision: probabilities and output rounded once more
     if not worst <= {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[out.dtype]:
         raise RuntimeError(
@@ -341,8 +348,8 @@ def wrap(
     backend.__dict__ = stock.__dict__
     backend._packinfer_layers = {}
     backend._packinfer_heads = heads_of(packed)
-    backend._packinfer_verify = config.verify
-    settings = {"grouping": config.grouping, "verify": config.verify, "stats": STATS}
+    backend._packinfer_debug = config.check
+    settings = {"grouping": config.grouping, "check": config.check, "stats": STATS}
     settings["req_to_token"] = runner.req_to_token_pool.req_to_token
     settings["regroup"] = backend._packinfer_regroup = STATS.arena = _regroup(runner, shape, config, arena)
     backend._packinfer_extend = None
@@ -388,5 +395,5 @@ def _regroup(runner: Any, shape: AttentionShape, config: Config, arena: range | 
         functools.partial(copy_slots, buffers) if on_cpu else SlotCopier(buffers).copy,
         gain=CPU_ARENA_GAIN if on_cpu else CUDA_ARENA_GAIN,
         tile_queries=(CPU_TILES if on_cpu else tile_policy(shape, buffers[0].device)).tile_queries[0],
-        force=config.verify,
+        force=config.check,
     )

@@ -5,33 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from packinfer_sgl.cpu_decode import check_shared_slots
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.extend_costs import CLEARLY, EXTEND_H200, HEAD_DIM
-from packinfer_sgl.fitting import BUFFER_BYTES, Capacity
-from packinfer_sgl.groups import AttentionShape
-from packinfer_sgl.kernels.packed_cuda import PackedCuda
-from packinfer_sgl.kernels.tiles import Tile, is_hopper, multiprocessors, policy_of, tiles_for
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import Plan
-from packinfer_sgl.planner import ExtendPlanner, Rows, causal
-from packinfer_sgl.prefix_tree import Int32, PrefixTree
-
-if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
+from packinfer_sgl.kernels.device_plan import PackedCuda
+from packinfer_sgl.kernels.tiles import Tile, multiprocessors, policy_of, tiles_for
+from packinfer_sgl.planning.extend_costs import CLEARLY, EXTEND_H200
+from packinfer_sgl.planning.fitting import BUFFER_BYTES, Capacity
+from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.runners.cpu_decode import check_shared_slots
+from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.runners.planner import ExtendPlanner, Rows, causal
 
 RIDE_TOKENS = 4096  # at a tile; unmeasured beyond tails of 200 tokens
 WARM_UP_KV = 512
-
-
-def is_measured(layer: RadixAttention, device: torch.device) -> bool:
-    """Whether times of such layers on such a GPU are known, so that batches can go to who is faster."""
-    return is_hopper(device) and layer.head_dim == HEAD_DIM and not layer.logit_cap
 
 
 def _overflow(plan: Plan, shape: AttentionShape) -> dict[str, str]:
@@ -81,7 +72,7 @@ class CudaExtend:
         shape: AttentionShape,
         *,
         grouping: str,
-        verify: bool,
+        check: bool,
         req_to_token: torch.Tensor,
         stats: Stats,
         always: bool,
@@ -89,10 +80,10 @@ class CudaExtend:
         """
         Args:
             req_to_token: [pool rows, max context] int32 on the GPU, SGLang's table of slots.
-            grouping, verify: see ``config.Config``.
+            grouping, check: see ``config.Config``.
             always: see ``extend_planner``.
         """
-        self.shape, self.verify, self.req_to_token = shape, verify, req_to_token
+        self.shape, self.check, self.req_to_token = shape, check, req_to_token
         device = req_to_token.device
         self._tiles = tiles_for(shape.head_dim, device, extend=True)
         self._planner = extend_planner(
@@ -106,7 +97,7 @@ class CudaExtend:
         if planned is None:
             return False
         plan, tree = planned
-        if self.verify:
+        if self.check:
             check_shared_slots(tree, self.req_to_token, pool_rows)
         packed = self._buffers(plan)
         packed.load(replace(plan, append_base=plan.append_base[:0]))  # no tail grows

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from packinfer_sgl.kernels.tiles import TILES
+from packinfer_sgl.kernels.tiles import TILES, is_hopper
+from packinfer_sgl.planning.extend_costs import HEAD_DIM
 from packinfer_sgl.reasons import LayerReason
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ class UnsupportedModel(RuntimeError):
 def heads_of(layer: RadixAttention) -> tuple[int, int, int]:
     """Query heads, KV heads and head dimension of this process's part of a layer."""
     return layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
+
+
+def is_measured(layer: RadixAttention, device: torch.device) -> bool:
+    """Whether times of such layers on such a GPU are known, so that batches can go to who is faster."""
+    return is_hopper(device) and layer.head_dim == HEAD_DIM and not layer.logit_cap
 
 
 def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from packinfer_sgl.audit import check_reads
-from packinfer_sgl.groups import AttentionShape, CostModel
 from packinfer_sgl.kernels.reference import PackedReference
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.plan import Plan, TilePolicy
-from packinfer_sgl.planner import DecodePlanner, Rows
-from packinfer_sgl.prefix_tree import PrefixTree
-from packinfer_sgl.regroup import Regroup
+from packinfer_sgl.planning.audit import check_reads
+from packinfer_sgl.planning.groups import AttentionShape, CostModel
+from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.runners.arena import Regroup
+from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.runners.planner import DecodePlanner, Rows
 
 # A CPU plan lives at most this many steps; a batched product reads (and masks) the room it has not used yet.
 ROOM_TOKENS = 32
@@ -31,7 +31,7 @@ class CpuDecode:
         policy: TilePolicy,
         *,
         grouping: str,
-        verify: bool,
+        check: bool,
         req_to_token: torch.Tensor,
         stats: Stats,
         regroup: Regroup | None = None,
@@ -39,10 +39,10 @@ class CpuDecode:
         """
         Args:
             req_to_token: [pool rows, max context] int32, SGLang's table of slots.
-            grouping, verify: see ``config.Config``.
+            grouping, check: see ``config.Config``.
             regroup: the arena, if there is one.
         """
-        self.shape, self.verify, self.req_to_token, self.stats = shape, verify, req_to_token, stats
+        self.shape, self.check, self.req_to_token, self.stats = shape, check, req_to_token, stats
         self._planner = DecodePlanner(
             shape, cost, policy, grouping=grouping, room_tokens=ROOM_TOKENS, stats=stats, regroup=regroup
         )
@@ -64,14 +64,14 @@ class CpuDecode:
             self._kv_slots = snapshot_slots(plan, self.req_to_token, pool_rows)
             # the slot of position p lies at append_base + p; the new token's position is the length - 1
             self._append_base = torch.from_numpy(plan.append_base).long() - 1
-            if self.verify:
+            if self.check:
                 check_shared_slots(self._planner.tree, self.req_to_token, pool_rows)
             token_bytes = self.shape.kv_heads * self.shape.head_dim * 4
             self._packed = PackedReference(plan, token_bytes=token_bytes, room_tokens=ROOM_TOKENS)
         else:
             self._kv_slots[self._append_base + kv_lens] = out_slots.long()
         self._packed.bind(self._kv_slots, kv_lens)
-        if self.verify:
+        if self.check:
             audit_reads(self._planner.plan, self._kv_slots, self.req_to_token, pool_rows, lens, self.stats)
         return self._packed
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.groups import AttentionShape, CostModel, prune
-from packinfer_sgl.plan import Plan, TilePolicy
-from packinfer_sgl.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
 BUFFER_BYTES = 1 << 27  # most memory for the partial results of verify steps, if they fit in it, and of extends
 DEAREST = 1 << 24  # times the price of a partial result: nothing is kept

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from packinfer_sgl.kernels.packed import A_LEN, A_OFF, N_COLS, PIECE, Q_CNT, Q_OFF
+from packinfer_sgl.kernels.attention_triton import A_LEN, A_OFF, N_COLS, PIECE, Q_CNT, Q_OFF
 
 ROWS = gl.constexpr(64)  # query rows of a tile: those of one warpgroup's product
 

@@ -11,11 +11,11 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from packinfer_sgl.plan import Plan
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.prefix_hold import Held
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.reasons import BatchReason, LayerReason
-from packinfer_sgl.regroup import Regroup
-from packinfer_sgl.siblings import Held
+from packinfer_sgl.runners.arena import Regroup
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ class Stats:
 
     ``kv_tokens_*`` count the KV tokens of one layer, summed over packed decode and verify steps, ``extend_kv_tokens_*``
     those over packed extend batches. ``fitted_plans`` counts the plans that had to be made smaller, by what of the
-    buffers they overflowed (``fitting.Capacity``). ``verify_error`` is the largest relative difference of a row from
-    the stock backend that the setting ``verify`` saw, ``audited_steps`` the decode and verify steps whose slots it
+    buffers they overflowed (``fitting.Capacity``). ``check_error`` is the largest relative difference of a row from
+    the stock backend that the setting ``check`` saw, ``audited_steps`` the decode and verify steps whose slots it
     compared with SGLang's table.
     """
 
@@ -77,7 +77,7 @@ class Stats:
     plan_us_total: float = 0.0
     last_tree: PrefixTree | None = None
     last_private_tokens: int = 0
-    verify_error: float = 0.0
+    check_error: float = 0.0
     audited_steps: int = 0
     arena: Regroup | None = None
     held: Held | None = None
@@ -158,7 +158,7 @@ class Stats:
             "fitted_plans": dict(self.fitted_plans),
             "plan_us_p50": round(statistics.median(self.plan_us), 1) if self.plan_us else None,
             "plan_us_total": round(self.plan_us_total, 1),
-            "verify_error": self.verify_error,
+            "check_error": self.check_error,
             "audited_steps": self.audited_steps,
             "arena": None if self.arena is None else self.arena.as_dict(),
             "held": None if self.held is None else self.held.as_dict(),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from packinfer_sgl.prefix_tree import PrefixTree
+from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 # where the two supported layouts of a request keep: row of req_to_token, lowest radix node, tokens the tree owns
 _ROW_NESTED = attrgetter("kv.req_pool_idx", "last_node", "kv.cache_protected_len")  # 0.5.23

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from packinfer_sgl.cpu_decode import check_shared_slots, snapshot_slots
-from packinfer_sgl.groups import AttentionShape
 from packinfer_sgl.kernels.reference import PackedReference
-from packinfer_sgl.metrics import Stats
-from packinfer_sgl.paged_cpu import TILES, cost_of
-from packinfer_sgl.plan import Col, Plan
-from packinfer_sgl.planner import ExtendPlanner, Rows
-from packinfer_sgl.prefix_tree import Int32
+from packinfer_sgl.planning.groups import CPU, AttentionShape, CostModel
+from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import Int32
+from packinfer_sgl.runners.cpu_decode import check_shared_slots, snapshot_slots
+from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.runners.planner import ExtendPlanner, Rows
 
 # Measured on one core with SGLang's torch_native, which computes the queries of cached tokens, too: rates of both, and
 # what a layer, an item and (torch_native) a request cost besides. Packed must win clearly: the fit is off by a fifth.
 PACKED_FLOPS_PER_US, STOCK_FLOPS_PER_US = 3.7e4, 4.5e4
 LAYER_US, ITEM_US, REQUEST_US = 500.0, 200.0, 250.0
 CLEARLY = 1.25
+
+
+# With more queries to a tile the logits leave the CPU's cache: 64 measured best from 8 to 64 queries a request.
+TILES = TilePolicy(tile_queries=(64, 1), chunk_tokens=1024, ride_tokens=256)
+# The reference copies keys and values before it multiplies: what sharing saves is the copy, whatever the products.
+COST = replace(CPU, flops_per_us=math.inf)
+
+
+def cost_of(shape: AttentionShape) -> CostModel:
+    return replace(COST, large_rows=TILES.tile_queries[0] * shape.group_size)
 
 
 class CpuExtend:
@@ -31,7 +41,7 @@ class CpuExtend:
         shape: AttentionShape,
         *,
         grouping: str,
-        verify: bool,
+        check: bool,
         req_to_token: torch.Tensor,
         stats: Stats,
         always: bool,
@@ -39,10 +49,10 @@ class CpuExtend:
         """
         Args:
             req_to_token: [pool rows, max context] int32, SGLang's table of slots.
-            grouping, verify: see ``config.Config``.
+            grouping, check: see ``config.Config``.
             always: run every batch packed, whatever is expected.
         """
-        self.shape, self.verify, self.req_to_token = shape, verify, req_to_token
+        self.shape, self.check, self.req_to_token = shape, check, req_to_token
         self._planner = ExtendPlanner(
             shape,
             ((cost_of(shape), TILES),),
@@ -81,7 +91,7 @@ class CpuExtend:
         if planned is None:
             return False
         plan, tree = planned
-        if self.verify:
+        if self.check:
             check_shared_slots(tree, self.req_to_token, pool_rows)
         self._packed = PackedReference(plan, token_bytes=self.shape.kv_heads * self.shape.head_dim * 4)
         self._packed.bind(snapshot_slots(plan, self.req_to_token, pool_rows))

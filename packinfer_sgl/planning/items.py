@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from packinfer_sgl.pieces import cut_pieces
-from packinfer_sgl.plan import Col, Plan, TilePolicy
-from packinfer_sgl.prefix_tree import Int32, PrefixTree
-from packinfer_sgl.slot_list import list_by_reader, list_once
+from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.planning.schedule import cut_pieces
+from packinfer_sgl.planning.slot_list import list_by_reader, list_once
 
 
 def make_plan(

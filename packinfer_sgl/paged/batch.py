@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from packinfer_sgl.cut import make_plan
-from packinfer_sgl.groups import AttentionShape, prune
 from packinfer_sgl.kernels.reference import MaskRows
-from packinfer_sgl.paged_cpu import OnCpu
-from packinfer_sgl.plan import Plan
-from packinfer_sgl.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.paged.on_cpu import OnCpu
+from packinfer_sgl.planning.groups import AttentionShape, prune
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
 if TYPE_CHECKING:
-    from packinfer_sgl.paged_cuda import OnCuda
+    from packinfer_sgl.paged.on_cuda import OnCuda
 
 KVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Dtype = str | torch.dtype
@@ -284,7 +284,7 @@ class PagedWrapper:
 def kernels_on(device: torch.device, graph_buffers: dict[str, torch.Tensor | None] | None) -> OnCpu | OnCuda:
     """What plans and runs on ``device``; ``graph_buffers``: as for ``OnCuda``."""
     if device.type == "cuda":
-        from packinfer_sgl.paged_cuda import OnCuda  # Triton takes long to import
+        from packinfer_sgl.paged.on_cuda import OnCuda  # Triton takes long to import
 
         return OnCuda(device, graph_buffers)
     if device.type != "cpu":

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from packinfer_sgl.plan import Col
+from packinfer_sgl.planning.plan import Col
 
 Q_OFF = tl.constexpr(int(Col.Q_OFF))
 Q_CNT = tl.constexpr(int(Col.Q_CNT))

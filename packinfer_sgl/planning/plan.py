@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from packinfer_sgl.prefix_tree import Int32
+from packinfer_sgl.planning.prefix_tree import Int32
 
 
 class Col(IntEnum):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from packinfer_sgl.paged import (
+from packinfer_sgl.paged.batch import (
     Dtype,
     KVCache,
     PagedWrapper,

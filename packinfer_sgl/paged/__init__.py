@@ -1,0 +1,1 @@
+"""The FlashInfer-compatible wrappers: attention over page tables."""

@@ -1,0 +1,1 @@
+"""What runs plans on a device: the CPU, or a CUDA GPU."""
