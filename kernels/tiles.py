@@ -53,7 +53,7 @@ TILES = {
     256: (Tile(64, 32, 4, 2, 255, 0, 1, 1, 0), Tile(16, 32, 4, 2, 255, 0, 2, 4, 2)),
 }
 
-# Of extend plans on Hopper, which run on kernels/packed_extend.py. Unmeasured at head_dim 64.
+# Of extend plans on Hopper, which run on kernels/attention_hopper_extend.py. Unmeasured at head_dim 64.
 EXTEND_TILES = {64: (Tile(128, 128, 0, 2, 168, 56, 1, 1, 0),), 128: (Tile(128, 128, 0, 2, 168, 56, 1, 1, 0),)}
 
 # Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.

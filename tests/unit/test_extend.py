@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Rows, attention64, kv_pool, pool_size, radix_rows, shared_spans, tree_of
 
-from packinfer_sgl.kernels import packed_cuda
+from packinfer_sgl.kernels import device_plan
 from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.planning.groups import AttentionShape
 from packinfer_sgl.planning.plan import Col
@@ -176,7 +176,7 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     k, v = (torch.full((4, SHAPE.kv_heads, SHAPE.head_dim), math.nan, dtype=torch.float16, device=device) for _ in "kv")
     k[0] = v[0] = 1
-    run, merge, ran, heads = PackedCuda.run, packed_cuda.merge_listed_kernel, [], []
+    run, merge, ran, heads = PackedCuda.run, device_plan.merge_listed_kernel, [], []
 
     class Merge:
         def __getitem__(self, grid: object) -> object:
@@ -191,7 +191,7 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         return out, lse2
 
     monkeypatch.setattr(PackedCuda, "run", checked)
-    monkeypatch.setattr(packed_cuda, "merge_listed_kernel", Merge())
+    monkeypatch.setattr(device_plan, "merge_listed_kernel", Merge())
     extend = CudaExtend(
         SHAPE, grouping="multi", check=False, req_to_token=torch.zeros(1, 8, dtype=torch.int32, device=device),
         stats=Stats(), always=True,

@@ -120,7 +120,7 @@ def test_products_grow_with_the_head_dimension() -> None:
 
 
 def test_programs_take_the_next_item_when_they_are_free() -> None:
-    """As kernels/packed_extend.py does: one program takes 9 and the other 4, 4 and 4."""
+    """As kernels/attention_hopper_extend.py does: one program takes 9 and the other 4, 4 and 4."""
     assert _next_free_us(np.array([9.0, 4.0, 4.0, 4.0]), 1, 2) == 12.0
 
 
