@@ -108,11 +108,12 @@ def create_backend(runner: Any) -> Any:
 
 def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]) -> Any:
     from packinfer_sgl.patches import hold
-    from packinfer_sgl.patches.arena import carve
-    from packinfer_sgl.runners.metrics import STATS, start_prometheus
+    from packinfer_sgl.patches.arena import carve, drop_when_flushed
     from packinfer_sgl.serving.backend import wrap
     from packinfer_sgl.serving.batch_rows import want_rows
+    from packinfer_sgl.serving.build import build_router
     from packinfer_sgl.serving.layers import layer_reasons
+    from packinfer_sgl.serving.metrics import STATS, start_prometheus
 
     checks = check()
     if broken := [c for c in checks if not c.ok]:
@@ -154,12 +155,16 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         logger.warning("packinfer %s: %s: everything runs on %s", __version__, STATS.reason, base)
         return stock
     if config.hold_siblings:
-        hold.start(runner)
-    arena = carve(runner, config.arena_tokens) if config.arena_tokens else None
-    backend = wrap(stock, runner, config, packable[0], arena)
+        STATS.sections["held"] = hold.start(runner).as_dict
+    slots = carve(runner, config.arena_tokens) if config.arena_tokens else None
+    router = build_router(stock, runner, config, packable[0], slots, STATS)
+    backend = wrap(stock, router)
+    if router.arena is not None:
+        drop_when_flushed(router.arena)
+        STATS.sections["arena"] = router.arena.as_dict
     want_rows()
     STATS.active, STATS.reason = True, None
-    STATS.details["packs"] = backend.packinfer_packs()
+    STATS.details["packs"] = router.kinds()
     ranks = getattr(runner, "ps", None) or get_parallel()  # 0.5.17 or 0.5.23
     start_prometheus({"tp_rank": str(ranks.tp_rank), "dp_rank": str(ranks.dp_rank or 0)})
     logger.info(

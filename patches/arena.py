@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from packinfer_sgl.patches.hook import Hook
-from packinfer_sgl.runners.metrics import STATS
+from packinfer_sgl.runners.arena import Arena
 
 # settings of SGLang with which a node of the radix tree may come to hold other KV, or no decode step is packed
 _REFUSED = (
@@ -65,10 +65,19 @@ def _error(why: str) -> ArenaError:
     return ArenaError(f"packinfer: --packinfer-arena-tokens {why}; change it, or leave the arena out (0)")
 
 
+_arena: Arena | None = None  # of this process
+
+
+def drop_when_flushed(arena: Arena) -> None:
+    """From now on ``arena`` loses its copies whenever SGLang's cache is flushed."""
+    global _arena
+    _arena = arena
+
+
 def drop_copies(flushed: bool, *args: Any, **kwargs: Any) -> None:
     """After ``Scheduler.flush_cache``, also when weights were updated: no node of the tree is left."""
-    if flushed and STATS.arena is not None:
-        STATS.arena.drop()
+    if flushed and _arena is not None:
+        _arena.drop()
 
 
 def hooks() -> list[Hook]:

@@ -16,7 +16,6 @@ from sglang.srt.plugins.hook_registry import HookType
 from packinfer_sgl.config import Config, ConfigError
 from packinfer_sgl.patches.hook import Hook
 from packinfer_sgl.planning.prefix_hold import MOST_HELD, Held, Prompt, Wait, wait
-from packinfer_sgl.runners.metrics import STATS
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +26,22 @@ class HoldError(RuntimeError):
     """The server cannot hold requests."""
 
 
-def start(runner: Any) -> None:
-    """From now on the scheduler of this process holds requests; called when a packinfer backend is built.
+_held: Held | None = None  # what is counted; None: nothing is held in this process
+
+
+def start(runner: Any) -> Held:
+    """From now on the scheduler of this process holds requests; called when a packinfer backend is built. Returns what
+    will be counted.
 
     Raises:
         HoldError: with pipeline parallelism, where the result of a prefill comes several passes later.
     """
     if runner.server_args.pp_size > 1:
         raise HoldError("packinfer: --packinfer-hold-siblings does not work with --pp-size; leave one of them out")
-    if STATS.held is None:
-        STATS.held = Held()
+    global _held
+    if _held is None:
+        _held = Held()
+    return _held
 
 
 class Pass:
@@ -123,7 +128,7 @@ def scope_pass(get_batch: Callable[..., Any], scheduler: Any, *args: Any, **kwar
     """
     global _pass
     tree = scheduler.tree_cache
-    if STATS.held is None or getattr(tree, "disable", True) or tree.supports_mamba():
+    if _held is None or getattr(tree, "disable", True) or tree.supports_mamba():
         return get_batch(scheduler, *args, **kwargs)
     try:
         _pass = Pass(scheduler)
@@ -144,7 +149,7 @@ def hold(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: An
     """Around ``PrefillAdder.add_one_req``, which SGLang calls for one waiting request after the other: in the order of
     its schedule policy, each just looked up in the radix tree."""
     global _pass
-    if _pass is None or STATS.held is None:
+    if _pass is None or _held is None:
         return add(adder, req, *args, **kwargs)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
@@ -162,11 +167,11 @@ def hold(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: An
     if now is not None:
         _pass.held.append(req)
         setattr(req, _WAIT, now)
-        STATS.held.count_held(before, now)
+        _held.count_held(before, now)
         return AddReqResult.CONTINUE
     result = add(adder, req, *args, **kwargs)
     if before is not None and adder.can_run_list and adder.can_run_list[-1] is req:
-        STATS.held.count_found(before, cached)
+        _held.count_found(before, cached)
         delattr(req, _WAIT)
     return result
 

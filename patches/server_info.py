@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from packinfer_sgl.patches.hook import Hook
-from packinfer_sgl.runners.metrics import STATS, export
+from packinfer_sgl.serving.metrics import STATS, export
 
 
 def add_state(output: Any, *args: Any, **kwargs: Any) -> None:

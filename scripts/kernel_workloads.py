@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from packinfer_sgl.kernels.tiles import Tile
+from packinfer_sgl.planning.batch import StepBatch
 from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
 from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan, TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
-from packinfer_sgl.runners.cuda_extend import extend_planner
-from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.runners.cuda import extend_planner
 
 HEAD_DIM = 128
 BYTES_PER_US = 4.3e6  # what a large copy reaches on an H200
@@ -99,8 +99,9 @@ class Workload:
 
     def extend_plan(self, tiles: tuple[Tile, ...], sms: int) -> Plan:
         """With which SGLang's extend batches of this kind are served."""
-        planner = extend_planner(self.shape, tiles, sms, grouping="multi", count=Stats().count_extend, always=True)
-        return planner.fastest(self.tree(), np.array(self.new, np.int32), self.kv_lens)[1].plan
+        planner = extend_planner(self.shape, tiles, sms, grouping="multi", always=True)
+        batch = StepBatch(np.array(self.new, np.int32), self.kv_lens, visible=self.visible)
+        return planner.fastest(self.tree(), batch)[1].plan
 
 
 def tree_workload(name: str, heads: tuple[int, int], nodes: list[int], tokens: list[int], jitter: int = 0) -> Workload:

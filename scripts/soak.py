@@ -59,19 +59,22 @@ def audit() -> None:
     """SGLang's entry into this file, in the server's processes: look at slots and arena after each decode step."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from packinfer_sgl.runners.arena import Regroup
-    from packinfer_sgl.runners.cpu_decode import CpuDecode, audit_reads
-    from packinfer_sgl.runners.metrics import STATS
+    from packinfer_sgl.runners.arena import Arena
+    from packinfer_sgl.runners.slots import audit_reads
+    from packinfer_sgl.serving.metrics import STATS
+    from packinfer_sgl.serving.packed_path import Kind, PackedPath
 
     seen: Counter[str] = Counter()
-    count_step, decode_step = Regroup.count_step, CpuDecode.step
+    count_step, step = Arena.count_step, PackedPath.step
 
-    def read_right(self: CpuDecode, rows: Any, pool_rows: Any, kv_lens: Any, out_slots: Any) -> Any:
-        packed = decode_step(self, rows, pool_rows, kv_lens, out_slots)
-        audit_reads(self._planner.plan, self._kv_slots, self.req_to_token, pool_rows, kv_lens.numpy(), STATS)
+    def read_right(self: PackedPath, batch: Any) -> bool:
+        packed = step(self, batch)
+        if self.kind is Kind.DECODE:
+            audit_reads(self._loaded, self.runner.kv_slots, batch, newest_is_there=True)
+            STATS.audited_steps += 1
         return packed
 
-    def audited(self: Regroup) -> None:
+    def audited(self: Arena) -> None:
         held = [s for s in (*self._copies.values(), *self._waiting.values()) if s.slot >= 0]
         slots = [slot for span in held for slot in range(span.slot, span.slot + span.tokens)]
         assert len(slots) == len(set(slots)) == self.as_dict()["used_tokens"], "the arena's books do not balance"
@@ -92,7 +95,7 @@ def audit() -> None:
     def flushed(result: Any, *args: Any, **kwargs: Any) -> None:
         seen["flushes"] += bool(result)
 
-    Regroup.count_step, CpuDecode.step = audited, read_right
+    Arena.count_step, PackedPath.step = audited, read_right
     HookRegistry.register("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", retracted, HookType.AFTER)
     adder = "sglang.srt.managers.schedule_policy.PrefillAdder.preempt_to_schedule"
     HookRegistry.register(adder, preempted, HookType.AFTER)

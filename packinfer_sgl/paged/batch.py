@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from packinfer_sgl.kernels.reference import MaskRows
-from packinfer_sgl.paged.on_cpu import OnCpu
-from packinfer_sgl.planning.groups import AttentionShape, prune
-from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.paged.checks import (
+    Dtype,
+    Scale,
+    as_dtype,
+    as_int32,
+    as_number,
+    check_device,
+    check_indptr,
+    check_tensor,
+    pages_needed,
+)
+from packinfer_sgl.paged.kernels import kernels_on
+from packinfer_sgl.planning.batch import StepBatch
+from packinfer_sgl.planning.groups import AttentionShape
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
-
-if TYPE_CHECKING:
-    from packinfer_sgl.paged.on_cuda import OnCuda
+from packinfer_sgl.runners.base import Runner
 
 KVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-Dtype = str | torch.dtype
-Scale = float | torch.Tensor
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "fa2", "fa3")  # FlashInfer's names for kernels that compute the same
 
 
@@ -47,6 +52,18 @@ class KVTokens(NamedTuple):
     read: int
 
 
+class EqualPages(NamedTuple):
+    """Requests that share what their page tables say, up to ``limit`` ([n] int32 tokens); a batch's ``Requests``."""
+
+    indptr: Int32
+    indices: Int32
+    page_size: int
+    limit: Int32
+
+    def prefix_tree(self) -> PrefixTree:
+        return PrefixTree.from_slots(self.indptr, self.indices, self.page_size, self.limit)
+
+
 class PagedWrapper:
     """What the decode and the prefill wrapper have in common; decode is prefill with equal query lengths."""
 
@@ -58,7 +75,7 @@ class PagedWrapper:
         use_cuda_graph: bool,
         buffers: dict[str, torch.Tensor | None],
     ) -> None:
-        """``buffers``: FlashInfer's for CUDA graphs, by argument (see ``paged_cuda.OnCuda``)."""
+        """``buffers``: FlashInfer's for CUDA graphs, by argument (see ``GraphBuffers``)."""
         if backend not in BACKENDS:
             raise NotImplementedError(f"backend={backend!r} is not supported: use one of {', '.join(BACKENDS)}")
         if kv_layout not in ("NHD", "HND"):
@@ -70,11 +87,12 @@ class PagedWrapper:
         self._kernels = kernels_on(self.device, buffers if use_cuda_graph else None)
         self._kv_layout = kv_layout
         self._plan: Plan | None = None
+        self._runner: Runner
         self._causal, self._window_left = False, -1
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
-        return self._kernels.graph
+        return self._kernels.graph is not None
 
     @property
     def kv_tokens(self) -> KVTokens:
@@ -86,6 +104,14 @@ class PagedWrapper:
         """Nothing to reset: the workspaces are not used."""
         check_device(float_workspace_buffer, self.device, "float_workspace_buffer")
         check_device(int_workspace_buffer, self.device, "int_workspace_buffer")
+
+    def workspace_size(self, *args: Any, **more: Any) -> int:
+        """Not supported, and not needed: any workspace is large enough."""
+        raise NotImplementedError("workspace_size is not supported by packinfer-sgl: workspaces of any size will do")
+
+    def prewarm_paged_kv_stride_variant(self, *args: Any, **more: Any) -> None:
+        """Not supported: K and V must have equal strides on CUDA."""
+        raise NotImplementedError("prewarm_paged_kv_stride_variant is not supported by packinfer-sgl: leave it out")
 
     def end_forward(self) -> None:
         """Does nothing, as in FlashInfer."""
@@ -172,14 +198,16 @@ class PagedWrapper:
             cells = self._q_lens.astype(np.int64) * self._kv_lens
             row_start = (np.cumsum(cells) - cells)[row] + nth * self._kv_lens[row].astype(np.int64)
             self._mask = MaskRows(mask, torch.from_numpy(row_start).to(self.device))
-        plan = self._make_plan(row, nth, causal and mask is None)
-        self._kernels.load(plan, tables, self._page_size, shape, windowed, windowed and mask is None)
-        self._plan = plan
+        inlines = windowed and mask is None
+        planned = self._kernels.planner(shape, inlines).plan(self._step_batch(row, nth, causal and mask is None))
+        assert planned is not None  # without a stock backend every batch is packed
+        self._runner = self._kernels.load(planned.plan, tables, self._page_size, shape, inlines)
+        self._plan = planned.plan
 
-    def _make_plan(self, row: np.ndarray, nth: np.ndarray, causal: bool) -> Plan:
+    def _step_batch(self, row: np.ndarray, nth: np.ndarray, causal: bool) -> StepBatch:
         """``row`` and ``nth``: [n_queries] request of each query, and which of its queries."""
-        q_lens, kv_lens, shape = self._q_lens, self._kv_lens, self._shape
-        limit, visible = kv_lens, None
+        q_lens, kv_lens = self._q_lens, self._kv_lens
+        limit, visible, unique = kv_lens, None, None
         if causal or self._window_left >= 0:
             kv_len = kv_lens[row]
             position = kv_len - q_lens[row] + nth  # of the query itself: the queries are the last tokens
@@ -189,20 +217,11 @@ class PagedWrapper:
             if causal:
                 last = np.clip(position + 1, 0, kv_len)
                 limit = np.clip(kv_lens - q_lens + 1, 0, kv_lens)
-            visible = (first, last)
-        tree = PrefixTree.from_slots(self._indptr, self._indices, self._page_size, limit)
-        unique = tree.unique_tokens(kv_lens)
+            visible = (first.astype(np.int32), last.astype(np.int32))
+        pages = EqualPages(self._indptr, self._indices, self._page_size, limit)
         if (limit < kv_lens).any():  # what only some queries see may be shared, too
-            unique = PrefixTree.from_slots(self._indptr, self._indices, self._page_size, kv_lens).unique_tokens(kv_lens)
-        cost = self._kernels.cost(shape)
-        for grouping, policy in self._kernels.attempts(shape, visible is not None and self._mask is None):
-            if self._mask is not None:  # it is looked up by KV position, of which riding tails have no run
-                policy = replace(policy, ride_tokens=0)
-            kept = prune(tree, shape, cost, grouping, q_lens, kv_lens if (q_lens == 1).all() else None)
-            plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, qo_indptr=self._qo_indptr, visible=visible)
-            if self._kernels.fits(plan, shape):
-                break
-        return plan
+            unique = pages._replace(limit=kv_lens).prefix_tree().unique_tokens(kv_lens)
+        return StepBatch(q_lens, kv_lens, pages, visible=visible, unique_tokens=unique)
 
     def _attend(
         self,
@@ -232,7 +251,14 @@ class PagedWrapper:
             check_tensor(lse, size if lse_layout == "NH" else size[::-1], torch.float32, "lse")
         q_scale, k_scale, v_scale = (as_number(s, f"{name}_scale") for s, name in zip(scales, "qkv", strict=True))
         sm_scale = self._sm_scale * q_scale * k_scale
-        lse2 = self._kernels.run(q, k, v, sm_scale=sm_scale, logits_soft_cap=self._soft_cap, mask=self._mask, out=out)
+        self._kernels.check_call(q, k, v, out, sm_scale)
+        if self._page_size == 1:  # the dimension of size 1 has any stride
+            k, v = k[:, 0], v[:, 0]
+        lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
+        if len(q):
+            lse2 = self._runner.run(
+                q, k, v, sm_scale=sm_scale, logits_soft_cap=self._soft_cap, mask=self._mask, out=out
+            )[1]  # fmt: skip
         if v_scale != 1:
             out *= v_scale
         result = lse2 * math.log(2) if lse_base == "ln" else lse2
@@ -279,96 +305,3 @@ class PagedWrapper:
         if x.dim() != dims:
             raise ValueError(f"paged_kv_cache must have {dims} dimensions ({dims - 1} at page size 1), has {x.dim()}")
         return x if self._kv_layout == "NHD" else x.transpose(-3, -2)
-
-
-def kernels_on(device: torch.device, graph_buffers: dict[str, torch.Tensor | None] | None) -> OnCpu | OnCuda:
-    """What plans and runs on ``device``; ``graph_buffers``: as for ``OnCuda``."""
-    if device.type == "cuda":
-        from packinfer_sgl.paged.on_cuda import OnCuda  # Triton takes long to import
-
-        return OnCuda(device, graph_buffers)
-    if device.type != "cpu":
-        raise NotImplementedError(f"float_workspace_buffer on {device} is not supported: use CPU or CUDA")
-    if graph_buffers is not None:
-        raise NotImplementedError("use_cuda_graph is not supported on the CPU")
-    return OnCpu()
-
-
-def pages_needed(indptr: Int32, indices: Int32, pages: Int32) -> int:
-    """The highest of the first ``pages[i]`` pages of the tables, plus 1 ([n_requests])."""
-    first = indptr[:-1][pages > 0]
-    # reduceat needs indices below the length
-    bounds = np.stack([first, first + pages[pages > 0]], 1).ravel()
-    return int(np.maximum.reduceat(np.append(indices, 0), bounds)[::2].max(initial=-1)) + 1
-
-
-def refuse(**arguments: Any) -> None:
-    """Raise for the first argument that is not None or False."""
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            raise NotImplementedError(f"{name} is not supported by packinfer-sgl: leave it at its default")
-
-
-def check_device(x: torch.Tensor, device: torch.device, name: str) -> None:
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device}, the wrapper on {device}")
-
-
-def check_tensor(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
-    if tuple(x.shape) != shape or x.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype} {shape} as planned, is {x.dtype} {tuple(x.shape)}")
-
-
-def check_indptr(indptr: Int32, n: int, name: str) -> None:
-    if len(indptr) != n + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
-        raise ValueError(f"{name} must be {n + 1} numbers for {n} requests, ascending from 0")
-
-
-def check_equal(given: torch.Tensor | None, derived: Int32, name: str) -> None:
-    """Lengths that FlashInfer takes besides the page tables must say the same."""
-    if given is not None and not np.array_equal(given.cpu().numpy().ravel(), derived):
-        raise ValueError(f"{name} contradicts the indptr and last_page_len: {given.tolist()} is not {derived.tolist()}")
-
-
-def check_at_most(bound: int | None, lens: Int32, name: str) -> None:
-    if bound is not None and bound < lens.max(initial=0):
-        raise ValueError(f"{name}={bound} is less than the longest request has: {lens.max()}")
-
-
-def as_int32(x: torch.Tensor, name: str) -> Int32:
-    """A copy, so that the caller may overwrite its tensor."""
-    if x.dim() != 1 or x.dtype != torch.int32:
-        raise ValueError(f"{name} must be int32 with one dimension, is {x.dtype} {tuple(x.shape)}")
-    return x.cpu().numpy().copy()
-
-
-def as_dtype(dtype: Dtype, name: str) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in DTYPES:
-        raise NotImplementedError(f"{name}={dtype} is not supported: use float32, float16 or bfloat16")
-    return found
-
-
-def as_number(scale: Scale | None, name: str) -> float:
-    if isinstance(scale, torch.Tensor) and scale.device.type != "cpu":
-        raise NotImplementedError(f"{name} on {scale.device} is not supported: reading it would wait for the GPU")
-    if isinstance(scale, torch.Tensor) and scale.numel() != 1:
-        raise NotImplementedError(f"{name} with {scale.numel()} elements is not supported: give one number")
-    return 1.0 if scale is None else float(scale)
-
-
-def as_flags(
-    mask: torch.Tensor | None, packed: torch.Tensor | None, n: int, device: torch.device
-) -> torch.Tensor | None:
-    """A copy of FlashInfer's custom mask, [n] bool, from whichever of its two forms is given."""
-    if packed is not None:
-        check_device(packed, device, "packed_custom_mask")
-        check_tensor(packed, (-(-n // 8),), torch.uint8, "packed_custom_mask")
-        bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)
-        return (bits & 1).bool().view(-1)[:n]
-    if mask is None:
-        return None
-    mask = mask.reshape(-1)
-    check_device(mask, device, "custom_mask")
-    check_tensor(mask, (n,), torch.bool, "custom_mask")
-    return mask.clone()

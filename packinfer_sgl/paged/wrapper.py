@@ -8,18 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from packinfer_sgl.paged.batch import (
-    Dtype,
-    KVCache,
-    PagedWrapper,
-    Result,
-    Scale,
-    as_flags,
-    as_int32,
-    check_at_most,
-    check_equal,
-    refuse,
-)
+from packinfer_sgl.paged.batch import KVCache, PagedWrapper, Result
+from packinfer_sgl.paged.checks import Dtype, Scale, as_flags, as_int32, check_at_most, check_equal, refuse
 
 
 class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
@@ -101,6 +91,11 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     @property
     def use_tensor_cores(self) -> bool:
         return self._use_tensor_cores
+
+    @property
+    def resolved_backend(self) -> str:
+        """Not supported: FlashInfer's backends are its own."""
+        raise NotImplementedError("resolved_backend is not supported by packinfer-sgl: it has one implementation")
 
     def plan(
         self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, num_qo_heads: int, num_kv_heads: int,
@@ -195,6 +190,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             Where to write the log-sum-exp: shape ``[q.shape[0], num_qo_heads]``, float32.
         return_lse : bool
             Whether to return the log-sum-exp, too.
+        enable_pdl : Optional[bool]
+            Without effect: kernels overlap with those before them where the GPU can.
         window_left, q_len_per_req : Optional[int]
             None, or what was planned.
 
@@ -205,12 +202,18 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             has output 0 and log-sum-exp ``-inf``.
         """
         refuse(
-            args=args or None, enable_pdl=enable_pdl, sinks=sinks,
+            args=args or None, sinks=sinks,
             skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor, kv_cache_sf=kv_cache_sf,
         )  # fmt: skip
         self._check_window(window_left)
         if q_len_per_req not in (None, self._q_len_per_req):
             raise NotImplementedError(f"q_len_per_req={q_len_per_req} is not what was planned ({self._q_len_per_req})")
+        planned = int(self._qo_indptr[-1])
+        if q.dim() == 3 and (len(q) < planned or (len(q) > planned and not self.is_cuda_graph_enabled)):
+            raise ValueError(
+                f"q must be the {planned} queries that were planned, {len(self._q_lens)} requests with "
+                f"q_len_per_req={self._q_len_per_req}, is {tuple(q.shape)}"
+            )
         return self._attend(q, paged_kv_cache, (q_scale, k_scale, v_scale), out, lse, return_lse)
 
     run_return_lse = partialmethod(run, return_lse=True)
@@ -363,7 +366,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         The others, and what is returned, are those of :meth:`BatchDecodeWithPagedKVCacheWrapper.run`.
         """
         refuse(
-            args=args or None, enable_pdl=enable_pdl, sinks=sinks, kv_cache_sf=kv_cache_sf,
+            args=args or None, sinks=sinks, kv_cache_sf=kv_cache_sf,
             skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
             use_fp16_softmax=use_fp16_softmax, uses_spcompress=uses_spcompress,
         )  # fmt: skip

@@ -21,7 +21,7 @@ def check_reads(
 ) -> None:
     """Raise RuntimeError unless each query reads each of its tokens once, in the slot that holds it.
 
-    Tokens in contiguous copies (``regroup``) are counted, not compared: the arena has a check of its own.
+    Tokens in contiguous copies (the arena) are counted, not compared: the arena has a check of its own.
 
     Args:
         plan: as it is loaded; its tails may have grown since it was made.

@@ -10,12 +10,11 @@ fits (``decode_capacity``, ``verify_capacity``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 
+from packinfer_sgl.planning.batch import StepBatch
 from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
 from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan, TilePolicy
@@ -24,6 +23,7 @@ from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 BUFFER_BYTES = 1 << 27  # most memory for the partial results of verify steps, if they fit in it, and of extends
 DEAREST = 1 << 24  # times the price of a partial result: nothing is kept
 UNCUT_TOKENS = 1 << 30
+UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Capacity:
     spans: int
     partials: int
     kv_slots: int
+
+    @classmethod
+    def unlimited(cls, *, partials: int = UNLIMITED, kv_slots: int = UNLIMITED) -> Capacity:
+        """Room for all but what is given: buffers that grow, and what may not grow in them."""
+        return cls(UNLIMITED, UNLIMITED, UNLIMITED, UNLIMITED, partials, kv_slots)
 
     @classmethod
     def of(cls, plan: Plan) -> Capacity:
@@ -136,15 +141,22 @@ def _kv_slots(max_rows: int, context_tokens: int, pool_tokens: int) -> int:
     return min(max_rows * context_tokens, 4 * pool_tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fitted:
-    """A plan that fits, the spans that it reads once, what overflowed on the way to it, and whether its slot list has
-    each token once: then its spans are not those that it reads (``slot_list``)."""
+    """A plan that fits.
+
+    Attributes:
+        plan: the plan.
+        kept: the spans that it reads once.
+        listed: the spans with which its slot list begins: ``kept``, or none where it has each token once
+            (``slot_list``), for then its spans are not those that it reads.
+        overflowed: what overflowed on the way to it.
+    """
 
     plan: Plan
     kept: PrefixTree
+    listed: PrefixTree
     overflowed: tuple[str, ...]
-    is_listed_once: bool
 
 
 def _members(kept: PrefixTree, q_lens: Int32 | None) -> int:
@@ -163,25 +175,23 @@ def fit(
     shape: AttentionShape,
     cost: CostModel,
     policy: TilePolicy,
-    overflow: Callable[[Plan], dict[str, str]],
+    limits: Capacity,
     *,
     grouping: str,
-    kv_lens: Int32,
+    batch: StepBatch,
     q_lens: Int32 | None = None,
     saving_lens: Int32 | None = None,
     kept: PrefixTree | None = None,
-    most_slots: int = 1 << 62,
-    **queries: Any,
+    room_tokens: int = 0,
 ) -> Fitted:
     """The plan that ``cost`` and ``policy`` ask for, or the nearest to it that fits.
 
     Args:
-        tree: who shares what.
-        overflow: what of a plan does not fit (``Capacity.overflow``).
+        tree: who shares what in ``batch``.
+        limits: what of a plan fits.
         grouping, q_lens: see ``prune``; ``saving_lens``: its ``kv_lens``.
         kept: ``tree`` pruned like that, if it is known.
-        most_slots: query slots that fit; a choice of spans that needs more is not cut, only to see that.
-        kv_lens, queries: see ``make_plan``.
+        room_tokens: see ``make_plan``.
 
     Raises:
         DoesNotFit: with the sizes; not for buffers of this module's sizes, if the tree shows what the rows share.
@@ -191,12 +201,17 @@ def fit(
         kept = prune(tree, shape, cost, grouping, q_lens, saving_lens)
     # a partial result then costs at least as much as a KV token that a row reads alone: some costs have it for nothing
     dear_us = max(cost.partials_us(shape), cost.read_us(shape, 1)[0])
-    price_us, unique, overflowed = dear_us, tree.unique_tokens(kv_lens), dict[str, str]()
+    price_us, overflowed = dear_us, dict[str, str]()
+    unique = tree.unique_tokens(batch.kv_lens) if batch.unique_tokens is None else batch.unique_tokens
     while True:
-        plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, listed_once=once, **queries)
-        over = overflow(plan)
+        plan = make_plan(
+            kept, batch.kv_lens, policy, kv_tokens_unique=unique, qo_indptr=batch.qo_indptr, visible=batch.visible,
+            room_tokens=room_tokens, listed_once=once,
+        )  # fmt: skip
+        over = limits.overflow(plan)
         if not over:
-            return Fitted(plan, kept, tuple(overflowed), once is not None)
+            listed = kept if once is None else prune(tree, shape, cost, "off")
+            return Fitted(plan, kept, listed, tuple(overflowed))
         overflowed |= over
         is_cut = policy.timings is not None or policy.chunk_tokens < UNCUT_TOKENS
         if once is None and over.keys() & {"kv_slots", "spans"}:
@@ -205,10 +220,11 @@ def fit(
             policy = replace(policy, chunk_tokens=UNCUT_TOKENS, timings=None)
         elif kept.n_nodes and not over.keys() & {"kv_slots", "spans", "queries"}:
             before = kept.n_nodes
-            while kept.n_nodes == before or (kept.n_nodes and _members(kept, q_lens) > most_slots):
+            # a choice of spans with more query slots than fit is not cut, only to see that
+            while kept.n_nodes == before or (kept.n_nodes and _members(kept, q_lens) > limits.slots):
                 price_us *= 2
                 mode = grouping if price_us < DEAREST * dear_us else "off"
                 kept = prune(tree, shape, cost, mode, q_lens, saving_lens, price_us)
         else:
             sizes = ", ".join(f"{name} {needs}" for name, needs in over.items())
-            raise DoesNotFit(f"packinfer: a batch of {len(kv_lens)} rows does not fit the buffers ({sizes})")
+            raise DoesNotFit(f"packinfer: a batch of {batch.n_rows} rows does not fit the buffers ({sizes})")

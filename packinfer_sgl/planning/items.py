@@ -56,9 +56,11 @@ def make_plan(
         tree.row_order, segments, n_shared, queries, place_of, tiles, pieces, sees, len(policy.table), room_tokens
     )
     items = items.view(np.int32).reshape(-1, len(Col))
+    if room_tokens == 0:  # nothing grows
+        append_base = append_base[:0]
     tokens = (kv_capacity, kv_tokens_read, int(kv_lens.sum()), kv_tokens_unique)
     arrays_and_tokens = (items, *others, spans, append_base, *tokens)
-    return Plan(*arrays_and_tokens)
+    return Plan(*arrays_and_tokens, windows)
 
 
 # Below, compiled by numba: loops over segments, tiles and items, which as array operations took five times as long.

@@ -116,13 +116,14 @@ class Plan:
         merge_indptr: [n_queries + 1] the partial rows of a query; empty where an item writes the output itself.
         spans: [n_spans, 5] row of the batch, first KV position, tokens, offset in the KV slot list, and the slot of the
             first token if the others follow it, else -1: they are copied from the row's table. Nodes first, as in the
-            tree; a node may take several neighbouring spans (``regroup``).
+            tree; a node may take several neighbouring spans (the arena).
         append_base: [n_rows] the slot of row ``r``'s token at position ``p`` belongs at ``append_base[r] + p``
-            (for positions in its tail).
+            (for positions in its tail); empty where nothing grows.
         kv_capacity: entries of the KV slot list, room for growing tails included.
         kv_tokens_read: KV tokens that the items read.
         kv_tokens_logical: KV tokens that a prefix-unaware kernel reads.
         kv_tokens_unique: KV tokens that any kernel must read.
+        windowed: whether queries may see part of run B.
     """
 
     items: Int32
@@ -138,6 +139,7 @@ class Plan:
     kv_tokens_read: int
     kv_tokens_logical: int
     kv_tokens_unique: int
+    windowed: bool = False
 
     @property
     def merged(self) -> np.ndarray:

@@ -101,7 +101,7 @@ class Span:
         return self.end - self.start
 
 
-class Regroup:
+class Arena:
     """The arena of one KV pool. In each step: ``point`` if the plan is new, then ``work``, then ``count_step``.
 
     Copies are made on the current stream: before the attention kernels of this step, after those of the last.

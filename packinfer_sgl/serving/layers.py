@@ -9,6 +9,7 @@ import torch
 from packinfer_sgl.kernels.tiles import TILES, is_hopper
 from packinfer_sgl.planning.extend_costs import HEAD_DIM
 from packinfer_sgl.reasons import LayerReason
+from packinfer_sgl.serving.metrics import Stats
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -58,6 +59,26 @@ def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
     if not pool.dtype.is_floating_point or pool.dtype.itemsize < 2:
         return LayerReason.KV_DTYPE
     return None
+
+
+class LayerGate:
+    """Which layers are packed: those that can be, of the shape for which plans are made."""
+
+    def __init__(self, heads: tuple[int, int, int], stats: Stats) -> None:
+        """``heads``: ``heads_of`` the layers that are packed."""
+        self._heads, self._stats = heads, stats
+        self._reasons: dict[int, LayerReason | None] = {}
+
+    def reason(self, layer: RadixAttention, pool: Any) -> LayerReason | None:
+        """Why this layer is not packed, or None; counted when first asked."""
+        if layer.layer_id not in self._reasons:
+            reason = layer_reason(layer, pool)
+            if reason is None and self._heads != heads_of(layer):
+                reason = LayerReason.OTHER_SHAPE
+            self._reasons[layer.layer_id] = reason
+            if reason is not None:
+                self._stats.set_layer(layer.layer_id, reason)
+        return self._reasons[layer.layer_id]
 
 
 def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from packinfer_sgl.cli import main
-from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.serving.metrics import Stats
 
 KEY = "secret"
 

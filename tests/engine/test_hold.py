@@ -95,7 +95,6 @@ def one_pass():
 
     from packinfer_sgl.patches import hold
     from packinfer_sgl.planning.prefix_hold import Held
-    from packinfer_sgl.runners.metrics import STATS
 
     adder = Adder(
         can_run_list=[], preempt_list=[], page_size=1, rem_chunk_tokens=4000, rem_total_tokens=20000,
@@ -122,9 +121,10 @@ def one_pass():
         return hold.scope_pass(loop, scheduler)
 
     admitted.adder, admitted.scheduler, admitted.stop = adder, scheduler, AddReqResult.OTHER
-    STATS.held = Held()
+    admitted.held = lambda: hold._held
+    hold._held = Held()
     yield admitted
-    STATS.held = None
+    hold._held = None
 
 
 def unrelated(tokens: int = 1001):
@@ -139,7 +139,6 @@ def test_the_pass_goes_on_behind_a_held_request(one_pass):
 @pytest.mark.contract
 def test_a_pass_holds_so_many_and_ends(one_pass):
     from packinfer_sgl.planning.prefix_hold import MOST_HELD
-    from packinfer_sgl.runners.metrics import STATS
 
     one_pass.scheduler.get_num_allocatable_reqs = lambda running: 1000
     one_pass.adder.rem_total_tokens = 10**7
@@ -147,8 +146,8 @@ def test_a_pass_holds_so_many_and_ends(one_pass):
     assert one_pass([*few, unrelated(1002)])[-1]
     one_pass.adder.can_run_list.clear()
     assert not one_pass([*few, request(), unrelated(1002)])[-1]
-    assert STATS.held.requests == MOST_HELD
-    assert STATS.held.passes == 2 * MOST_HELD
+    assert one_pass.held().requests == MOST_HELD
+    assert one_pass.held().passes == 2 * MOST_HELD
 
 
 @pytest.mark.contract
@@ -191,7 +190,7 @@ def test_one_for_whom_others_were_preempted_is_admitted(one_pass):
 @pytest.mark.contract
 def test_nobody_is_held_for_nothing(one_pass):
     """Without a radix cache, with Mamba layers, after others were preempted for it, or with the setting off."""
-    from packinfer_sgl.runners.metrics import STATS
+    from packinfer_sgl.patches import hold
 
     def both() -> list[bool]:
         one_pass.adder.can_run_list.clear()
@@ -202,7 +201,7 @@ def test_nobody_is_held_for_nothing(one_pass):
         (one_pass.scheduler.tree_cache, "disable", True),
         (one_pass.scheduler.tree_cache, "supports_mamba", lambda: True),
         (one_pass.adder, "preempt_list", [request()]),
-        (STATS, "held", None),
+        (hold, "_held", None),
     ):
         before = getattr(where, name)
         setattr(where, name, value)

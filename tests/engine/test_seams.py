@@ -53,7 +53,7 @@ def test_chains_of_drafts(topk, drafts):
     """With one branch each draft sees those before it; more branches are a tree."""
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
-    from packinfer_sgl.serving.backend import chain_drafts
+    from packinfer_sgl.serving.router import chain_drafts
 
     class Other(EagleVerifyInput):
         pass
@@ -178,7 +178,7 @@ def test_reasons_of_layers():
 
 def test_a_layer_without_window_writes_to_its_own_pool():
     """Where other layers have a window, their KV lies in another pool with slots of its own."""
-    from packinfer_sgl.serving.backend import _write_kv
+    from packinfer_sgl.serving.router import _write_kv
 
     layer, _, hybrid = layer_and_pools()
     pool, slots, kv = hybrid(), torch.tensor([40, 7]), torch.randn(2, 2, 2, 16)

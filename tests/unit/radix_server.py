@@ -8,19 +8,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from strategies import attention64
 from test_planner import EAGER
 
+from packinfer_sgl.config import Config
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
+from packinfer_sgl.planning.batch import SlotTable, StepBatch
+from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.groups import AttentionShape
 from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.planners import DecodePlanner
 from packinfer_sgl.planning.prefix_tree import PrefixTree
-from packinfer_sgl.runners.arena import Regroup
-from packinfer_sgl.runners.cpu_decode import CpuDecode
-from packinfer_sgl.runners.cuda_decode import CudaDecode
-from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.runners.arena import Arena
+from packinfer_sgl.runners.cpu import ROOM_TOKENS, CpuRunner
+from packinfer_sgl.serving.build import CudaPaths
+from packinfer_sgl.serving.metrics import Stats
+from packinfer_sgl.serving.packed_path import Kind, PackedPath
 
 HEADS, LAYERS = 1, 2
 CONTEXT, POOL_ROWS = 64, 12
@@ -85,18 +91,22 @@ class Server:
         self.root = Node(next(self.ids), None, [], [])
         self.running: list[Request] = []
         copy = SlotCopier(self.buffers).copy if kernels else functools.partial(copy_slots, self.buffers)
-        self.arena = Regroup(
+        self.arena = Arena(
             range(slots, slots + arena), self.buffers, self.table, copy, gain=gain, tile_queries=8, force=force
         )
         self.stats = Stats()
         shape = AttentionShape(HEADS, HEADS, dim, 4)
-        settings = {"grouping": grouping, "check": True, "req_to_token": self.table, "stats": self.stats}
-        settings["regroup"] = self.arena
-        self.decode: CpuDecode | CudaDecode
+        self.path: PackedPath
         if kernels:
-            self.decode = CudaDecode(shape, max_rows=POOL_ROWS, pool_tokens=slots, **settings)
+            config = Config(grouping=grouping, check=True)
+            self.path = CudaPaths(shape, config, self.stats, self.table, slots, self.arena).decode(POOL_ROWS)
         else:
-            self.decode = CpuDecode(shape, EAGER, TilePolicy((8, 1), 16), **settings)
+            planner = DecodePlanner(
+                shape, EAGER, TilePolicy((8, 1), 16), grouping=grouping, limits=Capacity.unlimited(),
+                room_tokens=ROOM_TOKENS,
+            )  # fmt: skip
+            runner = CpuRunner(shape, room_tokens=ROOM_TOKENS)
+            self.path = PackedPath(Kind.DECODE, planner, runner, self.stats, check=True, arena=self.arena)
 
     def nodes(self) -> list[Node]:
         found = [self.root]
@@ -202,19 +212,26 @@ class Server:
         lens = torch.tensor([len(r.slots) for r in self.running])
         pool_rows = torch.tensor([r.row for r in self.running])
         new = torch.tensor([r.slots[-1] for r in self.running])
-        if isinstance(self.decode, CudaDecode):
-            self.decode.step(rows, pool_rows, lens.numpy())
-            self.decode.append(lens, new)
-        else:
-            self.decode.step(rows, pool_rows, lens, new)
+        self.path.step(self.batch(rows, pool_rows, lens, new))
         for k, v in zip(self.buffers[:LAYERS], self.buffers[LAYERS:]):
             q = torch.randn(len(lens), HEADS, self.dim, generator=self.random)
             expected = attention64(q, k, v, [r.slots for r in self.running], 0.3)[0]
             with self.arena.sources_hidden(k, v) if self.arena.force else nullcontext():
-                got = self.decode.run(q, k, v, lens, sm_scale=0.3, logits_soft_cap=0.0)
+                got = self.path.run(q, k, v, lens, sm_scale=0.3, logits_soft_cap=0.0)
             torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
         self.check_accounts()
         return None
+
+    def settle(self) -> None:
+        """Forced copies are made in one step, and read from the next on."""
+        self.step()
+        self.step()
+
+    def batch(self, rows: Rows | None, pool_rows: torch.Tensor, lens: torch.Tensor, new: torch.Tensor) -> StepBatch:
+        return StepBatch(
+            np.ones(len(lens), np.int32), lens.numpy().astype(np.int32), rows, SlotTable(self.table, pool_rows),
+            kv_lens_device=lens, out_slots=new, finds_slots=True,
+        )  # fmt: skip
 
     def check_accounts(self) -> None:
         arena, said = self.arena, self.arena.as_dict()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_table import OnTable, extend_on_cpu, on_cuda
 from strategies import Rows, attention64, kv_pool, pool_size, radix_rows, shared_spans, tree_of
 
 from packinfer_sgl.kernels import device_plan
@@ -19,11 +20,10 @@ from packinfer_sgl.planning.groups import AttentionShape
 from packinfer_sgl.planning.plan import Col
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.reasons import BatchReason
-from packinfer_sgl.runners.cpu_extend import CpuExtend
-from packinfer_sgl.runners.cuda_extend import CudaExtend
-from packinfer_sgl.runners.metrics import Stats
-from packinfer_sgl.serving.backend import _extend_reason
+from packinfer_sgl.runners import cuda
 from packinfer_sgl.serving.batch_rows import BatchRows
+from packinfer_sgl.serving.metrics import Stats
+from packinfer_sgl.serving.router import extend_reason
 
 SHAPE = AttentionShape(qo_heads=4, kv_heads=2, head_dim=64, kv_bytes=4)
 
@@ -46,7 +46,7 @@ class Batch:
     def arguments(self) -> tuple:
         """Of ``step``; each request's row lies elsewhere in the table than in the batch."""
         kv_lens = np.array([len(row) for row in self.rows], np.int32)
-        return self, torch.arange(len(self.rows)).flip(0), np.array(self.q_lens, np.int32), kv_lens
+        return self, torch.arange(len(self.rows)).flip(0), kv_lens, np.array(self.q_lens, np.int32)
 
     def table(self) -> torch.Tensor:
         table = torch.full((len(self.rows), max(map(len, self.rows))), -1, dtype=torch.int32)
@@ -72,7 +72,7 @@ def batches(draw: st.DrawFn, max_own: int = 40) -> Batch:
     return Batch(rows, [draw(st.integers(1, n)) for n in most], draw(st.booleans()))
 
 
-def attend(extend: CpuExtend | CudaExtend, batch: Batch, dtype: torch.dtype, device: str = "cpu") -> float:
+def attend(extend: OnTable, batch: Batch, dtype: torch.dtype, device: str = "cpu") -> float:
     """Largest error against brute force; two rows of q pad the batch, and come out as 0."""
     used = sorted({slot for row in batch.rows for slot in row})
     k, v = (x.to(dtype) for x in kv_pool(used[-1] + 9, used, SHAPE.kv_heads, SHAPE.head_dim, 0))
@@ -85,9 +85,8 @@ def attend(extend: CpuExtend | CudaExtend, batch: Batch, dtype: torch.dtype, dev
     return float((out[:n] - attention64(q[:n], k, v, batch.seen(), 0.2)[0]).abs().max())
 
 
-def on_cpu(batch: Batch, stats: Stats, **more: bool) -> CpuExtend:
-    settings_ = {"grouping": "multi", "check": True, "always": True, **more}
-    return CpuExtend(SHAPE, req_to_token=batch.table(), stats=stats, **settings_)
+def on_cpu(batch: Batch, stats: Stats, always: bool = True) -> OnTable:
+    return extend_on_cpu(SHAPE, batch.table(), stats, always)
 
 
 @settings(max_examples=200)
@@ -110,12 +109,9 @@ def test_equals_brute_force_on_the_triton_kernels(several: list[Batch]) -> None:
     extend = None
     for batch in several:
         table = batch.table().to(device)
-        extend = extend or CudaExtend(
-            SHAPE, grouping="multi", check=True, req_to_token=table, stats=Stats(), always=True
-        )
-        extend.req_to_token = table
-        rows, pool_rows, *lens = batch.arguments()
-        assert extend.step(rows, pool_rows.to(device), *lens)
+        extend = extend or OnTable(on_cuda(SHAPE, table, Stats()).extend(always=True), table)
+        extend.table = table
+        assert extend.step(*batch.arguments())
         assert attend(extend, batch, torch.float16, device) < 4e-3  # two roundings to 11 bits of values below 4
 
 
@@ -155,7 +151,7 @@ def test_a_prefix_is_read_once_for_each_query_tile() -> None:
 def test_other_slots_are_refused() -> None:
     batch = behind(500, [4] * 8)
     extend = on_cpu(batch, Stats())
-    extend.req_to_token[3, 77] = 1
+    extend.table[3, 77] = 1
     with pytest.raises(RuntimeError, match="tokens 0 to 500 hold different KV slots"):
         extend.step(*batch.arguments())
 
@@ -164,11 +160,12 @@ def test_a_batch_that_does_not_fit_shares_less() -> None:
     batch, stats = behind(2000, [16] * 12), Stats()
     extend = on_cpu(batch, stats)
     together = lambda plan: int(plan.items[:, Col.Q_CNT].max()) > 16  # noqa: E731  # queries of several requests
-    extend._planner.overflow = lambda plan: {"slots": "many"} if together(plan) else {}
+    limits = lambda overflow: SimpleNamespace(slots=1 << 62, overflow=overflow)  # noqa: E731
+    extend.path.planner.limits = limits(lambda plan: {"slots": "many"} if together(plan) else {})
     assert extend.step(*batch.arguments()) and stats.extend_kv_tokens_read == stats.extend_kv_tokens_logical
     assert attend(extend, batch, torch.float32) < 1e-5
     assert stats.fitted_plans == {"slots": 1}
-    extend._planner.overflow = lambda plan: {"partials": "any"}
+    extend.path.planner.limits = limits(lambda plan: {"partials": "any"})
     assert not extend.step(*batch.arguments()) and stats.packed_extends == 1
 
 
@@ -192,11 +189,8 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(PackedCuda, "run", checked)
     monkeypatch.setattr(device_plan, "merge_listed_kernel", Merge())
-    extend = CudaExtend(
-        SHAPE, grouping="multi", check=False, req_to_token=torch.zeros(1, 8, dtype=torch.int32, device=device),
-        stats=Stats(), always=True,
-    )  # fmt: skip
-    extend.warm_up(k, v, torch.float16, 0.0)
+    path = on_cuda(SHAPE, torch.zeros(1, 8, dtype=torch.int32, device=device), Stats()).extend(always=True)
+    cuda.warm_up(path.planner, path.runner, k, v, torch.float16, 0.0)  # type: ignore[arg-type]
     # programs of few queries merge one head each, of many all four; the interpreter's two multiprocessors are soon full
     assert ran == [(heads, True, True) for heads in ((1, 1, 4) if torch.cuda.is_available() else (4, 4, 4))]
 
@@ -204,12 +198,11 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_fits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, stats = behind(500, [40] * 8), Stats()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    table, (rows, pool_rows, *lens) = batch.table().to(device), batch.arguments()
-    arguments = (rows, pool_rows.to(device), *lens)
-    extend = CudaExtend(SHAPE, grouping="multi", check=False, req_to_token=table, stats=stats, always=True)
-    assert extend.step(*arguments)
-    monkeypatch.setattr("packinfer_sgl.runners.cuda_extend.BUFFER_BYTES", 820 * 4 - 1)  # the slots of 820 tokens
-    assert not extend.step(*arguments) and stats.packed_extends == 1
+    table = batch.table().to(device)
+    for buffer_bytes, packed in ((820 * 4, True), (820 * 4 - 1, False)):  # the slots of 820 tokens
+        monkeypatch.setattr(cuda, "BUFFER_BYTES", buffer_bytes)
+        assert OnTable(on_cuda(SHAPE, table, stats).extend(always=True), table).step(*batch.arguments()) is packed
+    assert stats.packed_extends == 1
 
 
 def extend_batch(**changed: object) -> SimpleNamespace:
@@ -237,7 +230,7 @@ def extend_batch(**changed: object) -> SimpleNamespace:
 )
 def test_what_an_extend_batch_must_be(changed: dict, reason: BatchReason | None) -> None:
     rows = BatchRows([object(), object()], [], None, {})
-    assert _extend_reason(extend_batch(**changed), rows) is reason
-    assert _extend_reason(extend_batch(**changed), None) is (
+    assert extend_reason(extend_batch(**changed), rows) is reason
+    assert extend_reason(extend_batch(**changed), None) is (
         reason if reason not in (None, BatchReason.OTHER_LENGTHS) else BatchReason.NO_BATCH
     )

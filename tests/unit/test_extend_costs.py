@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packinfer_sgl.kernels.tiles import EXTEND_TILES
+from packinfer_sgl.planning.batch import StepBatch, causal
 from packinfer_sgl.planning.extend_costs import BLOCK, EXTEND_H200, ROWS, SMS, ExtendCosts, _next_free_us
 from packinfer_sgl.planning.groups import H200, AttentionShape
 from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
-from packinfer_sgl.runners.cuda_extend import extend_planner
-from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.runners.cuda import extend_planner
 from packinfer_sgl.serving.layers import is_measured
 
 SHAPE = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
@@ -47,9 +47,10 @@ class Batch:
         return self.tree
 
     def planned(self, always: bool = True, shape: AttentionShape = SHAPE, grouping: str = "multi") -> Plan | None:
-        planner = extend_planner(shape, TILES, SMS, grouping=grouping, count=Stats().count_extend, always=always)
-        planned = planner.plan(self, self.q_lens, self.kv_lens)  # type: ignore[arg-type]
-        return planned and planned[0]
+        planner = extend_planner(shape, TILES, SMS, grouping=grouping, always=always)
+        visible = causal(self.q_lens, self.kv_lens)
+        planned = planner.plan(StepBatch(self.q_lens, self.kv_lens, self, visible=visible))
+        return planned and planned.plan
 
     def packed_us(self, **more: str) -> float:
         return model_us(self.planned(**more))  # type: ignore[arg-type]

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packinfer_sgl.kernels.tiles import EXTEND_TILES, TILES, policy_of
+from packinfer_sgl.planning.batch import StepBatch, causal
 from packinfer_sgl.planning.fitting import Capacity, DoesNotFit, decode_capacity, fit, least_partials, verify_capacity
 from packinfer_sgl.planning.groups import H200, AttentionShape
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
-from packinfer_sgl.runners.cuda_extend import extend_planner
+from packinfer_sgl.runners.cuda import extend_planner
 
 SMS = 132
 CONTEXT = 131_072
@@ -95,14 +96,18 @@ def in_a_pool(batch: Served, spare: float) -> int:
     return int(batch.tree.unique_tokens(batch.kv_lens) * (1 + spare)) + 1
 
 
+def decode_step(batch: Served) -> StepBatch:
+    return StepBatch(np.ones(len(batch.own), np.int32), batch.kv_lens)
+
+
 def decode_plan(batch: Served, heads: tuple[int, int], pool_tokens: int, grouping: str = "multi") -> Plan:
     shape = AttentionShape(*heads, 128, 2)
     capacity = decode_capacity(
         shape, max_rows=len(batch.own), context_tokens=CONTEXT, pool_tokens=pool_tokens, room_tokens=ROOM, row_spans=2
     )
     fitted = fit(
-        batch.tree, shape, H200, policy_of(shape, TILES[128], SMS), capacity.overflow, grouping=grouping,
-        kv_lens=batch.kv_lens, saving_lens=batch.kv_lens, room_tokens=ROOM, most_slots=capacity.slots,
+        batch.tree, shape, H200, policy_of(shape, TILES[128], SMS), capacity, grouping=grouping,
+        batch=decode_step(batch), saving_lens=batch.kv_lens, room_tokens=ROOM,
     )  # fmt: skip
     assert grouping != "off" or fitted.kept.n_nodes == 0
     assert capacity.holds(fitted.plan)
@@ -117,17 +122,10 @@ def verify_plan(batch: Served, heads: tuple[int, int], pool_tokens: int, drafts:
         shape, drafts, tiles[0].rows // shape.group_size, max_rows=len(batch.own), context_tokens=CONTEXT,
         pool_tokens=pool_tokens + len(batch.own) * drafts,
     )  # fmt: skip
-    planner = extend_planner(
-        shape,
-        tiles,
-        SMS,
-        grouping="multi",
-        count=lambda *_: None,
-        always=True,
-        overflow=capacity.overflow,
-        most_slots=capacity.slots,
-    )
-    _, fitted = planner.fastest(batch.tree, np.full(len(batch.own), drafts, np.int32), batch.kv_lens)
+    planner = extend_planner(shape, tiles, SMS, grouping="multi", always=True, limits=capacity, must_fit=True)
+    q_lens = np.full(len(batch.own), drafts, np.int32)
+    visible = causal(q_lens, batch.kv_lens)
+    _, fitted = planner.fastest(batch.tree, StepBatch(q_lens, batch.kv_lens, visible=visible))
     assert capacity.holds(fitted.plan)
     return fitted.plan
 
@@ -177,9 +175,7 @@ def test_the_bound_on_partial_results_is_that_of_a_balanced_tree() -> None:
     batch = served(above, [9] * (n - 1), [*range(n // 2 - 1, n - 1)] * 2, [5] * n)
     unlimited = Capacity(*[1 << 40] * 5, in_a_pool(batch, 0) + n * ROOM)
     policy = replace(policy_of(shape, TILES[128], SMS), timings=None)
-    fitted = fit(
-        batch.tree, shape, H200, policy, unlimited.overflow, grouping="off", kv_lens=batch.kv_lens, room_tokens=ROOM
-    )
+    fitted = fit(batch.tree, shape, H200, policy, unlimited, grouping="off", batch=decode_step(batch), room_tokens=ROOM)
     assert fitted.overflowed == ("kv_slots",)
     assert 0.9 * least_partials(n) < len(fitted.plan.query_rows) <= least_partials(n)
 

@@ -6,17 +6,22 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import attention64, shared_spans, tree_of
 
+from packinfer_sgl.planning.batch import SlotTable, StepBatch
+from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.groups import CPU, AttentionShape, CostModel
 from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.planners import DecodePlanner
 from packinfer_sgl.planning.prefix_tree import PrefixTree
-from packinfer_sgl.runners.cpu_decode import ROOM_TOKENS, CpuDecode
-from packinfer_sgl.runners.metrics import Stats
+from packinfer_sgl.runners.cpu import ROOM_TOKENS, CpuRunner
+from packinfer_sgl.serving.metrics import Stats
+from packinfer_sgl.serving.packed_path import Kind, PackedPath
 
 KV_HEADS, GROUP, HEAD_DIM = 1, 2, 16
 SLOTS, CONTEXT, POOL_ROWS = 1000, 128, 16
@@ -58,15 +63,23 @@ class Engine:
         self.key = 0
         self.stats = Stats()
         self.random = torch.Generator().manual_seed(0)
-        self.planner = CpuDecode(
-            AttentionShape(KV_HEADS * GROUP, KV_HEADS, HEAD_DIM, 4),
-            cost,
-            TilePolicy(tile_queries=(8, 1), chunk_tokens=8),
-            grouping=grouping,
-            check=check,
-            req_to_token=self.table,
-            stats=self.stats,
+        shape = AttentionShape(KV_HEADS * GROUP, KV_HEADS, HEAD_DIM, 4)
+        planner = DecodePlanner(
+            shape, cost, TilePolicy(tile_queries=(8, 1), chunk_tokens=8), grouping=grouping,
+            limits=Capacity.unlimited(), room_tokens=ROOM_TOKENS,
+        )  # fmt: skip
+        runner = CpuRunner(shape, room_tokens=ROOM_TOKENS)
+        self.path = PackedPath(Kind.DECODE, planner, runner, self.stats, check=check)
+
+    def run(self, rows: FakeRows | None, lens: torch.Tensor, new: torch.Tensor, q: torch.Tensor) -> tuple:
+        """One step: out and lse2."""
+        ones = np.ones(len(lens), np.int32)
+        table = SlotTable(self.table, torch.tensor(list(self.rows)))
+        batch = StepBatch(
+            ones, lens.numpy().astype(np.int32), rows, table, kv_lens_device=lens, out_slots=new, finds_slots=True
         )
+        assert self.path.step(batch)
+        return self.path.runner.run(q, self.k, self.v, lens, sm_scale=0.25, logits_soft_cap=0.0)
 
     def alloc(self, n: int) -> list[int]:
         slots = [self.free.pop() for _ in range(n)]
@@ -109,9 +122,8 @@ class Engine:
         # the tree owns all but the new token
         rows = FakeRows((self.key,), lambda: tree or tree_of(held, [len(slots) - 1 for slots in held]))
         before = (self.stats.kv_tokens_logical, self.stats.kv_tokens_unique, self.stats.kv_tokens_read)
-        packed = self.planner.step(rows if known else None, torch.tensor(list(self.rows)), kv_lens, new)
         q = torch.randn(len(held), KV_HEADS * GROUP, HEAD_DIM, generator=self.random)
-        got = packed.run(q, self.k, self.v, sm_scale=0.25)
+        got = self.run(rows if known else None, kv_lens, new, q)
         for a, b in zip(got, attention64(q, self.k, self.v, held, 0.25), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
         after = (self.stats.kv_tokens_logical, self.stats.kv_tokens_unique, self.stats.kv_tokens_read)
@@ -226,9 +238,8 @@ def test_rows_that_know_no_tree_are_grouped_by_equal_slots() -> None:
         new = torch.tensor([engine.grow(row) for row in engine.rows])
         held = list(engine.rows.values())
         lens = torch.tensor([len(slots) for slots in held])
-        packed = engine.planner.step(rows, torch.tensor(list(engine.rows)), lens, new)
         q = torch.ones(3, KV_HEADS * GROUP, HEAD_DIM)
-        got = packed.run(q, engine.k, engine.v, sm_scale=0.25)
+        got = engine.run(rows, lens, new, q)
         for a, b in zip(got, attention64(q, engine.k, engine.v, held, 0.25), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
         assert engine.stats.plans == 1, step
@@ -248,7 +259,7 @@ def test_modes(grouping: str, saved: int) -> None:
         assert engine.logical - engine.read == saved
 
 
-def test_verify_finds_rows_that_do_not_share() -> None:
+def test_check_finds_rows_that_do_not_share() -> None:
     wrong = PrefixTree.from_neighbours([0, 1, 2], [13, 0])  # 12 tokens are shared
     engine = three_rows(check=True)
     with pytest.raises(
@@ -257,7 +268,7 @@ def test_verify_finds_rows_that_do_not_share() -> None:
         engine.step(tree=wrong)
 
 
-def test_verify_passes_rows_that_share() -> None:
+def test_check_passes_rows_that_share() -> None:
     engine = three_rows(check=True)
     for _ in range(ROOM_TOKENS + 3):
         engine.step()

@@ -10,7 +10,7 @@ from radix_server import HEADS, LAYERS, Server
 from test_planner import EAGER
 
 from packinfer_sgl.runners import arena as regroup
-from packinfer_sgl.runners import cuda_decode
+from packinfer_sgl.runners import cuda
 from packinfer_sgl.runners.arena import Extents
 
 
@@ -83,7 +83,7 @@ def prefix_of_20(force: bool = False, gain: float = 1e9, arena: int = 60, reader
 @pytest.mark.parametrize("force", [False, True])
 def test_on_the_kernels(force: bool, monkeypatch) -> None:
     """Triton's, interpreted: the copy, the slot list of plans, and attention over it."""
-    monkeypatch.setattr(cuda_decode, "H200", EAGER)
+    monkeypatch.setattr(cuda, "H200", EAGER)
     monkeypatch.setattr(regroup, "STEP_BYTES", 7 * 2 * LAYERS * HEADS * 64 * 4)
     server = Server(120, 40, force=force, dim=64, kernels=True)
     for tokens in ([0] * 20 + [1], [0] * 20 + [2], [0] * 8 + [3] * 9 + [4], [0] * 8 + [3] * 9 + [5]):
@@ -101,18 +101,18 @@ def test_on_the_kernels(force: bool, monkeypatch) -> None:
 
 def arena_spans(server: Server) -> list[tuple[int, int, int]]:
     """(first position, tokens, slot) of what the plan reads in the arena."""
-    return [
-        (first, tokens, slot) for _, first, tokens, _, slot in server.decode._planner.plan.spans.tolist() if slot >= 0
-    ]
+    return [(first, tokens, slot) for _, first, tokens, _, slot in server.path._loaded.spans.tolist() if slot >= 0]
 
 
 def test_forced_everything_shared_is_read_in_the_arena() -> None:
     server = prefix_of_20(force=True)
-    for step in range(5):
+    server.step()
+    assert arena_spans(server) == [], "the copy is read from the next step on"
+    for step in range(1, 6):
         server.step()
         assert arena_spans(server) == [(0, 20, 200)]
         said = server.arena.as_dict()
-        assert said["shared_tokens_read"] == said["contiguous_tokens_read"] == 20 * (step + 1)
+        assert said["shared_tokens_read"] == 20 + said["contiguous_tokens_read"] == 20 * (step + 1)
         assert said["copied_bytes"] == 20 * (step + 1) * 2 * LAYERS * HEADS * 8 * 4
     assert said["copies"] == said["spans"] == 1 and said["hits"] == 1 and said["used_tokens"] == 20
 
@@ -122,7 +122,7 @@ def test_forced_what_others_read_alone_stays() -> None:
     server = Server(200, 60, force=True, grouping="single")
     for tokens in ([0] * 8 + [1] * 30 + [2], [0] * 8 + [1] * 30 + [3], [0] * 8 + [4]):
         server.start(tokens)
-    server.step()
+    server.settle()
     assert arena_spans(server) == [(0, 38, 200)]
 
 
@@ -148,11 +148,11 @@ def steps(server: Server, n: int) -> list[tuple[int, int]]:
 def test_a_copy_is_made_when_scattered_reads_have_cost_as_much(monkeypatch) -> None:
     """Reading scattered slots costs 10 tokens a step here, a copy 50; and a few slots are neighbours by chance."""
     monkeypatch.setattr(regroup, "COPY_TOKENS", 10)
-    assert steps(prefix_of_20(gain=0.5), 8) == [(0, 0)] * 5 + [(7, 0), (14, 0), (20, 1)]
+    assert steps(prefix_of_20(gain=0.5), 9) == [(0, 0)] * 5 + [(7, 0), (14, 0), (20, 0), (20, 1)]
 
 
 def test_a_step_copies_no_more_than_its_share() -> None:
-    assert steps(prefix_of_20(), 4) == [(7, 0), (14, 0), (20, 1), (20, 1)]
+    assert steps(prefix_of_20(), 4) == [(7, 0), (14, 0), (20, 0), (20, 1)]
 
 
 def test_more_readers_than_a_tile_lose_more() -> None:
@@ -186,15 +186,15 @@ def test_half_a_copy_is_finished_for_other_readers() -> None:
     server.finish(server.running[0], keep=False)
     server.start([9] * 25)
     assert server.running[-1].row == row, "the table's row that was copied from is another request's now"
-    assert steps(server, 3)[1:] == [(20, 1)] * 2
+    assert steps(server, 3)[1:] == [(20, 0), (20, 1)]
 
 
 def test_a_split_keeps_the_copy_of_both_parts() -> None:
     """Requests that leave the prefix half-way split its node: the lower part still names the copy of all 20 tokens."""
     server = prefix_of_20(force=True)
-    server.step()
+    server.settle()
     server.start([0] * 12 + [7])
-    server.step()
+    server.settle()
     # of the upper part, whose readers are not all below, there is no copy by name
     assert arena_spans(server) == [(0, 12, 220), (12, 8, 212)]
     assert server.arena.copies == 2
@@ -204,7 +204,7 @@ def test_spans_of_a_batch_that_shrinks_are_found_in_older_copies() -> None:
     server = Server(200, 60, force=True)
     for length, own in ((20, 1), (20, 2), (30, 3), (30, 4)):
         server.start([0] * 20 + [9] * (length - 20) + [own])
-    server.step()
+    server.settle()
     assert arena_spans(server) == [(0, 20, 200), (20, 10, 220)]
     for request in server.running[:2]:
         server.finish(request, keep=False)
@@ -216,24 +216,24 @@ def test_a_plan_with_too_many_spans_reads_scattered_slots(monkeypatch) -> None:
     server = Server(200, 60, force=True)
     for length, own in ((20, 1), (20, 2), (30, 3), (30, 4)):
         server.start([0] * 20 + [9] * (length - 20) + [own])
-    server.step()
+    server.settle()
     for request in server.running[:2]:
         server.finish(request, keep=False)
     monkeypatch.setattr(regroup, "SPANS_PER_ROW", 1.5)
     server.step()
-    assert arena_spans(server) == [] and server.arena.copies == 2 and len(server.decode._planner.plan.spans) == 3
+    assert arena_spans(server) == [] and server.arena.copies == 2 and len(server.path._loaded.spans) == 3
 
 
 def test_an_evicted_prefix_comes_back_to_a_new_copy() -> None:
     server = prefix_of_20(force=True)
-    server.step()
+    server.settle()
     for request in list(server.running):
         server.finish(request, keep=False)
     while leaves := [node for node in server.nodes() if not node.children]:
         server.evict(leaves[0])
     for i in range(2):
         server.start([0] * 20 + [i + 1])
-    server.step()
+    server.settle()
     assert arena_spans(server) == [(0, 20, 220)] and server.arena.copies == 2
 
 
@@ -243,7 +243,7 @@ def two_prefixes(arena: int) -> Server:
     for token, readers in ((0, 9), (1, 2)):
         for i in range(readers):
             server.start([token] * 20 + [i + 2])
-        server.step()
+        server.settle()
         for request in list(server.running):
             server.finish(request, keep=False)
     for i in range(2):
@@ -253,20 +253,20 @@ def two_prefixes(arena: int) -> Server:
 
 def test_the_least_useful_copy_makes_room() -> None:
     server = two_prefixes(arena=40)
-    server.step()
+    server.settle()
     assert arena_spans(server) == [(0, 20, 320)], "in place of the one with two readers"
     assert server.arena.replaced == 1 and server.arena.as_dict()["used_tokens"] == 40
 
 
 def test_copies_in_use_are_not_replaced() -> None:
     server = prefix_of_20(force=True, arena=30)
-    server.step()
+    server.settle()
     for i in range(2):
         server.start([1] * 20 + [i + 3])
     server.step()
     said = server.arena.as_dict()
     assert arena_spans(server) == [(0, 20, 200)] and said["refused"] > 0 and said["replaced"] == 0
-    assert said["contiguous_tokens_read"] == 20 + 20 and said["shared_tokens_read"] == 20 + 40
+    assert said["contiguous_tokens_read"] == 20 + 20 and said["shared_tokens_read"] == 20 + 20 + 40
 
 
 def test_a_span_longer_than_the_arena_is_refused() -> None:
@@ -284,8 +284,8 @@ def test_dropped_copies_are_gone() -> None:
 
 def test_a_batch_that_is_not_known_reads_no_copy() -> None:
     server = prefix_of_20(force=True)
-    server.step()
+    server.settle()
     rows = [r.row for r in server.running]
     lens = torch.tensor([len(r.slots) for r in server.running])
-    server.decode.step(None, torch.tensor(rows), lens, torch.tensor([r.slots[-1] for r in server.running]))
+    server.path.step(server.batch(None, torch.tensor(rows), lens, torch.tensor([r.slots[-1] for r in server.running])))
     assert arena_spans(server) == [] and server.arena.copies == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flashinfer
 import pytest
 import torch
 from paged_cases import Wrapper, indptr, int32
@@ -30,7 +31,6 @@ BOTH: dict[str, list[tuple[str, Any]]] = {
         ("o_data_type", torch.float64),
     ],
     RUN: [
-        ("enable_pdl", True),
         ("sinks", X),
         ("skip_softmax_threshold_scale_factor", 1.0),
         ("kv_cache_sf", X),
@@ -109,6 +109,34 @@ def test_what_is_not_supported_is_refused_by_name(kind: type, method: str, name:
         else:
             getattr(planned, method)(q, cache, **{name: value})
     assert planned.run(q, cache).isfinite().all()  # a refusal leaves the plan alone
+
+
+@pytest.mark.parametrize("kind", [Decode, Prefill])
+def test_a_launch_hint_is_taken(kind: type) -> None:
+    planned, q, cache = ready(kind)
+    assert torch.equal(planned.run(q, cache, enable_pdl=True), planned.run(q, cache))
+
+
+@pytest.mark.parametrize("kind", [Decode, Prefill])
+def test_what_flashinfer_has_besides_is_refused_by_name(kind: type) -> None:
+    planned = kind(X)
+    names = ["workspace_size", "prewarm_paged_kv_stride_variant"]
+    for name in names:
+        with pytest.raises(NotImplementedError, match=name):
+            getattr(planned, name)()
+    if kind is Decode:
+        with pytest.raises(NotImplementedError, match="resolved_backend"):
+            planned.resolved_backend  # noqa: B018
+        names.append("resolved_backend")
+    theirs = getattr(flashinfer, kind.__name__)
+    assert {name for name in dir(theirs) if not name.startswith("_")} <= {*dir(kind), *names}
+
+
+def test_a_wrong_number_of_queries_names_how_many_a_request_has() -> None:
+    planned, q, cache = ready(Decode)
+    for wrong in (q[:1], torch.cat([q, q])):
+        with pytest.raises(ValueError, match="2 requests with q_len_per_req=1"):
+            planned.run(wrong, cache)
 
 
 @pytest.mark.parametrize("kind", [Decode, Prefill])

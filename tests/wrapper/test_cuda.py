@@ -18,9 +18,11 @@ from paged_cases import EDGES, Batch, Layer, check, indptr, int32
 
 from packinfer_sgl import BatchDecodeWithPagedKVCacheWrapper as Decode
 from packinfer_sgl import BatchPrefillWithPagedKVCacheWrapper as Prefill
-from packinfer_sgl.kernels.tiles import tile_policy
+from packinfer_sgl.kernels.tiles import policy_of, tile_policy
 from packinfer_sgl.paged import batch as paged
-from packinfer_sgl.paged import on_cuda as paged_cuda
+from packinfer_sgl.paged import checks, graph_buffers, kernels
+from packinfer_sgl.planning import fitting, planners
+from packinfer_sgl.runners import cuda
 
 HALF = Layer(2, 1, 64, q_dtype=torch.float16, kv_dtype=torch.float16, cuda=True)
 DEVICE = HALF.device
@@ -28,20 +30,26 @@ POISON = 2**28  # a slot that no test has
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
-        monkeypatch.setattr(paged, "kernels_on", paged_cuda.OnCuda)
+        monkeypatch.setattr(paged, "kernels_on", kernels.OnCuda)
+
+
+def keep_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All spans are kept, unless none may be."""
+    for room in (planners, fitting):
+        prune = room.prune
+        monkeypatch.setattr(room, "prune", lambda *args, prune=prune: args[0] if args[3] != "off" else prune(*args))
 
 
 @pytest.fixture
 def all_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost model declines most spans of small batches; here every span is grouped, and cut into short pieces."""
-    monkeypatch.setattr(paged, "prune", lambda tree, *_: tree)
-    monkeypatch.setattr(
-        paged_cuda,
-        "tile_policy",
-        lambda *args: replace(tile_policy(*args), chunk_tokens=20, timings=None, ride_tokens=9),
-    )
+    keep_all(monkeypatch)
+    small = lambda policy: replace(policy, chunk_tokens=20, timings=None)  # noqa: E731
+    monkeypatch.setattr(cuda, "tile_policy", lambda *args: small(tile_policy(*args)))
+    monkeypatch.setattr(cuda, "policy_of", lambda *args: small(policy_of(*args)))
+    monkeypatch.setattr(cuda, "RIDE_TOKENS", 9)
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
@@ -139,7 +147,7 @@ def test_forward_replaces_what_was_planned() -> None:
 
 
 def test_a_plan_that_needs_too_many_partial_results_shares_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_cuda, "PARTIAL_BYTES", 0)
+    monkeypatch.setattr(cuda, "BUFFER_BYTES", 0)
     batch = Batch(16, [[*range(40), 40 + i] for i in range(6)], [3] * 6, [1] * 6, decode=True)
     counted = cases.make_wrapper(batch, HALF).kv_tokens
     assert counted.read == counted.logical > counted.unique
@@ -184,9 +192,9 @@ def test_plans_in_fixed_buffers(decode: bool) -> None:
     places = set()
     for batch in [*batches(decode), *batches(decode)[1:]]:
         check(batch, HALF, 1, planned)
-        packed = planned._kernels._packed
+        packed = planned._kernels._runner._packed
         places.add((packed._block.data_ptr(), packed.kv_slots.data_ptr(), packed._part_out.data_ptr()))
-        read_back = [x.tolist() for x in planned._kernels._tables]
+        read_back = [x.tolist() for x in planned._kernels.graph._tables]
         assert read_back[0] == indptr([len(t) for t in batch.tables]).tolist()
         assert read_back[1][: read_back[0][-1]] == sum(batch.tables, [])
         assert read_back[2] == batch.last_page_len
@@ -209,19 +217,11 @@ def test_rows_past_the_plan_come_out_as_zero() -> None:
 
 @pytest.mark.usefixtures("all_shared")
 def test_a_plan_beyond_the_buffers_shares_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_cuda, "PARTIAL_BYTES", 0)
-    monkeypatch.setattr(paged, "prune", lambda tree, *args: prune_of(tree, args[2]))
+    monkeypatch.setattr(graph_buffers, "BUFFER_BYTES", 0)
     for batch in batches(True):
         planned = graph_wrapper(True, 3, 40)
         check(batch, HALF, 0, planned)
         assert planned.kv_tokens.read == planned.kv_tokens.logical
-
-
-def prune_of(tree: Any, grouping: str) -> Any:
-    """All spans, unless none may be kept."""
-    from packinfer_sgl.planning.groups import H200, AttentionShape, prune
-
-    return prune(tree, AttentionShape(2, 1, 64, 2), H200, "off") if grouping == "off" else tree
 
 
 def test_a_batch_beyond_the_buffers_is_found() -> None:
@@ -302,7 +302,7 @@ def test_what_the_kernels_cannot_do_is_refused_by_name() -> None:
             planned.run(*arguments, **options)
     assert planned.run(q, cache).isfinite().all()  # a refusal leaves the plan alone
     far = torch.empty_strided((1, 3, 64), (1, 2**31, 1), device="meta")  # which the kernels can do
-    paged_cuda.check_strides(far, "q")
+    checks.check_strides(far, "q")
 
 
 def test_pages_beyond_int32_slots_are_found() -> None:

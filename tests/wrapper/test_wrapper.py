@@ -15,23 +15,24 @@ import pytest
 import torch
 from paged_cases import EDGES, Batch, Layer, check, tree_batch
 
-from packinfer_sgl.paged import batch as paged
-from packinfer_sgl.paged import on_cpu as paged_cpu
 from packinfer_sgl.paged import wrapper
+from packinfer_sgl.planning import fitting, planners
 from packinfer_sgl.planning.plan import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.runners import cpu
 
 
-def keep_all(tree: PrefixTree, *_: Any) -> PrefixTree:
-    return tree
+def all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in (planners, fitting):
+        monkeypatch.setattr(room, "prune", lambda tree, *_: tree)
 
 
 @pytest.fixture(params=["by cost", "all shared, small tiles"])
 def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real cost model declines most spans of small batches; without it every shared span is grouped."""
     if request.param != "by cost":
-        monkeypatch.setattr(paged, "prune", keep_all)
-        monkeypatch.setattr(paged_cpu, "TILES", TilePolicy(tile_queries=(5, 2), chunk_tokens=7))
+        all_kept(monkeypatch)
+        monkeypatch.setattr(cpu, "EXTEND_TILES", TilePolicy(tile_queries=(5, 2), chunk_tokens=7))
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
@@ -46,7 +47,7 @@ def test_random_batches_float32(decode: bool, block: int) -> None:
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_random_batches_half(decode: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged, "prune", keep_all)
+    all_kept(monkeypatch)
     for seed in range(30):
         rng = random.Random(f"{decode} {dtype} {seed}")
         q_dtype, kv_dtype, o_dtype = (
@@ -123,7 +124,7 @@ def test_a_wrapper_that_reads_row_by_row_is_found(batch: Batch, monkeypatch: pyt
 
 
 def test_run_many_times_and_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged, "prune", keep_all)
+    all_kept(monkeypatch)
     rng = random.Random(0)
     reused: dict[bool, Any] = {True: None, False: None}
     for seed in range(20):

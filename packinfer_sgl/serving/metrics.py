@@ -8,14 +8,13 @@ import statistics
 import time
 import traceback
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from packinfer_sgl.planning.plan import Plan
-from packinfer_sgl.planning.prefix_hold import Held
+from packinfer_sgl.planning.planners import Planned
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.reasons import BatchReason, LayerReason
-from packinfer_sgl.runners.arena import Regroup
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,9 @@ _HELD_TOTALS = {
 class Stats:
     """Counters since the process started, and the groups of the last packed step.
 
+    Written by ``serving.router`` and ``serving.packed_path``, and at the start by ``plugin``. Side features add a
+    section: what they count stays with them.
+
     ``kv_tokens_*`` count the KV tokens of one layer, summed over packed decode and verify steps, ``extend_kv_tokens_*``
     those over packed extend batches. ``fitted_plans`` counts the plans that had to be made smaller, by what of the
     buffers they overflowed (``fitting.Capacity``). ``check_error`` is the largest relative difference of a row from
@@ -79,41 +81,43 @@ class Stats:
     last_private_tokens: int = 0
     check_error: float = 0.0
     audited_steps: int = 0
-    arena: Regroup | None = None
-    held: Held | None = None
+    sections: dict[str, Callable[[], dict[str, int]]] = field(default_factory=dict)
     _exported_at: float = 0.0
     _errors: set[str] = field(default_factory=set)
 
-    def count_plan(self, plan: Plan, tree: PrefixTree, took_us: float, overflowed: tuple[str, ...]) -> None:
-        """A new plan was made from ``tree`` (pruned) in ``took_us`` microseconds; ``overflowed``: see ``Fitted``."""
-        self.plans += 1
-        self.fitted_plans.update(overflowed)
-        self.plan_us.append(took_us)
-        self.plan_us_total += took_us
-        self.last_tree = tree
-        self.last_private_tokens = plan.kv_tokens_read - int((tree.end - tree.start).sum())
-
-    def count_packed(self, plan: Plan, grown_tokens: int) -> None:
-        """A decode step ran on ``plan``, whose rows have grown by ``grown_tokens`` together since it was made."""
+    def count_decode(self, planned: Planned, grown_tokens: int) -> None:
+        """A decode step ran on a plan whose rows have grown by ``grown_tokens`` together since it was made."""
+        if planned.is_new:
+            self._count_plan(planned)
+        plan = planned.plan
         self.packed_steps += 1
         self.kv_tokens_logical += plan.kv_tokens_logical + grown_tokens
         self.kv_tokens_unique += plan.kv_tokens_unique + grown_tokens
         self.kv_tokens_read += plan.kv_tokens_read + grown_tokens
         self._export()
 
-    def count_verify(self, plan: Plan, tree: PrefixTree, took_us: float, overflowed: tuple[str, ...]) -> None:
-        """A verify step of speculative decoding will run on ``plan``, made from ``tree`` in ``took_us``."""
-        self.count_plan(plan, tree, took_us, overflowed)
-        self.count_packed(plan, 0)
+    def count_verify(self, planned: Planned) -> None:
+        """A verify step of speculative decoding will run on a plan of its own."""
+        self.count_decode(planned, 0)
 
-    def count_extend(self, plan: Plan, tree: PrefixTree, took_us: float, overflowed: tuple[str, ...]) -> None:
-        """An extend batch will run on ``plan``; its groups are gone with it."""
-        self.fitted_plans.update(overflowed)
+    def count_extend(self, planned: Planned) -> None:
+        """An extend batch will run on a plan; its groups are gone with it."""
+        plan = planned.plan
+        self.fitted_plans.update(planned.fitted.overflowed)
         self.packed_extends += 1
         self.extend_kv_tokens_logical += plan.kv_tokens_logical
         self.extend_kv_tokens_unique += plan.kv_tokens_unique
         self.extend_kv_tokens_read += plan.kv_tokens_read
         self._export()
+
+    def _count_plan(self, planned: Planned) -> None:
+        kept = planned.fitted.kept
+        self.plans += 1
+        self.fitted_plans.update(planned.fitted.overflowed)
+        self.plan_us.append(planned.took_us)
+        self.plan_us_total += planned.took_us
+        self.last_tree = kept
+        self.last_private_tokens = planned.plan.kv_tokens_read - int((kept.end - kept.start).sum())
 
     def count_fallback(self, reason: BatchReason) -> None:
         self.fallback_steps[reason.value] += 1
@@ -160,8 +164,7 @@ class Stats:
             "plan_us_total": round(self.plan_us_total, 1),
             "check_error": self.check_error,
             "audited_steps": self.audited_steps,
-            "arena": None if self.arena is None else self.arena.as_dict(),
-            "held": None if self.held is None else self.held.as_dict(),
+            **{name: self.sections[name]() if name in self.sections else None for name in ("arena", "held")},
             "private_tokens": self.last_private_tokens,
             "tree": [{"parent": int(p), "rows": int(r), "start": int(s), "end": int(e)} for p, r, s, e in nodes],
         }

@@ -1,0 +1,132 @@
+"""The planners and the runner of a wrapper, on the CPU or on CUDA: those of SGLang's batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from packinfer_sgl.kernels.tiles import multiprocessors, tiles_for
+from packinfer_sgl.paged.checks import check_cuda_call, check_cuda_layer
+from packinfer_sgl.paged.graph_buffers import GraphBuffers, check_pages, pinned
+from packinfer_sgl.planning.batch import SlotTable
+from packinfer_sgl.planning.fitting import UNLIMITED, Capacity
+from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.planners import Planner
+from packinfer_sgl.planning.prefix_tree import Int32
+from packinfer_sgl.runners import cpu
+from packinfer_sgl.runners.base import Runner
+
+GROUPING = "multi"
+
+
+class OnCpu:
+    """The same methods as ``OnCuda``."""
+
+    graph: GraphBuffers | None = None
+
+    def __init__(self) -> None:
+        self._runner: cpu.CpuRunner | None = None
+
+    def check_layer(self, shape: AttentionShape, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+        """Everything is supported."""
+
+    def check_masks(self, **masks: torch.Tensor | None) -> None:
+        """All are supported."""
+
+    def check_batch(self, tables: tuple[Int32, ...], n_pages: int, baked: dict[str, object]) -> None:
+        """Any batch will do."""
+
+    def planner(self, shape: AttentionShape, inlines: bool) -> Planner:
+        if inlines:
+            return cpu.extend_planner(shape, grouping=GROUPING, always=True)
+        tiles = replace(cpu.EXTEND_TILES, ride_tokens=0)
+        return cpu.decode_planner(shape, grouping=GROUPING, room_tokens=0, tiles=tiles)
+
+    def load(
+        self, plan: Plan, tables: tuple[Int32, ...], page_size: int, shape: AttentionShape, inlines: bool
+    ) -> Runner:
+        indptr, indices = (torch.from_numpy(x) for x in tables[:2])
+        runner = cpu.CpuRunner(shape)
+        runner.load(plan, SlotTable(indices, indptr, page_size))
+        return runner
+
+    def check_call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sm_scale: float) -> None:
+        """Everything is supported."""
+
+
+class OnCuda:
+    """Without a graph the buffers grow as plans need them. With one they are allocated at the first plan and never
+    move: their sizes follow from FlashInfer's buffers and from the first plan's number of queries."""
+
+    def __init__(self, device: torch.device, buffers: dict[str, torch.Tensor | None] | None) -> None:
+        """``buffers``: see ``GraphBuffers``; None: no graph."""
+        from packinfer_sgl.runners import cuda  # Triton takes long to import
+
+        self._cuda, self.device = cuda, device
+        self.graph = None if buffers is None else GraphBuffers(device, buffers)
+        self._runner: cuda.CudaRunner | None = None
+        self._limits: Capacity | None = None
+
+    def check_layer(self, shape: AttentionShape, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+        """Raise NotImplementedError for what the kernels cannot do."""
+        check_cuda_layer(shape, q_dtype, kv_dtype)
+
+    def check_masks(self, **masks: torch.Tensor | None) -> None:
+        for name, mask in masks.items():
+            if mask is not None and self.graph is not None:
+                raise NotImplementedError(f"{name} is not supported with use_cuda_graph")
+
+    def check_batch(self, tables: tuple[Int32, ...], n_pages: int, baked: dict[str, object]) -> None:
+        """Raise ValueError for a batch that the kernels, or a captured graph, cannot take. See ``GraphBuffers``."""
+        check_pages(n_pages, int(str(baked["page_size"])))
+        self._limits = None if self.graph is None else self.graph.check_batch(tables, n_pages, baked)
+
+    def planner(self, shape: AttentionShape, inlines: bool) -> Planner:
+        """
+        Args:
+            inlines: whether queries see a part of their row each, by position: tails may ride with their prefix.
+        """
+        limits = self._limits or replace(self._cuda.growing_limits(shape), kv_slots=UNLIMITED)
+        if not inlines:
+            return self._cuda.decode_planner(shape, self.device, grouping=GROUPING, limits=limits, room_tokens=0)
+        tiles, sms = tiles_for(shape.head_dim, self.device, True), multiprocessors(self.device)
+        return self._cuda.extend_planner(
+            shape, tiles, sms, grouping=GROUPING, always=True, limits=limits, must_fit=True
+        )  # fmt: skip
+
+    def load(
+        self, plan: Plan, tables: tuple[Int32, ...], page_size: int, shape: AttentionShape, inlines: bool
+    ) -> Runner:
+        """Upload the plan and the page tables on the current stream, and look up the slots there."""
+        tiles = tiles_for(shape.head_dim, self.device, inlines)
+        if self._runner is None or (self._runner.shape, self._runner.tiles) != (shape, tiles):
+            self._runner = None  # the old one makes room first
+            self._runner = self._cuda.CudaRunner(
+                shape, tiles, self.device, capacity=self._limits, replayed=self.graph is not None
+            )
+        if self.graph is not None:
+            table = self.graph.write(tables, page_size)
+        else:
+            indptr, indices = (pinned(x, self.device).to(self.device, non_blocking=True) for x in tables[:2])
+            table = SlotTable(indices, indptr, page_size)
+        self._runner.load(plan, table)
+        return self._runner
+
+    def check_call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sm_scale: float) -> None:
+        check_cuda_call(q, k, v, out, sm_scale)
+        is_captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.graph is not None and is_captured:
+            self.graph.capture(len(q), min(len(k), len(v)))
+
+
+def kernels_on(device: torch.device, graph_buffers: dict[str, torch.Tensor | None] | None) -> OnCpu | OnCuda:
+    """What plans and runs on ``device``; ``graph_buffers``: see ``GraphBuffers``."""
+    if device.type == "cuda":
+        return OnCuda(device, graph_buffers)
+    if device.type != "cpu":
+        raise NotImplementedError(f"float_workspace_buffer on {device} is not supported: use CPU or CUDA")
+    if graph_buffers is not None:
+        raise NotImplementedError("use_cuda_graph is not supported on the CPU")
+    return OnCpu()

@@ -1,0 +1,224 @@
+"""Planners: from a batch to the plan that a runner runs. They count nothing and launch nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from packinfer_sgl.planning.batch import StepBatch
+from packinfer_sgl.planning.fitting import Capacity, DoesNotFit, Fitted, fit
+from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What a planner found.
+
+    Attributes:
+        fitted: the plan, and how it came to fit.
+        tree: who shares what, before grouping.
+        took_us: microseconds that it took.
+        is_new: whether the runner has yet to load it.
+    """
+
+    fitted: Fitted
+    tree: PrefixTree
+    took_us: float
+    is_new: bool = True
+
+    @property
+    def plan(self) -> Plan:
+        return self.fitted.plan
+
+
+class DecodePlanner:
+    """Plans batches whose queries see all of their row, and keeps the plan of the last one.
+
+    A plan holds while the requests compare equal, every row has grown by exactly one token since the step before, and
+    the tails have room.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        cost: CostModel,
+        policy: TilePolicy,
+        *,
+        grouping: str,
+        limits: Capacity,
+        room_tokens: int,
+    ) -> None:
+        """
+        Args:
+            grouping: see ``config.Config``.
+            limits: what of a plan can be run.
+            room_tokens: how many steps a plan may live.
+        """
+        self.shape, self.cost, self.policy, self.grouping = shape, cost, policy, grouping
+        self.limits, self.room_tokens = limits, room_tokens
+        self._last: Planned | None = None
+        self._requests: Any = None
+        self._lens = np.zeros(0, np.int32)
+        self._steps_left = 0
+
+    def compile(self) -> None:
+        """Compile the planning code where no compiled form of it lies on disk: that takes seconds, which a request
+        should not wait for."""
+        two = StepBatch(np.ones(2, np.int32), np.full(2, 2, np.int32))
+        tree = PrefixTree.from_neighbours((0, 1), (1,))
+        self._fit(tree, two)
+        try:
+            fit(tree, self.shape, self.cost, self.policy, Capacity.unlimited(kv_slots=2), grouping="multi", batch=two)
+        except DoesNotFit:
+            pass  # on its way there each token was listed once
+
+    def plan(self, batch: StepBatch) -> Planned:
+        """The plan of this step.
+
+        Raises:
+            DoesNotFit: nothing fits ``limits``.
+        """
+        lens = batch.kv_lens
+        holds = (
+            batch.requests is not None
+            and self._last is not None
+            and self._steps_left > 0
+            and batch.requests == self._requests
+            and np.array_equal(lens, self._lens + 1)
+        )
+        if holds:
+            assert self._last is not None
+            self._steps_left -= 1
+            self._lens = lens.copy()
+            return self._last
+        started = time.perf_counter()
+        self.forget()  # whatever happens here, the last plan is not that of these rows
+        tree, fitted = _fit_known(batch, self._fit)
+        planned = Planned(fitted, tree, (time.perf_counter() - started) * 1e6)
+        self._last = Planned(fitted, tree, 0.0, is_new=False)
+        self._requests, self._lens, self._steps_left = batch.requests, lens.copy(), self.room_tokens
+        return planned
+
+    def forget(self) -> None:
+        """Make a new plan at the next step."""
+        self._last = self._requests = None
+
+    def _fit(self, tree: PrefixTree, batch: StepBatch) -> Fitted:
+        one_each = bool((batch.q_lens == 1).all())
+        return fit(
+            tree, self.shape, self.cost, self.policy, self.limits, grouping=self.grouping, batch=batch,
+            q_lens=None if one_each else batch.q_lens, saving_lens=batch.kv_lens if one_each else None,
+            room_tokens=self.room_tokens,
+        )  # fmt: skip
+
+
+class Way(NamedTuple):
+    """One way to group and cut a batch."""
+
+    cost: CostModel
+    policy: TilePolicy
+
+
+class ExtendPlanner:
+    """Plans batches whose queries see a part of their row each: prefill, chunked prefill, decodes among them (mixed
+    batches, one new token each), drafts to verify.
+
+    Of several ways the one that is expected to be fastest is taken; and, if so asked, only where it is expected to be
+    faster than the stock backend.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        ways: tuple[Way, ...],
+        *,
+        grouping: str,
+        limits: Capacity,
+        packed_us: Callable[[Plan], float],
+        stock_us: Callable[[Int32, Int32], float] | None,
+        must_fit: bool = False,
+    ) -> None:
+        """
+        Args:
+            grouping: see ``config.Config``.
+            limits: what of a plan can be run.
+            packed_us: expected time of a plan in one layer, its margin included.
+            stock_us: expected time of the stock backend, by ``q_lens`` and ``kv_lens``; None: every batch is packed.
+            must_fit: whether batches must be packed, as a captured graph runs them; else the stock backend runs what
+                does not fit.
+        """
+        self.shape, self.ways, self.grouping, self.limits = shape, ways, grouping, limits
+        self.packed_us, self.stock_us, self.must_fit = packed_us, stock_us, must_fit
+
+    def plan(self, batch: StepBatch) -> Planned | None:
+        """The plan of this batch; None if the stock backend runs it: expected to be faster, or because nothing fits.
+
+        Raises:
+            DoesNotFit: nothing fits ``limits``, and the batch must be packed.
+        """
+        started = time.perf_counter()
+        try:
+            tree, (packed_us, fitted) = _fit_known(batch, self.fastest)
+        except DoesNotFit:
+            if self.must_fit:
+                raise
+            return None
+        if self.stock_us is not None and packed_us > self.stock_us(batch.q_lens, batch.kv_lens):
+            return None
+        return Planned(fitted, tree, (time.perf_counter() - started) * 1e6)
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+    def fastest(self, tree: PrefixTree, batch: StepBatch) -> tuple[float, Fitted]:
+        """Of the plans that fit, the one that is expected to be the fastest, and its time.
+
+        Args:
+            tree: who shares what in ``batch``.
+
+        Raises:
+            DoesNotFit: there is none.
+        """
+        found: list[tuple[float, Fitted]] = []
+        problem: DoesNotFit | None = None
+        for cost, policy in self.ways:
+            kept = prune(tree, self.shape, cost, self.grouping, batch.q_lens)
+            if found and not kept.n_nodes:
+                continue  # ways differ in what they do with groups
+            try:
+                fitted = fit(
+                    tree, self.shape, cost, policy, self.limits, grouping=self.grouping, batch=batch,
+                    q_lens=batch.q_lens, kept=kept,
+                )  # fmt: skip
+            except DoesNotFit as e:
+                problem = e
+                continue
+            found.append((self.packed_us(fitted.plan), fitted))
+        if not found:
+            assert problem is not None
+            raise problem
+        return min(found, key=lambda one: one[0])
+
+
+Planner = DecodePlanner | ExtendPlanner
+
+
+T = TypeVar("T")
+
+
+def _fit_known(batch: StepBatch, fit_tree: Callable[[PrefixTree, StepBatch], T]) -> tuple[PrefixTree, T]:
+    """Fit by the tree that is known; if that shows too little sharing to fit, by the slots themselves."""
+    tree = batch.tree()
+    try:
+        return tree, fit_tree(tree, batch)
+    except DoesNotFit:
+        if batch.table is None or batch.table.is_paged:
+            raise
+        tree = batch.tree_by_slots()
+        return tree, fit_tree(tree, batch)

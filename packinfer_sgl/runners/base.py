@@ -1,0 +1,66 @@
+"""What a runner is: it runs plans on one device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from packinfer_sgl.kernels.reference import MaskRows
+from packinfer_sgl.planning.batch import SlotTable
+from packinfer_sgl.planning.plan import Plan
+
+
+class Runner(Protocol):
+    """Load a plan, then run it for each layer. Two exist: ``cpu.CpuRunner`` and ``cuda.CudaRunner``.
+
+    The slot list that the kernels read is a snapshot of SGLang's table, taken when the plan is loaded: SGLang rewrites
+    the table while they run. Steps that keep a plan enter their new slots by ``append``.
+    """
+
+    @property
+    def kv_slots(self) -> torch.Tensor:
+        """[at least plan.kv_capacity] int32 or int64: the slot list of the loaded plan, on the device."""
+
+    def load(self, plan: Plan, table: SlotTable) -> None:
+        """Make ``plan`` the one that runs, and look up its slots; on a GPU on the current stream.
+
+        Raises:
+            ValueError: the plan is larger than buffers of a fixed size.
+        """
+
+    def append(self, kv_lens: torch.Tensor, out_slots: torch.Tensor) -> None:
+        """Enter each row's newest slot. May be captured.
+
+        Args:
+            kv_lens: [n] int KV tokens of each row, the new one included, on the device.
+            out_slots: [n] int slot of the new token, on the device.
+        """
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_lens: torch.Tensor | None = None,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float,
+        mask: MaskRows | None = None,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of every query over its row's KV in one layer. May be captured.
+
+        Args:
+            q: [n_queries, qo_heads, head_dim], on CUDA bfloat16 or float16; rows past the plan's queries are padding,
+                and come out as 0.
+            k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] of the table's page size.
+            kv_lens: [n] int current KV tokens of each row, on the device, if rows grow under the plan.
+            sm_scale: factor of the logits before the softmax.
+            logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
+            mask: what queries see of what the plan lets them see.
+            out: where to write, as q; default: a new tensor.
+
+        Returns:
+            out, and lse2 [n_queries, qo_heads] float32, undefined for padding.
+        """

@@ -1,0 +1,132 @@
+"""The CPU: the reference kernels, and how batches are planned for them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from packinfer_sgl.kernels.reference import MaskRows, PackedReference
+from packinfer_sgl.planning.batch import SlotTable
+from packinfer_sgl.planning.fitting import Capacity
+from packinfer_sgl.planning.groups import CPU, AttentionShape
+from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.planners import DecodePlanner, ExtendPlanner, Way
+from packinfer_sgl.planning.prefix_tree import Int32
+
+# A plan lives at most this many steps; a batched product reads (and masks) the room it has not used yet.
+ROOM_TOKENS = 32
+# One tile holds all queries of a node; pieces bound the memory of a batched product.
+DECODE_TILES = TilePolicy(tile_queries=(1 << 20, 1), chunk_tokens=4096)
+# With more queries to a tile the logits leave the CPU's cache: 64 measured best from 8 to 64 queries a request.
+EXTEND_TILES = TilePolicy(tile_queries=(64, 1), chunk_tokens=1024, ride_tokens=256)
+ARENA_GAIN = 0.3  # share of the time of a scattered span's read that a contiguous copy saves; 0.2 to 0.8 on two cores
+
+# Measured on one core with SGLang's torch_native, which computes the queries of cached tokens, too: rates of both, and
+# what a layer, an item and (torch_native) a request cost besides. Packed must win clearly: the fit is off by a fifth.
+PACKED_FLOPS_PER_US, STOCK_FLOPS_PER_US = 3.7e4, 4.5e4
+LAYER_US, ITEM_US, REQUEST_US = 500.0, 200.0, 250.0
+CLEARLY = 1.25
+
+
+def decode_planner(
+    shape: AttentionShape, *, grouping: str, room_tokens: int = ROOM_TOKENS, tiles: TilePolicy = DECODE_TILES
+) -> DecodePlanner:
+    """Plans for batches whose queries see all of their row."""
+    cost, limits = replace(CPU, large_rows=tiles.tile_queries[0] * shape.group_size), Capacity.unlimited()
+    return DecodePlanner(shape, cost, tiles, grouping=grouping, limits=limits, room_tokens=room_tokens)
+
+
+def extend_planner(shape: AttentionShape, *, grouping: str, always: bool) -> ExtendPlanner:
+    """Plans for batches of several new tokens; ``always``: packed, whatever is expected."""
+
+    def packed_us(plan: Plan) -> float:
+        items = plan.items.astype(np.int64)
+        seen = (items[:, Col.Q_CNT] * (items[:, Col.A_LEN] + items[:, Col.B_LEN])).sum()
+        return CLEARLY * (LAYER_US + len(items) * ITEM_US + _flops(shape, seen) / PACKED_FLOPS_PER_US)
+
+    def stock_us(q_lens: Int32, kv_lens: Int32) -> float:
+        seen = (kv_lens.astype(np.int64) ** 2).sum() / 2
+        return _flops(shape, seen) / STOCK_FLOPS_PER_US + len(kv_lens) * REQUEST_US
+
+    # keys and values are copied before they are multiplied: what sharing saves is the copy, whatever the products
+    cost = replace(CPU, flops_per_us=math.inf, large_rows=EXTEND_TILES.tile_queries[0] * shape.group_size)
+    return ExtendPlanner(
+        shape, (Way(cost, EXTEND_TILES),), grouping=grouping, limits=Capacity.unlimited(), packed_us=packed_us,
+        stock_us=None if always else stock_us,
+    )  # fmt: skip
+
+
+def _flops(shape: AttentionShape, seen: float) -> float:
+    """Of so many pairs of a query token and a KV token."""
+    return 4 * shape.qo_heads * shape.head_dim * seen
+
+
+class CpuRunner:
+    """Runs plans by ``kernels.reference``; a ``Runner``."""
+
+    def __init__(self, shape: AttentionShape, *, room_tokens: int = 0) -> None:
+        """``room_tokens``: how many steps a plan may live."""
+        self._token_bytes = shape.kv_heads * shape.head_dim * 4
+        self._room_tokens = room_tokens
+        self._packed: PackedReference | None = None
+
+    @property
+    def kv_slots(self) -> torch.Tensor:
+        return self._kv_slots
+
+    def load(self, plan: Plan, table: SlotTable) -> None:
+        self._packed = None
+        if not plan.kv_capacity:  # nobody has KV: there is no slot that even padding could read
+            return
+        slots = look_up(plan, table)
+        # the item of an empty row at the end of the batch points at the entry after the last
+        self._kv_slots = torch.cat([slots, slots[:1]])
+        # the slot of position p lies at append_base + p; the new token's position is the length - 1
+        self._append_base = torch.from_numpy(plan.append_base).long() - 1
+        self._packed = PackedReference(plan, token_bytes=self._token_bytes, room_tokens=self._room_tokens)
+        if not len(plan.append_base):
+            self._packed.bind(self._kv_slots)
+
+    def append(self, kv_lens: torch.Tensor, out_slots: torch.Tensor) -> None:
+        assert self._packed is not None
+        self._kv_slots[self._append_base + kv_lens] = out_slots.long()
+        self._packed.bind(self._kv_slots, kv_lens)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_lens: torch.Tensor | None = None,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float,
+        mask: MaskRows | None = None,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._packed is None:
+            out = torch.empty_like(q) if out is None else out
+            return out.zero_(), torch.full(q.shape[:2], -math.inf)
+        out, lse2 = self._packed.run(
+            q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, mask=mask, out=out
+        )  # fmt: skip
+        out[len(self._packed.plan.merge_indptr) - 1 :] = 0  # padding
+        return out, lse2
+
+
+def look_up(plan: Plan, table: SlotTable) -> torch.Tensor:
+    """[plan.kv_capacity] int64: the spans' slots; room is filled with the span's first slot, whose KV is finite."""
+    row, start, length, offset, copied = torch.from_numpy(plan.spans).long().unbind(1)
+    ends = torch.cat([offset[1:], offset.new_tensor([plan.kv_capacity])])
+    span = torch.repeat_interleave(torch.arange(len(row)), ends - offset)
+    within = torch.arange(plan.kv_capacity) - offset[span]
+    within = torch.where(within < length[span], within, 0)
+    position = start[span] + within
+    # a row of SGLang's table, or the place at which a request's pages begin
+    width = 1 if table.is_paged else table.entries.shape[1]
+    entry = table.rows.long()[row[span]] * width + position // table.page_size
+    own = table.entries.reshape(-1)[entry].long() * table.page_size + position % table.page_size
+    return torch.where(copied[span] < 0, own, copied[span] + within)

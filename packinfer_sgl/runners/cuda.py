@@ -1,0 +1,206 @@
+"""CUDA: the Triton and Gluon kernels, and how batches are planned for them."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from packinfer_sgl.kernels.device_plan import PackedCuda
+from packinfer_sgl.kernels.reference import MaskRows
+from packinfer_sgl.kernels.tiles import Tile, multiprocessors, policy_of, tile_policy
+from packinfer_sgl.planning.batch import SlotTable, StepBatch, causal
+from packinfer_sgl.planning.extend_costs import CLEARLY, EXTEND_H200
+from packinfer_sgl.planning.fitting import BUFFER_BYTES, Capacity
+from packinfer_sgl.planning.groups import H200, AttentionShape
+from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.planners import DecodePlanner, ExtendPlanner, Way
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+
+# A plan lives at most this many steps: as tails grow, programs that were equal no longer are. The kernels read what a
+# tail holds, not its room.
+ROOM_TOKENS = 64
+RIDE_TOKENS = 4096  # at a tile; unmeasured beyond tails of 200 tokens
+WARM_UP_KV = 512
+ARENA_GAIN = 0.05  # share of the time of a scattered span's read that a contiguous copy saves; 0.02 to 0.1 on an H200
+
+
+def growing_limits(shape: AttentionShape) -> Capacity:
+    """What plans may need in buffers that grow with them."""
+    row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
+    return Capacity.unlimited(partials=BUFFER_BYTES // row_bytes, kv_slots=BUFFER_BYTES // 4)
+
+
+def decode_planner(
+    shape: AttentionShape, device: torch.device, *, grouping: str, limits: Capacity, room_tokens: int = ROOM_TOKENS
+) -> DecodePlanner:
+    """Plans for batches whose queries see all of their row."""
+    policy = tile_policy(shape, device)
+    return DecodePlanner(shape, H200, policy, grouping=grouping, limits=limits, room_tokens=room_tokens)
+
+
+def extend_planner(
+    shape: AttentionShape,
+    tiles: tuple[Tile, ...],
+    sms: int,
+    *,
+    grouping: str,
+    always: bool,
+    limits: Capacity | None = None,
+    must_fit: bool = False,
+) -> ExtendPlanner:
+    """Plans for batches of several new tokens: groups leave partial results, or, if their tails are short, these ride
+    with them and partial results are few.
+
+    Args:
+        tiles: ``tiles.tiles_for`` the GPU.
+        sms: its multiprocessors.
+        always: every batch is packed, whatever is expected.
+        limits: default: ``growing_limits``.
+    """
+    policy, cost = policy_of(shape, tiles, sms), EXTEND_H200.grouping(tiles[0].rows)
+    riding = replace(policy, ride_tokens=RIDE_TOKENS)
+    return ExtendPlanner(
+        shape,
+        (Way(cost, policy), Way(replace(cost, partial_us=0, partial_bytes_per_us=math.inf), riding)),
+        grouping=grouping,
+        limits=growing_limits(shape) if limits is None else limits,
+        packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, sms, tiles[0].rows, tiles[0].tokens),
+        stock_us=None if always else lambda q, kv: EXTEND_H200.stock_us(q, kv, shape, sms),
+        must_fit=must_fit,
+    )
+
+
+class CudaRunner:
+    """Runs plans by the GPU kernels; a ``Runner``. One call at a time."""
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        tiles: tuple[Tile, ...],
+        device: torch.device,
+        *,
+        capacity: Capacity | None = None,
+        replayed: bool = False,
+    ) -> None:
+        """
+        Args:
+            tiles: the classes by which plans are cut (``tiles.tiles_for``).
+            capacity: buffers of this size, at fixed addresses, so that captured graphs replay any plan; None: they grow
+                with the plans.
+            replayed: see ``PackedCuda``.
+        """
+        self.shape, self.tiles, self.device, self.capacity, self.replayed = shape, tiles, device, capacity, replayed
+        self._packed = None if capacity is None else self._buffers_of(capacity)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held, in bytes."""
+        return 0 if self._packed is None else self._packed.nbytes
+
+    @property
+    def kv_slots(self) -> torch.Tensor:
+        return self._loaded.kv_slots
+
+    def load(self, plan: Plan, table: SlotTable) -> None:
+        with self._on_device():
+            packed = self._buffers(plan)
+            packed.load(plan)
+            packed.snapshot(table.entries, table.rows, table.page_size)
+        self._page_size, self._windowed = table.page_size, plan.windowed
+
+    def append(self, kv_lens: torch.Tensor, out_slots: torch.Tensor) -> None:
+        with self._on_device():
+            self._loaded.append(kv_lens, out_slots)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_lens: torch.Tensor | None = None,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float,
+        mask: MaskRows | None = None,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        packed = self._loaded
+        with self._on_device():
+            return packed.run(
+                q, k, v, packed.kv_slots if kv_lens is None else kv_lens, sm_scale=sm_scale,
+                logits_soft_cap=logits_soft_cap, page_size=self._page_size, windowed=self._windowed,
+                mask=None if mask is None else (mask.mask, mask.row_start), out=out,
+            )  # fmt: skip
+
+    def free(self) -> None:
+        """Give back buffers that grow."""
+        if self.capacity is None:
+            self._packed = None
+
+    @property
+    def _loaded(self) -> PackedCuda:
+        assert self._packed is not None, "load a plan first"
+        return self._packed
+
+    def _buffers(self, plan: Plan) -> PackedCuda:
+        """Those at hand, or larger ones, if they grow and the plan needs them."""
+        if self._packed is None or (self.capacity is None and not self._packed.capacity.holds(plan)):
+            have = Capacity.of(plan) if self._packed is None else self._packed.capacity
+            self._packed = None  # the old ones make room first
+            self._packed = self._buffers_of(have.grown(plan))
+        return self._packed
+
+    def _buffers_of(self, capacity: Capacity) -> PackedCuda:
+        shape = self.shape
+        return PackedCuda(
+            capacity, self.tiles, qo_heads=shape.qo_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+            device=self.device, replayed=self.replayed,
+        )  # fmt: skip
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, whatever the tensors are on."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+
+def warm_up(
+    planner: ExtendPlanner,
+    runner: CudaRunner,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dtype: torch.dtype,
+    logits_soft_cap: float,
+) -> None:
+    """Run attention and merge in each form that extend batches may need, so that no request waits for a compiler.
+
+    Of the KV only slot 0 is read, which belongs to no request.
+
+    Args:
+        k, v: a layer's, as for ``Runner.run``.
+        dtype: of its queries.
+        logits_soft_cap: the layer's, as for ``Runner.run``.
+    """
+    shape, sms = runner.shape, multiprocessors(k.device)
+    cut = replace(policy_of(shape, runner.tiles, sms), timings=None, chunk_tokens=WARM_UP_KV // 4)
+    tree = PrefixTree.unshared(2)
+    table = SlotTable(k.new_zeros(1, 1 << 16, dtype=torch.int32), torch.zeros(2, dtype=torch.int64, device=k.device))
+    # merges of few queries, of more, and of many; where there are two tile classes, a prompt is of the large one
+    few = sms // shape.qo_heads
+    for queries in (*([few - 1] if few > 1 else []), max(17, few + 1), 32 * sms // shape.qo_heads):
+        q_lens = np.array([queries, 1], np.int32)
+        kv_lens = q_lens + np.int32(WARM_UP_KV)
+        batch = StepBatch(q_lens, kv_lens, visible=causal(q_lens, kv_lens))
+        planner.fastest(tree, batch)  # numba compiles, too
+        if planner.stock_us is not None:
+            planner.stock_us(q_lens, kv_lens)
+        plan = make_plan(
+            tree, kv_lens, cut, kv_tokens_unique=int(kv_lens.sum()), qo_indptr=batch.qo_indptr, visible=batch.visible
+        )
+        runner.load(plan, table)
+        q = torch.zeros(queries + 1, shape.qo_heads, shape.head_dim, dtype=dtype, device=k.device)
+        runner.run(q, k, v, sm_scale=1.0, logits_soft_cap=logits_soft_cap)
+    runner.free()  # batches need larger buffers

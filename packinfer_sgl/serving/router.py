@@ -1,0 +1,305 @@
+"""Packed or stock: the router decides it for each forward pass and each layer, and counts why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from packinfer_sgl.planning.batch import SlotTable, StepBatch, causal
+from packinfer_sgl.planning.prefix_tree import Int32
+from packinfer_sgl.reasons import BatchReason, LayerReason
+from packinfer_sgl.runners.arena import Arena
+from packinfer_sgl.serving.batch_rows import BatchRows, running_rows
+from packinfer_sgl.serving.layers import LayerGate
+from packinfer_sgl.serving.metrics import Stats
+from packinfer_sgl.serving.packed_path import Kind, PackedPath
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+# Rows of an eager batch for which buffers are held on a GPU; graphs may need more, and drafts have those of graphs.
+EAGER_ROWS = 256
+
+
+class Router:
+    """For each forward pass: which packed path runs it, or that the stock backend does.
+
+    Attributes:
+        path: what runs this pass; None for the stock backend.
+    """
+
+    def __init__(
+        self,
+        gate: LayerGate,
+        stats: Stats,
+        *,
+        req_to_token: torch.Tensor,
+        on_gpu: bool,
+        make_decode: Callable[[int], PackedPath],
+        extend: PackedPath | None,
+        make_verify: Callable[[int, int], PackedPath] | None,
+        check: bool,
+        arena: Arena | None = None,
+    ) -> None:
+        """
+        Args:
+            gate: which layers can be packed.
+            req_to_token: [pool rows, max context] int32, SGLang's table of slots.
+            on_gpu: whether graphs may be captured, and lengths are to be read from SGLang's copies on the host.
+            make_decode: makes the path of decode steps for at most so many rows.
+            extend: the path of prefill and mixed batches; None: the stock backend's.
+            make_verify: makes that of verify steps, for so many drafts of at most so many rows; None: the stock
+                backend's.
+            check: see ``config.Config``.
+            arena: of the decode path, if there is one.
+        """
+        self.gate, self.stats, self.extend, self.check, self.arena = gate, stats, extend, check, arena
+        self._req_to_token, self._make_decode, self._make_verify = req_to_token, make_decode, make_verify
+        self._on_gpu = on_gpu
+        self._decode: PackedPath | None = None  # made when the size of its buffers is known
+        self._verify: PackedPath | None = None  # made when the number of drafts is known
+        self._graph_rows = 0  # most rows of captured graphs
+        self._captured_verify = False
+        self.path: PackedPath | None = None
+        self._compares = False  # this pass is eager, and compared with the stock backend
+        self._tokens = 0  # query tokens of an eager pass that are no padding
+
+    def kinds(self) -> list[str]:
+        """Kinds of batches that may be packed."""
+        extras = {Kind.EXTEND: self.extend, Kind.VERIFY: self._make_verify}
+        return [Kind.DECODE.value, *(kind.value for kind, path in extras.items() if path is not None)]
+
+    def hold_graphs(self, max_rows: int) -> None:
+        """Graphs of up to so many rows will be captured."""
+        self._decode = self._make_decode(max(max_rows, EAGER_ROWS))
+        self._verify, self._graph_rows = None, max_rows  # an eager dummy run may have made one
+
+    # --- what runs a pass
+
+    def begin_eager(self, batch: ForwardBatch) -> None:
+        """Decide who runs this eager pass, and prepare for it."""
+        self.path, self._compares = None, self.check
+        try:
+            path, reason = self._choose(batch, running_rows())
+        except Exception as e:  # it would end the server: the stock backend can run any batch
+            if self.check:
+                raise
+            return self.stats.count_error(e, "the stock backend runs this batch")
+        if reason is not None:
+            self.stats.count_fallback(reason)
+        else:
+            self.path = path
+        return None
+
+    def begin_graph(self, batch: ForwardBatch, in_capture: bool) -> None:
+        """Prepare for a graph that is captured or replayed; some stock backends ask before an eager pass, too."""
+        self.path, self._compares, self._tokens = None, False, 0
+        if not self._on_gpu or self._decode is None:
+            return
+        mode = batch.forward_mode
+        path = self._decode if mode.is_decode() else self._verify_path(batch)
+        if in_capture:
+            if path is not None:
+                self.path = path
+                self._captured_verify |= path.kind is Kind.VERIFY
+                n = len(batch.req_pool_indices)
+                path.capture(self._batch(path, None, batch.req_pool_indices, np.full(n, path.row_tokens, np.int32)))
+        elif hasattr(batch, "num_padding"):  # a replay
+            if path is not None:
+                self._replay(path, batch)
+            elif mode.is_target_verify() and self._captured_verify:
+                raise RuntimeError(
+                    f"packinfer: a graph of verify steps is replayed with {type(batch.spec_info).__name__}, not with "
+                    "the chain of drafts that it was captured for; please report this with the SGLang version"
+                )
+            elif not batch.actual_forward_mode.is_idle():
+                self.stats.count_fallback(mode_reason(mode) or BatchReason.EXTEND)
+
+    def append_in_graph(self, batch: ForwardBatch) -> None:
+        """Captured with the graph of a decode step: enter the new slots."""
+        if self.path is not None and self.path.kind is Kind.DECODE:
+            self.path.runner.append(batch.seq_lens, batch.out_cache_loc)
+
+    def _replay(self, path: PackedPath, batch: ForwardBatch) -> None:
+        """The captured graph runs the packed kernels whatever the batch is: without requests nothing is shared. An idle
+        rank of data-parallel attention replays it, too, with no row at all."""
+        n = batch.batch_size - batch.num_padding
+        lens = batch.seq_lens_cpu[:n].numpy().astype(np.int32) if n else np.zeros(0, np.int32)
+        if path.kind is Kind.VERIFY:
+            lens = lens + np.int32(path.row_tokens)  # SGLang counts the drafts once they are accepted
+        step = self._batch(path, _if_rows(running_rows(), n), batch.req_pool_indices[:n], lens)
+        try:
+            path.step(step)
+        except Exception as e:  # it would end the server; of the batch nothing but rows and lengths is needed
+            if self.check:
+                raise
+            self.stats.count_error(e, "this batch is run without groups")
+            path.step_alone(step)
+
+    def _choose(self, batch: ForwardBatch, rows: BatchRows | None) -> tuple[PackedPath | None, BatchReason | None]:
+        """The path that is prepared for this eager pass; or why the stock backend runs it, None for an idle rank."""
+        mode = batch.forward_mode
+        if mode.is_idle():
+            return None, None
+        if mode.name in ("EXTEND", "MIXED") and self.extend is not None:
+            reason = extend_reason(batch, rows)
+            return self.extend, self._plan_extend(batch, rows) if reason is None else reason
+        if (verify := self._verify_path(batch)) is not None:
+            return verify, self._plan_rows(verify, batch, rows)
+        if (reason := decode_reason(batch, rows)) is not None:
+            return None, reason
+        if self._decode is None:  # not for a prefill: graphs may need larger buffers
+            self._decode = self._make_decode(EAGER_ROWS)
+        return self._decode, self._plan_rows(self._decode, batch, rows)
+
+    def _plan_extend(self, batch: ForwardBatch, rows: BatchRows | None) -> BatchReason | None:
+        assert self.extend is not None
+        q_lens = np.array(batch.extend_seq_lens_cpu, np.int32)
+        kv_lens = q_lens + np.array(batch.extend_prefix_lens_cpu, np.int32)
+        table = SlotTable(self._req_to_token, batch.req_pool_indices)
+        self._tokens = int(q_lens.sum())
+        step = StepBatch(q_lens, kv_lens, rows, table, visible=causal(q_lens, kv_lens))
+        return None if self.extend.step(step) else BatchReason.EXTEND
+
+    def _plan_rows(self, path: PackedPath, batch: ForwardBatch, rows: BatchRows | None) -> BatchReason | None:
+        """Decode and verify: as many new tokens in each row."""
+        if batch.batch_size > path.max_rows:
+            return BatchReason.TOO_MANY_ROWS
+        # data-parallel attention pads the batches of its ranks to one size
+        n = int(batch.batch_size if batch._original_batch_size is None else batch._original_batch_size)
+        self._tokens = n * path.row_tokens
+        lens = (batch.seq_lens_cpu if self._on_gpu else batch.seq_lens)[:n].numpy().astype(np.int32)
+        new: dict[str, Any] = {"kv_lens_device": batch.seq_lens, "out_slots": batch.out_cache_loc}
+        if path.kind is Kind.VERIFY:
+            lens, new = lens + np.int32(path.row_tokens), {}
+        path.step(self._batch(path, _if_rows(rows, n), batch.req_pool_indices[:n], lens, **new))
+        return None
+
+    def _batch(
+        self, path: PackedPath, rows: BatchRows | None, pool_rows: torch.Tensor, kv_lens: Int32, **new: Any
+    ) -> StepBatch:
+        q_lens = np.full(len(kv_lens), path.row_tokens, np.int32)
+        visible = causal(q_lens, kv_lens) if path.kind is Kind.VERIFY else None
+        table = SlotTable(self._req_to_token, pool_rows)
+        return StepBatch(q_lens, kv_lens, rows, table, visible=visible, finds_slots=not self._on_gpu, **new)
+
+    def _verify_path(self, batch: ForwardBatch) -> PackedPath | None:
+        """What runs this batch if it verifies drafts that are a chain, or None."""
+        if self._make_verify is None or not batch.forward_mode.is_target_verify():
+            return None
+        if batch.spec_info is None:  # an idle rank of data-parallel attention
+            return self._verify
+        drafts = chain_drafts(batch.spec_info)
+        if drafts and self._verify is None:
+            self._verify = self._make_verify(drafts, self._graph_rows or EAGER_ROWS)
+        return self._verify if self._verify is not None and drafts == self._verify.row_tokens else None
+
+    # --- what runs a layer
+
+    def attend(
+        self,
+        stock: Callable[..., torch.Tensor],
+        backend: Any,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+        save_kv_cache: bool,
+        **more: Any,
+    ) -> torch.Tensor:
+        """Attention of one layer of this pass, by its path or by ``stock``, the stock backend's own method.
+
+        Args:
+            backend: the stock backend: its KV pool, and the metadata of this pass.
+            save_kv_cache: False if the model has written k and v, together with the rotary embedding.
+            more: what SGLang passes on beyond that.
+        """
+        path, pool = self.path, backend.token_to_kv_pool
+        if path is None or self.gate.reason(layer, pool) is not None:
+            return stock(q, k, v, layer, batch, save_kv_cache, **more)
+        # Gemma 3 gives SGLang's triton backend a mask after the batch was planned, and this a mask to each verify step
+        masked = getattr(getattr(backend, "forward_metadata", None), "custom_mask", None) is not None
+        if masked or more or k is None or len(q) < self._tokens:
+            reason = LayerReason.CUSTOM_MASK if masked else LayerReason.EXTRA_ARGUMENTS
+            self.stats.set_layer(layer.layer_id, reason)
+            return stock(q, k, v, layer, batch, save_kv_cache, **more)
+        if save_kv_cache:
+            _write_kv(pool, layer, batch.out_cache_loc, k, v)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+        kv = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        hides = self._compares and path.kind is Kind.DECODE and self.arena is not None
+        with self.arena.sources_hidden(*kv) if hides and self.arena is not None else nullcontext():
+            out = path.run(q, *kv, batch.seq_lens, sm_scale=layer.scaling, logits_soft_cap=layer.logit_cap)
+        out = out.view(len(q), -1)
+        if self._compares:
+            expected = stock(q, k, v, layer, batch, False).view_as(out)
+            self._compare(out[: self._tokens], expected[: self._tokens], layer.layer_id)
+        return out
+
+    def _compare(self, out: torch.Tensor, stock: torch.Tensor, layer_id: int) -> None:
+        """Raise RuntimeError if a row of ``out`` ([n, heads * head_dim]) is not the stock backend's within rounding."""
+        error = (out.float() - stock.float()).norm(dim=1) / stock.float().norm(dim=1)
+        worst = float(error.max())
+        self.stats.check_error = max(self.stats.check_error, worst)
+        # float32: sums of some thousand terms in another order; half precision: probabilities and output rounded again
+        if not worst <= {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[out.dtype]:
+            raise RuntimeError(
+                f"packinfer: layer {layer_id}, row {int(error.argmax())} of {len(out)}: packed attention is off the "
+                f"stock backend's by {worst:.2g}; please report this with the SGLang version"
+            )
+
+
+def _if_rows(rows: BatchRows | None, n: int) -> BatchRows | None:
+    """The scheduler's batch if it has so many rows."""
+    return rows if rows is not None and len(rows.reqs) == n else None
+
+
+def mode_reason(mode: ForwardMode) -> BatchReason | None:
+    if mode.is_decode():
+        return None
+    return BatchReason.SPECULATIVE if mode.is_target_verify() else BatchReason.EXTEND
+
+
+def extend_reason(batch: ForwardBatch, rows: BatchRows | None) -> BatchReason | None:
+    """Why an extend batch is the stock backend's, whatever is expected, or None."""
+    if batch.spec_info is not None:
+        return BatchReason.SPECULATIVE
+    if batch.encoder_lens is not None:
+        return BatchReason.ENCODER_DECODER
+    if batch.multi_item_delimiter_indices is not None:
+        return BatchReason.MULTI_ITEM
+    if rows is None or not len(rows.reqs) == len(batch.extend_seq_lens_cpu) == batch.batch_size:
+        return BatchReason.NO_BATCH
+    lens = np.add(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
+    known = lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu.numpy()
+    return None if np.array_equal(lens, known) else BatchReason.OTHER_LENGTHS
+
+
+def decode_reason(batch: ForwardBatch, rows: BatchRows | None) -> BatchReason | None:
+    """Why a batch that is no packed extend and no packed verify step is the stock backend's, or None."""
+    if (reason := mode_reason(batch.forward_mode)) is not None:
+        return reason
+    if getattr(batch, "spec_info", None) is not None:
+        return BatchReason.SPECULATIVE
+    if batch.encoder_lens is not None:
+        return BatchReason.ENCODER_DECODER
+    return BatchReason.NO_BATCH if rows is None else None
+
+
+def chain_drafts(spec_info: Any) -> int:
+    """Tokens that each row has in a verify step if each of them sees those before it; 0 for trees of drafts."""
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+    return int(spec_info.draft_token_num) if type(spec_info) is EagleVerifyInput and spec_info.topk == 1 else 0
+
+
+def _write_kv(pool: Any, layer: RadixAttention, slots: torch.Tensor, k: Any, v: Any) -> None:
+    from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+    pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)
