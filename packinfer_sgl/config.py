@@ -38,9 +38,9 @@ class Config:
     )
     extend: str = _setting(
         "auto",
-        "which prefills, chunks and mixed batches are packed: auto = those that are expected to be faster (the cost "
-        "model is calibrated for Hopper at head dimension 128; on other GPUs none), on = all, off = none, nor verify "
-        "steps of speculative decoding",
+        "which prefills, chunks and mixed batches are packed: auto = those that are expected to be faster (none on "
+        "GPUs without measured times, nor with head dimensions other than 128), on = all, off = none, nor verify steps "
+        "of speculative decoding",
         unit="mode",
         choices=("auto", "on", "off"),
     )
