@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class CommandError(Exception):
-    """A command cannot do its work; the text is the one line that the user reads."""
+    """A command failed; the text is the one line that the user reads."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,8 +26,8 @@ class Config:
 
     base_backend: str = _setting(
         "auto",
-        "stock attention backend beneath packinfer; auto = fa3 on Hopper, flashinfer or triton on other GPUs, "
-        "torch_native on the CPU",
+        "stock attention backend beneath packinfer, which runs whatever is not packed; auto = fa3 on Hopper, "
+        "flashinfer on other GPUs, torch_native on the CPU",
         unit="name registered with SGLang",
     )
     grouping: str = _setting(
@@ -38,33 +38,33 @@ class Config:
     )
     extend: str = _setting(
         "auto",
-        "which prefills, chunks and mixed batches are packed: auto = where that is expected to be faster (on GPUs "
-        "other than Hopper, and with other head dimensions than 128, none: not measured), on = all, off = none, nor "
-        "verify steps of speculative decoding",
+        "which prefills, chunks and mixed batches are packed: auto = those that are expected to be faster (none on "
+        "GPUs without measured times, nor with head dimensions other than 128), on = all, off = none, nor verify steps "
+        "of speculative decoding",
         unit="mode",
         choices=("auto", "on", "off"),
     )
     check: bool = _setting(
         False,
-        "debugging: check that grouped requests hold the same KV slots, that decode and verify steps read just the "
-        "slots of SGLang's table and, outside of CUDA graphs, each layer against the stock backend",
+        "debugging: compare the KV slots that are read with SGLang's table and, outside of CUDA graphs, each layer "
+        "with the stock backend; a mismatch stops the server",
         unit="true or false",
         choices=("true", "false"),
     )
     arena_tokens: int = _setting(
         0,
-        "KV slots taken from SGLang's pool for contiguous copies of hot shared prefixes; 0 = none",
+        "KV slots taken from SGLang's pool for contiguous copies of scattered shared prefixes; 0 = none",
         unit="tokens",
     )
     wrap: bool = _setting(
         False,
-        "packed decode over the stock --attention-backend of the server, for models for which SGLang checks the name",
+        "pack over the server's stock --attention-backend, for models for which SGLang checks the backend's name",
         unit="true or false",
         choices=("true", "false"),
     )
     hold_siblings: bool = _setting(
         False,
-        "requests that share a long uncached prefix wait while one of them computes it; off = as SGLang admits them",
+        "hold requests that share a long uncached prefix while one of them computes it; false = as SGLang admits them",
         unit="true or false",
         choices=("true", "false"),
     )

@@ -1,8 +1,7 @@
 """``packinfer_cpu``: SGLang's out-of-tree platform for machines without an accelerator (torch on the CPU).
 
-SGLang's own CPU engine (``SGLANG_USE_CPU_ENGINE=1``) is built around its AMX kernels. This platform needs no
-kernels at all: the stock ``torch_native`` backend and packinfer's reference kernels run on it, which is what the
-demo, the tests and CI use.
+SGLang's own CPU engine (``SGLANG_USE_CPU_ENGINE=1``) is built around its AMX kernels. This platform needs no compiled
+kernels: the stock ``torch_native`` backend and packinfer's reference kernels run on it. The demo, tests and CI use it.
 """
 
 from __future__ import annotations
@@ -63,10 +62,10 @@ class PackInferCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 
 def activate() -> str | None:
-    """SGLang's platform entry point: the class to use, or None when this machine is not ours to claim.
+    """SGLang's platform entry point: the name of the class to use, or None to leave the machine to SGLang.
 
-    Chosen by name (``SGLANG_PLATFORM=packinfer_cpu``) it is always active. By itself only if no accelerator is
-    there, SGLang's own CPU engine was not asked for, and no other platform plugin is installed.
+    Named in ``SGLANG_PLATFORM=packinfer_cpu``, the platform is always active. Otherwise it is active only without an
+    accelerator, without another platform plugin, and unless SGLang's own CPU engine was asked for.
     """
     qualname = f"{__name__}.{PackInferCpuPlatform.__name__}"
     selected = os.environ.get("SGLANG_PLATFORM")

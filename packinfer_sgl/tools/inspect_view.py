@@ -1,4 +1,4 @@
-"""What packinfer does in a running server, drawn for a person: used by ``packinfer-sgl inspect`` and the demo."""
+"""What packinfer does in a running server, as a table and a tree: for ``packinfer-sgl inspect`` and the demo."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A tiny random Llama on disk, for the demo and the tests: no download, and attention decides every token.
 
-Weights of the usual size (std 0.02) would hide any attention bug: greedy decoding of such a model repeats the last
-token whatever the prompt says. The gains below make attention sharp and its output the largest part of the residual
-stream, so that one missing prefix token changes the text.
+Weights of the usual size (std 0.02) would hide an attention bug: greedy decoding would repeat the last token whatever
+the prompt says. The gains below make attention sharp and its output the largest part of the residual stream, so that
+one missing prefix token changes the text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MARK = "packinfer_tiny_model"  # this key in config.json says that we may overwr
 SPECIALS = ("<s>", "</s>")
 MAX_POSITIONS = 32768
 
-# The model says these words and nothing else; with its leading space each is one token.
+# The model can say only these words; each is one token, its leading space included.
 WORDS = """
 a about above after again air all almost along also always among an and animal answer any are as ask at away back be
 because been before began begin being below best better between big bird black blue boat body book both box bridge
@@ -68,7 +68,7 @@ def write_tiny_model(
     shape = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "seed": seed}
     config = _config(tokenizer.get_vocab_size(), shape)
     path.mkdir(parents=True, exist_ok=True)
-    _write_json(path / "config.json", config)  # first: an interrupted write can be repeated
+    _write_json(path / "config.json", config)  # first: it marks the folder, so a write can be repeated
     tokenizer.save(str(path / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -165,7 +165,7 @@ def _weights(config: dict, said: list[int], seed: int) -> dict[str, np.ndarray]:
             "post_attention_layernorm": ones,
         }
         weights |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
-    # Rows of zeros are never the best: single bytes, word pieces and the end of text are not said.
+    # A logit of 0 never wins: the model says no single bytes, no word pieces and no end of text.
     lm_head = np.zeros((config["vocab_size"], hidden), np.float32)
     lm_head[said] = linear(len(said), hidden, 3.0)
     return weights | {"lm_head.weight": lm_head}
