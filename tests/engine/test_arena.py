@@ -123,7 +123,7 @@ def test_a_node_keeps_its_tokens_and_slots(core, monkeypatch):
 
     if core != "default":
         monkeypatch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", core)
-    from bench_plan import radix_cache
+    from bench.bench_plan import radix_cache
 
     from packinfer_sgl.serving.batch_rows import _paths
 

@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 import faults
 import pytest
-from check_models import write_model
+from check.models import write_model
 from engines import POOL, SGLANG, run_engine
 
 NEAR_TIE = 1e-4  # log-probability: the order of float32 sums may decide between tokens as close as this

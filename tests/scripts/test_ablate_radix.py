@@ -9,17 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-import ablate_cells
-import ablate_matrix
 import pytest
 import torch
-from ablate_cells import Cells, Records, figures
-from ablate_matrix import AXES, Config, engine_arguments, label, select, steps, usual
-from ablate_workloads import SIZES
-from answers import compare
+from ablate import cells as ablate_cells
+from ablate import matrix as ablate_matrix
+from ablate.cells import Cells, Records, figures
+from ablate.matrix import AXES, Config, engine_arguments, label, select, steps, usual
+from ablate.workloads import SIZES
 from left_over import family, has_scheduler, survivors
+from lib.answers import compare
 
-SCRIPT = Path(ablate_matrix.__file__).with_name("ablate_radix.py")
+SCRIPT = Path(ablate_matrix.__file__).parents[1] / "ablate_radix.py"
 DEFAULT = {name: list(axis.default) for name, axis in AXES.items()}
 WITH_LPM = {**DEFAULT, "schedule": ["fcfs", "lpm"]}
 ALL = {name: list(axis.values) for name, axis in AXES.items()}

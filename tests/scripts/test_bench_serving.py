@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import servers
+from bench.serving_load import WARM_UP_TOKENS, Load
 from left_over import family, left_over, survivors
-from serving_load import WARM_UP_TOKENS, Load
+from lib import servers
 
-SCRIPT = Path(servers.__file__).with_name("bench_serving.py")
+SCRIPT = Path(servers.__file__).parents[1] / "bench_serving.py"
 LIMIT_S = 600
 PROMPT_TOKENS, OUTPUT_TOKENS = 600, 12
 
