@@ -23,17 +23,17 @@ from typing import Any
 
 import psutil
 import torch
-from ablate_cells import Cells, Records, engine_defaults
-from ablate_matrix import AXES, Config, engine_arguments, label
-from ablate_report import show, write
-from ablate_workloads import MAKERS, SIZES, as_json
-from choices import names
-from engine_worker import EngineWorker
+from ablate.cells import Cells, Records, engine_defaults
+from ablate.matrix import AXES, Config, engine_arguments, label
+from ablate.report import show, write
+from ablate.workloads import MAKERS, SIZES, as_json
+from lib.choices import names
+from lib.engine_worker import EngineWorker
+from lib.servers import ServerError, stop_all, undone_at_end
+from lib.token_traces import TraceError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
-from servers import ServerError, stop_all, undone_at_end
-from token_traces import TraceError
 
 from packinfer_sgl.tools.tiny_model import write_tiny_model
 
@@ -57,7 +57,7 @@ def start(cells: Cells, configs: list[Config], args: argparse.Namespace, engines
     for config in configs:
         engine, packinfer = engine_arguments(config)
         name = label(config)
-        arguments = [str(HERE / "ablate_engine.py"), json.dumps({**cells.common, **engine})]
+        arguments = [str(HERE / "ablate" / "engine.py"), json.dumps({**cells.common, **engine})]
         log = args.out / f"{name.replace(', ', '_').replace(' ', '-')}.log"
         up[name] = EngineWorker(name, arguments, log, {"PACKINFER_CONFIG": json.dumps(packinfer)})
     for name, engine in up.items():

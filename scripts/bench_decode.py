@@ -23,10 +23,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from engine_worker import EngineWorker, Orders
+from lib.engine_worker import EngineWorker, Orders
+from lib.servers import ServerError, stop_all, undone_at_end
 from rich.console import Console
 from rich.table import Table
-from servers import ServerError, stop_all, undone_at_end
 
 REQUESTS, PREFIX_TOKENS, SUFFIX_TOKENS = 16, 2048, 32
 FEW, MANY = 8, 40

@@ -19,8 +19,8 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
-from engine_worker import EngineWorker, Orders
-from servers import ServerError, stop_all, undone_at_end
+from lib.engine_worker import EngineWorker, Orders
+from lib.servers import ServerError, stop_all, undone_at_end
 
 NEW_TOKENS = 256
 # requests, tokens that they share, tokens of each of them

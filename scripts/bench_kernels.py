@@ -31,9 +31,9 @@ from pathlib import Path
 import flashinfer
 import torch
 import triton
-from kernel_baselines import Method, baselines
-from kernel_report import floor, show, write
-from kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload, workloads
+from bench.kernel_baselines import Method, baselines
+from bench.kernel_report import floor, show, write
+from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload, workloads
 from rich.console import Console
 
 from packinfer_sgl.kernels.device_plan import PackedCuda

@@ -22,14 +22,14 @@ from typing import Any
 
 import requests
 import torch
-from choices import names
-from machine import machine, nvidia_smi
+from bench.serving_load import Load
+from bench.serving_report import show, write
+from lib.choices import names
+from lib.machine import machine, nvidia_smi
+from lib.servers import Server, ServerError, stop_all, undone_at_end
+from lib.token_traces import TraceError
 from rich.console import Console
 from rich.text import Text
-from servers import Server, ServerError, stop_all, undone_at_end
-from serving_load import Load
-from serving_report import show, write
-from token_traces import TraceError
 
 from packinfer_sgl.config import Config
 from packinfer_sgl.plugin import base_backend

@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from check_models import write_model
-from check_runs import Ran, Scenario, compare, run
+from check.models import write_model
+from check.runs import Ran, Scenario, compare, run
 
 ENGINE = {
     "dtype": "bfloat16",

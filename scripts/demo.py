@@ -19,11 +19,11 @@ from typing import Any
 
 import requests
 import torch
-from answers import NEAR_TIE, verdict
+from lib.answers import NEAR_TIE, verdict
+from lib.servers import Server, ServerError, undone_at_end
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from servers import Server, ServerError, undone_at_end
 
 from packinfer_sgl.cli import CommandError, server_states
 from packinfer_sgl.tools.inspect_view import group_tree, totals

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# bash scripts/test.sh [--sglang VERSION] [pytest arguments...]
+# bash scripts/test.sh [--sglang VERSION] [--nightly] [pytest arguments...]
 # Makes the environment of that SGLang release and runs the tests; on the default release ruff and mypy, too.
+# With --nightly (an option that tests/conftest.py adds to pytest) also those that take minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
+source scripts/lib/test_halves.sh
 
 version=$PACKINFER_SGLANG
 if [[ ${1-} == --sglang ]]; then
@@ -20,5 +22,8 @@ if [[ $version == "$PACKINFER_SGLANG" ]]; then
   mypy || lint=failed
 fi
 
-python -m pytest --durations=25 --durations-min=20 "$@"
-[[ $lint == passed ]] || { echo "scripts/test.sh: the tests passed, but ruff or mypy failed (above)" >&2 && exit 1; }
+tests=0
+packinfer_test_halves "$@" || tests=$?
+[[ $lint == passed ]] || echo "scripts/test.sh: ruff or mypy failed (above)" >&2
+[[ $tests != 0 || $lint == passed ]] || tests=1
+exit "$tests"

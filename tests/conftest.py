@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numba
@@ -28,10 +29,35 @@ if not torch.cuda.is_available():
 # Examples that build trees or call torch are slower than hypothesis' 200 ms on a busy two-core machine.
 settings.register_profile("packinfer", settings.default, deadline=None)
 settings.load_profile("packinfer")
+BY_DAY, LEAST_EXAMPLES = 0.4, 20  # part of a property's examples that run without --nightly
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("packinfer")
+    group.addoption("--nightly", action="store_true", help="what takes minutes, and all examples of each property")
+    group.addoption("--half", choices=("engine", "others"), help="tests that start engines, or all others")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    nightly, half = config.getoption("--nightly"), config.getoption("--half")
+    chosen = [
+        item for item in items
+        if (nightly or not item.get_closest_marker("nightly"))
+        and (half is None or (half == "engine") == bool(item.get_closest_marker("engine")))
+    ]  # fmt: skip
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
     if not torch.cuda.is_available():
-        for item in gpu_tests:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    if not nightly:
+        for test in {item.obj for item in items if getattr(item.obj, "is_hypothesis_test", False)}:
+            with_fewer_examples(test)
+
+
+def with_fewer_examples(test: Callable[..., None]) -> None:
+    """``settings`` of a property test are set when it is defined, so they are replaced there."""
+    own = test._hypothesis_internal_use_settings
+    fewer = min(own.max_examples, max(LEAST_EXAMPLES, round(BY_DAY * own.max_examples)))
+    test._hypothesis_internal_use_settings = settings(own, max_examples=fewer)

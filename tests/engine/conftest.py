@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import faults
 import pytest
 import torch
-from engines import POOL, SGLANG, run_engine
+from engines import POOL, SGLANG, Ran, run_engine
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "scripts"))  # the models of check_engine.py
@@ -29,9 +30,15 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def stock(model) -> dict[str, list[dict]]:
-    """What the stock backend says in every round, with its log-probabilities."""
+def stock_engine(model, tmp_path_factory) -> Ran:
+    """The stock backend in every round, with its log-probabilities; hooks that packinfer needs cannot be applied."""
     rounds = ["tree", "cold", "samples", "abort", "busy", "family", "low", *(["beams"] if SGLANG != "0.5.17" else [])]
     engine = {"model_path": model, "attention_backend": "torch_native", **POOL}
-    said = run_engine({"engine": engine, "rounds": rounds, "logprobs": True})["said"]
-    return {name.split("-", 1)[1]: outputs for name, outputs in said.items()}
+    broken = ("break-hook=ForwardBatch.init_new", "break-hook=ModelRunner.forward")
+    env = faults.install(tmp_path_factory.mktemp("faults"), *broken)
+    return run_engine({"engine": engine, "rounds": rounds, "logprobs": True}, env=env)
+
+
+@pytest.fixture(scope="session")
+def stock(stock_engine) -> dict[str, list[dict]]:
+    return {name.split("-", 1)[1]: outputs for name, outputs in stock_engine.said.items()}

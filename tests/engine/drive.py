@@ -8,7 +8,7 @@ behind 900 unseen tokens, and 2 unrelated ones between them), ``samples`` (n = 4
 ``flush`` (empties the cache), ``busy`` (long generations that overflow a small pool), ``low`` (two prompts, one after
 the other), ``preempted`` (those prompts, each again and again preempted by others of a higher priority, as the
 scenario's ``preempt`` says: ``at_once`` of them run at a time, the others have so many ``tokens`` and generate none or
-one). Every round but ``flush`` yields a list of outputs.
+one). Every round but ``flush`` yields a list of outputs. What /server_info says is read after each round.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ class Driver:
         return [self.said(out) for out in outs]
 
     def said(self, out: dict) -> dict:
-        said = {"ids": out["output_ids"], "cached": out["meta_info"]["cached_tokens"]}
+        about = out["meta_info"]
+        said = {"ids": out["output_ids"], "cached": about["cached_tokens"], "retracted": about["num_retractions"]}
         if self.logprobs:
-            top = out["meta_info"]["output_top_logprobs"]
+            top = about["output_top_logprobs"]
             said["top"] = [{str(token): lp for lp, token, _ in position} for position in top]
         return said
 
@@ -96,7 +97,7 @@ class Driver:
         for after, new in itertools.product((1, 20), (0, 1)):
             highs = [[rng.randrange(FIRST, LAST) for _ in range(self.preempt["tokens"])] for _ in range(at_once)]
             outs += self.engine.loop.run_until_complete(self._preempt(at_once, highs, after, new))
-        assert all(out["meta_info"].get("num_retractions", 1) for out in outs), "nobody was preempted"
+        assert all(out["meta_info"]["num_retractions"] for out in outs), "nobody was preempted"
         return [self.said(out) for out in outs]
 
     async def _preempt(self, at_once: int, highs: list[list[int]], after: int, new: int) -> list[dict]:
@@ -151,12 +152,12 @@ def main() -> None:
     scenario = json.loads(sys.argv[1])
     engine = sglang.Engine(dtype="float32", random_seed=0, log_level="warning", **scenario["engine"])
     driver = Driver(engine, scenario.get("logprobs", False), scenario.get("preempt", {}))
-    said = {}
+    said, states = {}, {}
     for i, name in enumerate(scenario["rounds"]):
         said[f"{i}-{name}"] = getattr(driver, name)()
-    state = engine.get_server_info()["internal_states"][0]
+        states[f"{i}-{name}"] = engine.get_server_info()["internal_states"][0]["packinfer"]
     engine.shutdown()
-    print("RESULT " + json.dumps({"said": said, "packinfer": state["packinfer"]}))
+    print("RESULT " + json.dumps({"said": said, "states": states}))
 
 
 if __name__ == "__main__":

@@ -1,40 +1,14 @@
-"""The arena in real engines: outputs stay the stock backend's, and SGLang does not notice that it is there."""
+"""What the arena takes of SGLang's allocator and radix tree, without an engine (engines: test_settings.py)."""
 
 from __future__ import annotations
 
 import random
-import sys
 from array import array
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import POOL, SGLANG, run_engine
-from test_exactness import ALL, check
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-# With ``check`` every shared span is copied before every step, and what it was copied from is NaN for the packed
-# kernels. Nothing runs but through the arena, and SGLang's check for leaks raises when it is idle.
-CASES = {"default": {}, "small-pool": {"max_total_tokens": 5000, "chunked_prefill_size": 128}}
-if SGLANG != "0.5.17":  # its paged allocator needs a GPU
-    CASES["page-16"] = {"page_size": 16}
-
-
-@pytest.mark.parametrize("case", [pytest.param("default", marks=pytest.mark.contract), *list(CASES)[1:]])
-def test_outputs_equal_stock_when_all_shared_kv_is_read_in_the_arena(case, model, stock):
-    engine = {"model_path": model, "attention_backend": "packinfer", **POOL, **CASES[case]}
-    result = run_engine(
-        {"engine": engine, "rounds": ALL}, {"PACKINFER_CONFIG": '{"check": true, "arena_tokens": 2000}'}
-    )
-    check(result["said"], stock)
-    arena = result["packinfer"]["arena"]
-    assert result["packinfer"]["packed_steps"] > 100 and arena["tokens"] == 2000
-    assert arena["hits"] > 10 and arena["copies"] > 10 and arena["refused"] == 0
-    assert arena["contiguous_tokens_read"] == arena["shared_tokens_read"] > 10000
-    assert 0 < arena["used_tokens"] <= 2000 and arena["spans"] <= arena["copies"]
+from engines import SGLANG
 
 
 def runner(size: int = 1000, page_size: int = 1, paged: bool = False, **args: object) -> SimpleNamespace:
@@ -123,7 +97,7 @@ def test_a_node_keeps_its_tokens_and_slots(core, monkeypatch):
 
     if core != "default":
         monkeypatch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", core)
-    from bench_plan import radix_cache
+    from bench.bench_plan import radix_cache
 
     from packinfer_sgl.serving.batch_rows import _paths
 

@@ -1,6 +1,7 @@
-"""Requests held while another computes their prefix: in real engines it is computed once, and answers stay the same.
+"""Requests held while another computes their prefix: a pass of SGLang's scheduler, without an engine.
 
-Whom to hold is decided in packinfer_sgl/planning/prefix_hold.py (tests/unit/test_siblings.py).
+Whom to hold is decided in packinfer_sgl/planning/prefix_hold.py (tests/unit/test_siblings.py); engines that hold
+requests are in test_exactness.py and test_settings.py.
 """
 
 from __future__ import annotations
@@ -9,45 +10,6 @@ from array import array
 from types import SimpleNamespace
 
 import pytest
-from engines import POOL, run_engine
-from test_exactness import check
-
-HOLD = {"PACKINFER_CONFIG": '{"hold_siblings": true}'}
-SHARED, IDENTICAL = 900, 450  # tokens: what `family` shares; at least what `cold` has
-
-
-def cached(said: dict[str, list[dict]], name: str) -> list[int]:
-    return sorted(out["cached"] for out in said[name])
-
-
-@pytest.mark.contract
-def test_a_shared_prefix_is_computed_once(model, stock):
-    """With overlap, where what a pass computes enters the tree one pass later; `family` takes two chunks."""
-    engine = {"model_path": model, "attention_backend": "packinfer", "chunked_prefill_size": 512, **POOL}
-    result = run_engine({"engine": engine, "rounds": ["cold", "family", "tree", "samples", "abort"]}, HOLD)
-    check(result["said"], stock)
-    held = result["packinfer"]["held"]
-
-    first, *others = cached(result["said"], "0-cold")
-    assert first == 0 and min(others) >= IDENTICAL and len(others) == 7
-    assert sum(n >= IDENTICAL for n in cached(stock, "cold")) < 4, "as without it: most compute all of the prompt"
-
-    alone, others = cached(result["said"], "1-family")[:3], cached(result["said"], "1-family")[3:]
-    assert alone == [0, 0, 0] and min(others) >= SHARED, "one of the eight, and the two unrelated ones"
-
-    assert held["requests"] >= 7 + 7 and held["requests"] <= held["passes"] <= 4 * held["requests"]
-    assert held["prefix_tokens"] >= 7 * IDENTICAL + 7 * (SHARED - 512), "the first chunk is there before anybody waits"
-    assert result["packinfer"]["config"]["hold_siblings"] is True
-
-
-def test_where_memory_and_places_are_short(model, stock):
-    """Requests are retracted and wait for places; without overlap a prefix is in the tree one pass earlier."""
-    engine = {"model_path": model, "attention_backend": "packinfer", "max_total_tokens": 2600}
-    engine |= {"max_running_requests": 4, "disable_overlap_schedule": True, "schedule_policy": "lpm"}
-    result = run_engine({"engine": engine, "rounds": ["busy", "family", "abort", "cold"]}, HOLD)
-    check(result["said"], stock)
-    held = result["packinfer"]["held"]
-    assert held["requests"] >= 7 and held["prefix_tokens"] >= 7 * IDENTICAL
 
 
 def request(tokens: int = 1000, **more: object):

@@ -2,4 +2,5 @@ import sys
 from pathlib import Path
 
 # the scripts are no package: they import their neighbours by name
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "tune"), str(SCRIPTS / "bench")]

@@ -1,7 +1,8 @@
-"""Which cells the ablation runs and which it has, and one real run of it."""
+"""Which cells the ablation runs and which it has, and (nightly) real runs of it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -9,17 +10,19 @@ import sys
 import time
 from pathlib import Path
 
-import ablate_cells
-import ablate_matrix
+import ablate_radix
 import pytest
 import torch
-from ablate_cells import Cells, Records, figures
-from ablate_matrix import AXES, Config, engine_arguments, label, select, steps, usual
-from ablate_workloads import SIZES
-from answers import compare
+from ablate import cells as ablate_cells
+from ablate import matrix as ablate_matrix
+from ablate.cells import Cells, Records, figures
+from ablate.matrix import AXES, Config, engine_arguments, label, select, steps, usual
+from ablate.workloads import SIZES
 from left_over import family, has_scheduler, survivors
+from lib.answers import compare
+from lib.token_traces import TraceError
 
-SCRIPT = Path(ablate_matrix.__file__).with_name("ablate_radix.py")
+SCRIPT = Path(ablate_matrix.__file__).parents[1] / "ablate_radix.py"
 DEFAULT = {name: list(axis.default) for name, axis in AXES.items()}
 WITH_LPM = {**DEFAULT, "schedule": ["fcfs", "lpm"]}
 ALL = {name: list(axis.values) for name, axis in AXES.items()}
@@ -147,25 +150,49 @@ def run(out: Path, *more: str, **options: object) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, **options)
 
 
-def test_a_mistake_of_the_command_line_starts_nothing(tmp_path: Path) -> None:
-    for more, what in (
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
         (("--page", "1,2"), "argument --page: 2 is none of 1, 16, 64"),
         (("--workloads", "few-shot,best"), "best is none of shared-prefix"),
         (("--workloads", "hot-prefix", "--size", "cpu"), "--size cpu has no workload hot-prefix"),
         (("--engine", "[]"), "must be a JSON object"),
-    ):
-        done = run(tmp_path / "out", *more)
-        assert done.returncode == 2 and what in done.stderr and not (tmp_path / "out").exists()
+    ],
+)
+def test_a_mistake_of_the_command_line(
+    more: tuple[str, ...], what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ablate_radix.py", *more])
+    with pytest.raises(SystemExit) as stop:
+        ablate_radix.arguments()
+    assert stop.value.code == 2 and what in capsys.readouterr().err
+
+
+def test_a_trace_that_is_not_there_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ablate_radix.py", "--out", str(tmp_path), "--model", "m", "--trace", "no.csv"])
+    with contextlib.ExitStack() as undo, pytest.raises(TraceError, match="no.csv cannot be read: No such file"):
+        ablate_radix.ablate(ablate_radix.arguments(), undo)
+
+
+def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for more, out, what in (
-        ((), tmp_path / "file" / "out", "Not a directory"),
-        (("--trace", "missing.csv"), tmp_path / "out", "missing.csv cannot be read: No such file"),
-    ):
-        done = run(out, *more)
-        assert done.returncode == 1 and done.stdout.startswith("ablate_radix: ") and what in done.stdout
-        assert done.stdout.count("\n") == 1 and done.stderr == ""
+    done = run(tmp_path / "file" / "out")
+    assert done.returncode == 1 and done.stdout.startswith("ablate_radix: ") and "Not a directory" in done.stdout
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
+def test_a_change_of_any_measured_file_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate_cells, "ROOT", tmp_path)
+    seen = {ablate_cells.source_digest()}
+    for name in ("packinfer_sgl/cli.py", "packinfer_sgl/planning/plan.py", "kernels/merge.py", "patches/hold.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+        seen.add(ablate_cells.source_digest())
+    assert len(seen) == 5
+
+
+@pytest.mark.engine
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU: a GPU needs a model")
 def test_a_real_run_is_finished_once(tmp_path: Path) -> None:
     """A third configuration cannot run, the other two are reported."""
@@ -205,6 +232,8 @@ def test_a_real_run_is_finished_once(tmp_path: Path) -> None:
     assert json.loads((out / "results.json").read_text())["runs"] == results["runs"]
 
 
+@pytest.mark.engine
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU: a GPU needs a model")
 def test_engines_that_do_not_start(tmp_path: Path) -> None:
     flags = ("--radix", "on", "--grouping", "off", "--schedule", "fcfs", "--engine", '{"no_such": 1}')
@@ -213,6 +242,8 @@ def test_engines_that_do_not_start(tmp_path: Path) -> None:
     assert "the grouping off engine did not start; its last words: TypeError" in done.stdout
 
 
+@pytest.mark.engine
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU: a GPU needs a model")
 def test_an_interrupt_leaves_nothing_running(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), "--at-once", "2"]

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ablate_report
 import pytest
-from ablate_matrix import AXES, label, select, steps
-from ablate_report import answer, cells, change, compared, comparison_rows, fraction, markdown, notices, plot, write_csv
+from ablate import report as ablate_report
+from ablate.matrix import AXES, label, select, steps
+from ablate.report import answer, cells, change, compared, comparison_rows, fraction, markdown, notices, plot, write_csv
 
 CHOSEN = {name: list(axis.default) for name, axis in AXES.items()} | {"schedule": ["fcfs", "lpm"]}
 CONFIGS = {label(config): config for config in select(CHOSEN, full=False)}

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from ablate_workloads import (
+from ablate.workloads import (
     MAKERS,
     SIZES,
     Size,
@@ -18,7 +18,7 @@ from ablate_workloads import (
     make,
     requests_of,
 )
-from token_traces import TraceError
+from lib.token_traces import TraceError
 
 SIZE = SIZES["cpu"]
 ANSWER = [-1]

@@ -1,7 +1,8 @@
-"""Real runs of scripts/bench_serving.py on a tiny model, and what it needs of SGLang's benchmark."""
+"""What scripts/bench_serving.py needs of SGLang's benchmark, and (nightly) real runs of it on a tiny model."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -11,13 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import bench_serving
 import numpy as np
 import pytest
-import servers
+from bench.serving_load import WARM_UP_TOKENS, Load
 from left_over import family, left_over, survivors
-from serving_load import WARM_UP_TOKENS, Load
+from lib import servers
 
-SCRIPT = Path(servers.__file__).with_name("bench_serving.py")
+SCRIPT = Path(servers.__file__).parents[1] / "bench_serving.py"
 LIMIT_S = 600
 PROMPT_TOKENS, OUTPUT_TOKENS = 600, 12
 
@@ -53,6 +55,8 @@ def here(tmp_path: Path, model: Path) -> dict:
     return {"cwd": tmp_path / "cwd", "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 
+@pytest.mark.engine
+@pytest.mark.nightly
 def test_a_trace_against_two_servers(model: Path, trace: Path, tmp_path: Path, here: dict) -> None:
     out = tmp_path / "out"
     more = ("--trace", trace, "--rounds", "2", "--request-rate", "inf,16", "--running", "8", "--", "--num-prompts", "8")
@@ -108,6 +112,8 @@ def test_every_run_gets_the_same_requests_and_arrivals(
     assert not list(tmp_path.rglob("gen_shared_prefix*"))
 
 
+@pytest.mark.engine
+@pytest.mark.nightly
 def test_a_server_that_does_not_start(model: Path, tmp_path: Path, here: dict) -> None:
     out = tmp_path / "out"
     flags = ("--workload", "gsp-cpu", "--arms", "packinfer", "--server-args=--no-such-flag")
@@ -121,6 +127,8 @@ def test_a_server_that_does_not_start(model: Path, tmp_path: Path, here: dict) -
     assert left_over(model) == [] and not (out / "results.json").exists()
 
 
+@pytest.mark.engine
+@pytest.mark.nightly
 def test_an_interrupt_leaves_nothing_running(model: Path, tmp_path: Path, here: dict) -> None:
     script = subprocess.Popen(command(model, tmp_path / "out", "--workload", "gsp-cpu"), **here)
     deadline = time.monotonic() + LIMIT_S
@@ -134,13 +142,20 @@ def test_an_interrupt_leaves_nothing_running(model: Path, tmp_path: Path, here: 
     assert left_over(model) == [] and survivors(started) == []
 
 
-def test_a_mistake_of_the_command_line_starts_nothing(model: Path, tmp_path: Path, here: dict) -> None:
-    for more, said in (
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
         (("--workload", "gsp-cpu", "--arms", "packinfer,best"), "best is none of packinfer"),
         (("--workload", "gsp-cpu,best"), "best is none of gsp-8k"),
         (("--workload", "gsp-cpu", "--request-rate", "4,0"), "positive numbers"),
         (("--workload", "gsp-cpu", "--", "--gsp-no-such"), "unrecognized arguments: --gsp-no-such"),
-    ):
-        done = subprocess.run(command(model, tmp_path / "out", *more), timeout=LIMIT_S, **here)
-        assert done.returncode == 2 and said in done.stdout
-        assert not list((tmp_path / "out").glob("packinfer.log"))
+    ],
+)
+def test_a_mistake_of_the_command_line_starts_nothing(
+    more: tuple[str, ...], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_serving.py", "--model", "m", "--out", str(tmp_path), *more])
+    monkeypatch.setattr(bench_serving, "Server", lambda *_: pytest.fail("a server was started"))
+    with contextlib.ExitStack() as undo, pytest.raises(SystemExit) as stop:
+        bench_serving.benchmark(bench_serving.arguments(), undo)
+    assert stop.value.code == 2 and what in capsys.readouterr().err

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 
-import check_models
-import check_runs
 import pytest
-from check_runs import Ran, compare, last_error
+from check import models as check_models
+from check import runs as check_runs
+from check.runs import Ran, compare, last_error
 
 
 def said(ids: list[int], top: list[dict[str, float]]) -> Ran:

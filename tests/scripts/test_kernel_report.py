@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernel_report
-from kernel_report import cases, family, floor, markdown, sections, summary, table
+from bench import kernel_report
+from bench.kernel_report import cases, family, floor, markdown, sections, summary, table
 
 
 def result(slots: str, ours: float, bound: float = 4.0, name: str = "D1", kind: str = "decode", **us: float) -> dict:

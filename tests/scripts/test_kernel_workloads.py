@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from kernel_workloads import HEAD_DIM, Inputs, Workload, ragged, workloads
+from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, ragged, workloads
 
 from packinfer_sgl.kernels.reference import PackedReference
 from packinfer_sgl.kernels.tiles import tile_policy

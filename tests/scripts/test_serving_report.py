@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import serving_report
+from bench import serving_report
+from bench.serving_load import failed_requests
+from bench.serving_report import TITLES, Spread, against_best, kv_line, markdown, plot, show, summary, write
 from rich.console import Console
-from serving_load import failed_requests
-from serving_report import TITLES, Spread, against_best, kv_line, markdown, plot, show, summary, write
 
 
 def run(arm: str, rate: str, value: float, **more: float) -> dict:

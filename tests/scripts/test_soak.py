@@ -10,6 +10,8 @@ import soak
 import torch
 
 
+@pytest.mark.engine
+@pytest.mark.nightly
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="compares with the stock CPU backend: needs a machine without GPU"
 )

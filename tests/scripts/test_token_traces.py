@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import token_traces
-from token_traces import BLOCK_TOKENS, TraceError, choose, read_trace, token_ids
+from lib import token_traces
+from lib.token_traces import BLOCK_TOKENS, TraceError, choose, read_trace, token_ids
 
 VOCABULARY = range(100, 1300)
 SHARED = 2 * BLOCK_TOKENS
@@ -64,10 +64,10 @@ def test_prompts_without_hash_ids_share_nothing(azure: Path) -> None:
 def test_every_process_makes_the_same_prompts(mooncake: Path) -> None:
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from token_traces import *\n"
+        "from lib.token_traces import *\n"
         "print([token_ids(r, range(100, 1300)) for r in read_trace(Path(sys.argv[1]))])"
     )
-    command = [sys.executable, "-c", code, str(mooncake), str(Path(token_traces.__file__).parent)]
+    command = [sys.executable, "-c", code, str(mooncake), str(Path(token_traces.__file__).parents[1])]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == prompts(mooncake)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from servers import START_LIMIT_S, Child, ServerError
+from lib.servers import START_LIMIT_S, Child, ServerError
 
 ORDER_LIMIT_S = 1800
 

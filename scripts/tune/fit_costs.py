@@ -1,6 +1,6 @@
 """Measure the constants by which plans are cut and groups are chosen, on one GPU.
 
-    python scripts/fit_costs.py [--write]
+    python scripts/tune/fit_costs.py [--write]
 
 Each constant comes from two loads that differ in nothing else (more tokens, more items, more partial results), so that
 what a call costs besides cancels out. ``--write`` puts the constants into this checkout: kernels/tiles.py and the H200
@@ -13,15 +13,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
 
 import numpy as np
 import torch
+from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload
 from bench_kernels import Timed
-from kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload
 from rich.console import Console
 from rich.table import Table
-from write_constants import write
+from tune.write_constants import write
 
 from packinfer_sgl.kernels import tiles
 from packinfer_sgl.kernels.device_plan import PackedCuda
@@ -29,7 +32,7 @@ from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.groups import H200
 from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 5
 CUDA = torch.device("cuda")
 GROUP, KV_HEADS = 4, 4

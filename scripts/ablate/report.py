@@ -1,21 +1,24 @@
 """Answers, tables and plots of what ablate_radix.py measured.
 
-python scripts/ablate_report.py DIR     # writes them again from DIR/results.json; ablate_radix.py does so by itself
+python scripts/ablate/report.py DIR     # again, from DIR/results.json; ablate_radix.py does so by itself
 """
 
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ablate_matrix import AXES, LADDER, Config, Step, label, steps, usual
-from report_files import write_again, write_files
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+
+from ablate.matrix import AXES, LADDER, Config, Step, label, steps, usual
+from bench.serving_report import Spread, number
+from lib.report_files import write_again, write_files
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from serving_report import Spread, number
 
 Results = dict[str, Any]
 TITLES = {
@@ -298,7 +301,7 @@ def plot(results: Results, out: Path) -> None:
 def write(results: Results, out: Path, console: Console) -> None:
     """results.json, results.md, cells.csv and the plots, into ``out``."""
     write_csv(results, out / "cells.csv")
-    write_files(results, out, console, "scripts/ablate_report.py", markdown(results), plot)
+    write_files(results, out, console, "scripts/ablate/report.py", markdown(results), plot)
 
 
 if __name__ == "__main__":

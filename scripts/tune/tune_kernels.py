@@ -1,6 +1,6 @@
 """Measure tile classes and piece lengths of the packed decode kernels on one GPU.
 
-    python scripts/tune_kernels.py --out DIR [--only D1,D5] [--seconds 200]
+    python scripts/tune/tune_kernels.py --out DIR [--only D1,D5] [--seconds 200]
 
 For each workload, variants of the tile table at the planner's pieces, then piece lengths of all classes for the best.
 The table in ``kernels/tiles.py`` comes from its output.
@@ -12,15 +12,18 @@ import argparse
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from functools import cached_property
 from pathlib import Path
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+
 import numpy as np
 import torch
+from bench.kernel_workloads import HEAD_DIM, Inputs, workloads
 from bench_kernels import Timed, error, ours
-from kernel_workloads import HEAD_DIM, Inputs, workloads
 
 from packinfer_sgl.kernels import tiles
 from packinfer_sgl.kernels.tiles import Tile

@@ -1,6 +1,6 @@
 """One engine of ablate_radix.py: runs a workload for each order it gets (engine_worker.py).
 
-python ablate_engine.py ARGUMENTS     # of sglang.Engine, as JSON
+python engine.py ARGUMENTS     # of sglang.Engine, as JSON
 
 An order is ``{"turns": [...], "check": bool, "scatter": null or [tokens, [first, last]]}``: with ``scatter`` so many
 tokens of that vocabulary go through the engine before. Its answer holds the figures of the run; with ``check`` the
@@ -14,11 +14,14 @@ import json
 import random
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from ablate_workloads import least_prefill_tokens
-from counters import totals
-from engine_worker import Orders
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+
+from ablate.workloads import least_prefill_tokens
+from lib.counters import totals
+from lib.engine_worker import Orders
 
 FLUSH_LIMIT_S = 60
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from kernel_workloads import HEAD_DIM, Inputs
+from bench.kernel_workloads import HEAD_DIM, Inputs
 
 # call(copy), and the output of each copy: a tensor, or several that follow each other
 Method = tuple[Callable[[int], object], list]

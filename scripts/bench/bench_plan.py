@@ -1,6 +1,6 @@
 """Host time of planning, on SGLang's own radix cache: a change of batch, and a step that changes nothing.
 
-    python scripts/bench_plan.py [--rounds 300]
+    python scripts/bench/bench_plan.py [--rounds 300]
 
 Builds prompts with several levels of sharing, inserts them into the radix cache of the installed SGLang release, and
 times what the backend does per decode step: comparing the batch with the last one, or reading the paths, building and

@@ -18,9 +18,9 @@ from unittest.mock import patch
 
 import numpy as np
 import requests
-from counters import totals
-from servers import Server, ServerError
-from token_traces import choose, token_ids
+from lib.counters import totals
+from lib.servers import Server, ServerError
+from lib.token_traces import choose, token_ids
 
 from packinfer_sgl.cli import CommandError, server_states
 

@@ -1,7 +1,7 @@
 """Fit the times by which extend batches go to the packed kernels or to the stock backend; needs no GPU.
 
     python scripts/bench_kernels.py --only P,M,C,R --baselines fa3 --slots random --out DIR    # on a GPU
-    python scripts/fit_extend.py --results DIR/results.json [--write]
+    python scripts/tune/fit_extend.py --results DIR/results.json [--write]
 
 The plans are made again, so fit in the checkout that was measured. The table shows what the fitted times lead to;
 ``--write`` puts them into packinfer_sgl/planning/extend_costs.py, after which plans may differ: measure again, and see
@@ -18,18 +18,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+
 import numpy as np
-from kernel_report import OURS
-from kernel_workloads import HEAD_DIM, Workload, workloads
+from bench.kernel_report import OURS
+from bench.kernel_workloads import HEAD_DIM, Workload, workloads
 from rich.console import Console
 from rich.table import Table
-from write_constants import write
+from tune.write_constants import write
 
 from packinfer_sgl.kernels.tiles import EXTEND_TILES
 from packinfer_sgl.planning.extend_costs import CLEARLY, EXTEND_H200, SMS, ExtendCosts
 from packinfer_sgl.planning.plan import Plan
 
-SOURCE = Path(__file__).resolve().parents[1] / "packinfer_sgl" / "planning" / "extend_costs.py"
+SOURCE = Path(__file__).resolve().parents[2] / "packinfer_sgl" / "planning" / "extend_costs.py"
 STOCK = "fa3 page 1"
 TILES = EXTEND_TILES[HEAD_DIM]
 

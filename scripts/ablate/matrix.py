@@ -21,7 +21,7 @@ class Axis:
         off: the value that switches the thing off, for those that build on each other.
         gives: what reports call it, if not by its name.
         of_tree: whether it makes no difference without a radix cache.
-        metric: the figure of ablate_report.TITLES that says whether it is worth its while.
+        metric: the figure of report.TITLES that says whether it is worth its while.
         saves: what it saves at best: ``prompt`` tokens computed, ``kv`` tokens read, or nothing that is counted.
     """
 

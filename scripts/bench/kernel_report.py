@@ -1,15 +1,18 @@
 """Tables and plots of what bench_kernels.py measured.
 
-python scripts/kernel_report.py DIR     # writes them again from DIR/results.json; bench_kernels.py does so by itself
+python scripts/bench/kernel_report.py DIR     # again, from DIR/results.json; bench_kernels.py does so by itself
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-from report_files import write_again, write_files
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+
+from lib.report_files import write_again, write_files
 from rich.console import Console
 from rich.table import Table
 
@@ -170,7 +173,7 @@ def draw(found: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def write(file: dict[str, Any], out: Path, console: Console) -> None:
     """results.json, results.md and the plots, into ``out``."""
-    write_files(file, out, console, "scripts/kernel_report.py", markdown(file), plot)
+    write_files(file, out, console, "scripts/bench/kernel_report.py", markdown(file), plot)
 
 
 if __name__ == "__main__":

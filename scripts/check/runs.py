@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 TOP = 5  # log-probabilities of each output token
 TOKENS = 40
 LIMIT_S = 240
@@ -54,7 +54,7 @@ def worker(scenario: dict) -> None:
     """
     import sglang
 
-    sys.path.insert(0, str(HERE.parent / "tests" / "engine"))
+    sys.path.insert(0, str(ROOT / "tests" / "engine"))
     from drive import greedy, tree_prompts
 
     engine = sglang.Engine(**scenario["engine"])

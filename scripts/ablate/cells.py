@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablate_matrix import Chosen, Config, engine_arguments, label, select
-from ablate_workloads import Size, as_json, from_trace, make
-from answers import compare
-from machine import machine
+from ablate.matrix import Chosen, Config, engine_arguments, label, select
+from ablate.workloads import Size, as_json, from_trace, make
+from lib.answers import compare
+from lib.machine import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCATTER_POOLS = 2  # how often the KV pool is filled before a run on scattered slots
 VERDICTS = ("equal", "near-tie", "different")
 
@@ -39,7 +39,7 @@ def source_digest() -> str:
     """Of the code that is measured: after a change of it all runs are made again."""
     digest = hashlib.sha256()
     for folder in ("packinfer_sgl", "kernels", "patches"):
-        for path in sorted((ROOT / folder).glob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -171,7 +171,7 @@ class Cells:
 
 
 def figures(answer: dict[str, Any]) -> dict[str, Any]:
-    """A flat record of a run, from what ablate_engine.py says of it."""
+    """A flat record of a run, from what engine.py says of it."""
     percentiles = {
         f"{name}_p{p}_ms": float(np.percentile(answer[f"{name}_ms"], p)) if answer[f"{name}_ms"] else 0.0
         for name in ("ttft", "tpot") for p in (50, 99)

@@ -1,17 +1,20 @@
 """Tables and plots of what bench_serving.py measured.
 
-python scripts/serving_report.py DIR     # writes them again from DIR/results.json; bench_serving.py does so by itself
+python scripts/bench/serving_report.py DIR     # again, from DIR/results.json; bench_serving.py does so by itself
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report_files import write_again, write_files
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+
+from lib.report_files import write_again, write_files
 from rich.console import Console
 from rich.table import Table
 
@@ -159,7 +162,7 @@ def plot(results: dict[str, Any], out: Path) -> None:
 
 def write(results: dict[str, Any], out: Path, console: Console) -> None:
     """results.json, results.md and the plots, into ``out``."""
-    write_files(results, out, console, "scripts/serving_report.py", markdown(results), plot)
+    write_files(results, out, console, "scripts/bench/serving_report.py", markdown(results), plot)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from token_traces import choose, token_ids
+from lib.token_traces import choose, token_ids
 
 Words = Callable[[int], list[int]]  # so many token ids, new ones at each call
 
