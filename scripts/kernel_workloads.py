@@ -8,10 +8,13 @@ import numpy as np
 import torch
 
 from packinfer_sgl.kernels.tiles import Tile
-from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.profiles import H200, DeviceProfile
 from packinfer_sgl.runners.cuda_extend import extend_planner
 from packinfer_sgl.runners.metrics import Stats
 
@@ -97,9 +100,11 @@ class Workload:
         queries = {} if self.kind == "decode" else {"qo_indptr": self.qo_indptr, "visible": self.visible}
         return make_plan(tree, self.kv_lens, policy, kv_tokens_unique=self.unique_tokens, **queries)
 
-    def extend_plan(self, tiles: tuple[Tile, ...], sms: int) -> Plan:
+    def extend_plan(self, tiles: tuple[Tile, ...], sms: int, profile: DeviceProfile = H200) -> Plan:
         """With which SGLang's extend batches of this kind are served."""
-        planner = extend_planner(self.shape, tiles, sms, grouping="multi", count=Stats().count_extend, always=True)
+        planner = extend_planner(
+            self.shape, tiles, sms, grouping="multi", count=Stats().count_extend, always=True, profile=profile
+        )
         return planner.fastest(self.tree(), np.array(self.new, np.int32), self.kv_lens)[1].plan
 
 

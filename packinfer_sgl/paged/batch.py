@@ -11,7 +11,8 @@ import torch
 
 from packinfer_sgl.kernels.reference import MaskRows
 from packinfer_sgl.paged.on_cpu import OnCpu
-from packinfer_sgl.planning.groups import AttentionShape, prune
+from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
@@ -197,7 +198,7 @@ class PagedWrapper:
         cost = self._kernels.cost(shape)
         for grouping, policy in self._kernels.attempts(shape, visible is not None and self._mask is None):
             if self._mask is not None:  # it is looked up by KV position, of which riding tails have no run
-                policy = replace(policy, ride_tokens=0)
+                policy = replace(policy, max_inline_tail_tokens=0)
             kept = prune(tree, shape, cost, grouping, q_lens, kv_lens if (q_lens == 1).all() else None)
             plan = make_plan(kept, kv_lens, policy, kv_tokens_unique=unique, qo_indptr=self._qo_indptr, visible=visible)
             if self._kernels.fits(plan, shape):

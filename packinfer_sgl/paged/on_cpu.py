@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from packinfer_sgl.kernels.reference import MaskRows, PackedReference
-from packinfer_sgl.planning.groups import AttentionShape, CostModel
-from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32
 from packinfer_sgl.runners.cpu_extend import TILES, cost_of
 

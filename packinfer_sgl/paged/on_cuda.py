@@ -10,10 +10,12 @@ import torch
 from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.reference import MaskRows
 from packinfer_sgl.kernels.tiles import TILES, Tile, tile_policy, tiles_for
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.groups import H200, AttentionShape, CostModel
-from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32
+from packinfer_sgl.planning.profiles import H200
 
 MAX_GROUP = 16  # query heads of a KV head: the rows of the smallest tile
 PARTIAL_BYTES = 1 << 29  # most memory for partial results; a plan that needs more shares less
@@ -114,7 +116,7 @@ class OnCuda:
             raise ValueError(f"kv indices name page {n_pages - 1}, but a captured cache has {self._most_pages}")
 
     def cost(self, shape: AttentionShape) -> CostModel:
-        return H200
+        return H200.decode_cost
 
     def attempts(self, shape: AttentionShape, extend: bool) -> tuple[tuple[str, TilePolicy], ...]:
         """Grouping and tiles, in the order in which they are tried until a plan fits; each smaller than the last.
@@ -123,7 +125,7 @@ class OnCuda:
             extend: as for ``load``.
         """
         policy = tile_policy(shape, self.device, extend)
-        uncut = replace(policy, chunk_tokens=1 << 30, timings=None)
+        uncut = replace(policy, max_split_tokens=1 << 30, timings=None)
         return ("multi", policy), ("multi", uncut), ("single", uncut), ("off", uncut)
 
     def fits(self, plan: Plan, shape: AttentionShape) -> bool:
@@ -151,7 +153,7 @@ class OnCuda:
         tiles = tiles_for(shape.head_dim, self.device, extend)
         with self._on_device():
             self._packed = packed = self._buffers(plan, shape, tiles)
-            packed.load(replace(plan, append_base=plan.append_base[:0]))  # no tail grows
+            packed.load(plan)
             if self.graph:
                 for buffer, values in zip(self._tables, tables):
                     buffer[: len(values)].copy_(self._pinned(values), non_blocking=True)

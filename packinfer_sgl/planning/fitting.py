@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
 BUFFER_BYTES = 1 << 27  # most memory for the partial results of verify steps, if they fit in it, and of extends
@@ -198,11 +200,11 @@ def fit(
         if not over:
             return Fitted(plan, kept, tuple(overflowed), once is not None)
         overflowed |= over
-        is_cut = policy.timings is not None or policy.chunk_tokens < UNCUT_TOKENS
+        is_cut = policy.timings is not None or policy.max_split_tokens < UNCUT_TOKENS
         if once is None and over.keys() & {"kv_slots", "spans"}:
             once = tree
         elif is_cut and (kept.n_nodes == 0 or "slots" not in over):  # slots do not depend on how spans are cut
-            policy = replace(policy, chunk_tokens=UNCUT_TOKENS, timings=None)
+            policy = replace(policy, max_split_tokens=UNCUT_TOKENS, timings=None)
         elif kept.n_nodes and not over.keys() & {"kv_slots", "spans", "queries"}:
             before = kept.n_nodes
             while kept.n_nodes == before or (kept.n_nodes and _members(kept, q_lens) > most_slots):

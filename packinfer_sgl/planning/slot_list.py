@@ -1,7 +1,7 @@
-"""The KV slot list of a plan: which KV positions stand where in it, and who they are read by.
+"""The KV slot list of a plan: where each KV position stands in it, and which rows read it.
 
-Compiled by numba, which keeps what it compiled for as long as its file does not change: nothing of another file is
-called.
+Compiled by numba, which invalidates its cache per file, so compiled functions here must not call compiled functions of
+other files.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-# KV positions [start, end) for the rows at places [lo, hi): first those that several rows read or that a row finds in
-# another row's part of the list, then each row's own tail. Position ``p`` is entry ``to_slots + p`` of the slot list.
+from packinfer_sgl.planning.plan import SpanCol
+
+# KV positions [start, end) for the rows at places [lo, hi). Position ``p`` is entry ``to_slots + p`` of the slot list.
+# First come segments that several rows read or that a row finds in another row's part of the list, then tails.
 SEGMENT = np.dtype([(name, np.int64) for name in ("lo", "hi", "start", "end", "to_slots")])
+SPAN = np.dtype([(column.name.lower(), np.int32) for column in SpanCol])
 
 
 @njit(cache=True)
@@ -20,7 +23,8 @@ def list_by_reader(row_order, nodes, tail_start, kv_lens, windows, room_tokens):
     for each row that reads it.
 
     Returns:
-        The segments, how many of them are no tails, ``Plan.spans``, ``append_base`` and ``kv_capacity``.
+        The segments, how many of them are no tails, ``Plan.spans`` ([n_spans] of ``SPAN``), ``Plan.append_base`` and
+        ``Plan.kv_capacity``.
     """
     row_lo, row_hi, start, end = nodes
     n_nodes, n_rows = len(start), len(row_order)
@@ -36,14 +40,15 @@ def list_by_reader(row_order, nodes, tail_start, kv_lens, windows, room_tokens):
         if windows or s.end > s.start or s.start == 0:
             n += 1
     segments = segments[:n]
-    spans = np.full((n, 5), -1, np.int32)
+    spans = np.empty(n, SPAN)
     append_base = np.zeros(n_rows, np.int32)
     capacity = 0
     for i in range(n):
-        s = segments[i]
+        s, span = segments[i], spans[i]
         row = row_order[s.lo]
         s.to_slots = capacity - s.start
-        spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3] = row, s.start, s.end - s.start, capacity
+        span.row, span.start, span.tokens, span.offset = row, s.start, s.end - s.start, capacity
+        span.copy_slot = -1
         capacity += s.end - s.start
         if i >= n_nodes:
             append_base[row] = s.to_slots
@@ -53,17 +58,19 @@ def list_by_reader(row_order, nodes, tail_start, kv_lens, windows, room_tokens):
 
 @njit(cache=True)
 def list_once(row_order, nodes, tail_start, kv_lens, windows, room_tokens, whole):  # type: ignore[no-untyped-def]
-    """A slot list in which each KV token of the tree stands once, whatever is kept of it. Returns as
-    ``list_by_reader``.
+    """A slot list in which each KV token of the tree stands once, whichever nodes are kept.
 
     Each row lists the tokens of its heavy path (Sleator and Tarjan 1983: from a node on to the child with the most
-    rows), in one piece; what comes before stands in other rows' pieces. A path enters another piece only where it
-    leaves a child with at most half of the rows. So ``n`` rows with nothing kept read at most ``n * log2(n) / 2``
-    segments besides their ``n`` tails.
+    rows) in one stretch; the tokens before it stand in other rows' stretches. On the way up, a row's path enters
+    another stretch only where it leaves a child with at most half of its parent's rows. So ``n`` rows with nothing kept
+    read at most ``n * log2(n) / 2`` segments besides their ``n`` tails.
 
     Args:
-        room_tokens: of rows that each have a token, the newest, which no other has.
-        whole: the tree with nothing pruned: its parent, row_lo, row_hi, start, end, tail_start.
+        room_tokens: if not 0, each row's newest token must be its own.
+        whole: the tree before pruning: its parent, row_lo, row_hi, start, end, tail_start.
+
+    Returns:
+        As ``list_by_reader``.
     """
     row_lo, row_hi, start, end = nodes
     parent, whole_lo, whole_hi, whole_start, whole_end, whole_tail = whole
@@ -72,7 +79,7 @@ def list_once(row_order, nodes, tail_start, kv_lens, windows, room_tokens, whole
     lowest = np.full(n_rows, -1, np.int64)  # node of each place
     for i in range(n_whole):  # deeper nodes come later and overwrite
         lowest[whole_lo[i] : whole_hi[i]] = i
-    lister = np.full(n_whole, -1, np.int64)  # of each node, the place whose piece has it
+    lister = np.full(n_whole, -1, np.int64)  # of each node, the place in whose stretch it lies
     most = np.zeros(n_whole, np.int64)
     for place in range(n_rows):
         if lowest[place] >= 0 and most[lowest[place]] == 0:
@@ -84,18 +91,19 @@ def list_once(row_order, nodes, tail_start, kv_lens, windows, room_tokens, whole
             lister[above], most[above] = lister[i], rows
         list_from[lister[i]] = whole_start[i]
 
-    spans = np.full((n_rows, 5), -1, np.int32)
+    spans = np.empty(n_rows, SPAN)
     append_base = np.zeros(n_rows, np.int32)
     to_slots = np.empty(n_rows, np.int64)
     capacity = 0
     for place in range(n_rows):
-        row, first = row_order[place], list_from[place]
+        row, first, span = row_order[place], list_from[place], spans[place]
         to_slots[place] = capacity - first
-        spans[place, 0], spans[place, 1], spans[place, 2], spans[place, 3] = row, first, kv_lens[row] - first, capacity
+        span.row, span.start, span.tokens, span.offset = row, first, kv_lens[row] - first, capacity
+        span.copy_slot = -1
         append_base[row] = to_slots[place]
         capacity += kv_lens[row] - first + room_tokens
 
-    # how many pieces each kept node and each tail lies in
+    # in how many stretches each kept node and each tail lies
     bottom = np.empty(n_nodes, np.int64)
     n_fragments = np.zeros(n_nodes + n_rows, np.int64)
     for i in range(n_nodes):
@@ -132,7 +140,8 @@ def list_once(row_order, nodes, tail_start, kv_lens, windows, room_tokens, whole
 
 @njit
 def _count_fragments(node, begin, own, parent, whole_end, lister):  # type: ignore[no-untyped-def]
-    """In how many pieces the path from position ``begin`` down to ``node`` lies, but for that of place ``own``."""
+    """In how many stretches the path from position ``begin`` down to ``node`` lies, not counting that of place
+    ``own``."""
     n, last = 0, own
     while node >= 0 and whole_end[node] > begin:
         n += lister[node] != last
@@ -145,7 +154,7 @@ def _count_fragments(node, begin, own, parent, whole_end, lister):  # type: igno
 def _fill_fragments(  # type: ignore[no-untyped-def]
     segments, node, begin, own, parent, whole_start, whole_end, lister, to_slots
 ):
-    """Those pieces, from ``begin`` on."""
+    """Set positions and slots of the segments in those stretches."""
     n, last = len(segments), own
     while node >= 0 and whole_end[node] > begin:
         if lister[node] != last:

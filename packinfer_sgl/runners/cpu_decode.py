@@ -7,8 +7,9 @@ import torch
 
 from packinfer_sgl.kernels.reference import PackedReference
 from packinfer_sgl.planning.audit import check_reads
-from packinfer_sgl.planning.groups import AttentionShape, CostModel
-from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners.arena import Regroup
 from packinfer_sgl.runners.metrics import Stats

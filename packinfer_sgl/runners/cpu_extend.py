@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-import numpy as np
 import torch
 
 from packinfer_sgl.kernels.reference import PackedReference
-from packinfer_sgl.planning.groups import CPU, AttentionShape, CostModel
-from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.prefix_tree import Int32
 from packinfer_sgl.runners.cpu_decode import check_shared_slots, snapshot_slots
 from packinfer_sgl.runners.metrics import Stats
 from packinfer_sgl.runners.planner import ExtendPlanner, Rows
 
-# Measured on one core with SGLang's torch_native, which computes the queries of cached tokens, too: rates of both, and
-# what a layer, an item and (torch_native) a request cost besides. Packed must win clearly: the fit is off by a fifth.
-PACKED_FLOPS_PER_US, STOCK_FLOPS_PER_US = 3.7e4, 4.5e4
-LAYER_US, ITEM_US, REQUEST_US = 500.0, 200.0, 250.0
-CLEARLY = 1.25
-
-
-# With more queries to a tile the logits leave the CPU's cache: 64 measured best from 8 to 64 queries a request.
-TILES = TilePolicy(tile_queries=(64, 1), chunk_tokens=1024, ride_tokens=256)
-# The reference copies keys and values before it multiplies: what sharing saves is the copy, whatever the products.
-COST = replace(CPU, flops_per_us=math.inf)
+TILES = CPU.extend_policy
 
 
 def cost_of(shape: AttentionShape) -> CostModel:
-    return replace(COST, large_rows=TILES.tile_queries[0] * shape.group_size)
+    return CPU.extend_cost(TILES.tile_queries[0] * shape.group_size)
 
 
 class CpuExtend:
@@ -59,24 +47,9 @@ class CpuExtend:
             grouping=grouping,
             count=stats.count_extend,
             overflow=lambda plan: {},
-            packed_us=self.packed_us,
-            stock_us=(lambda q_lens, kv_lens: math.inf) if always else self.stock_us,
+            packed_us=lambda plan: CPU.extend_margin * CPU.packed_extend_us(plan, shape),
+            stock_us=lambda q, kv: math.inf if always else CPU.stock_extend_us(q, kv, shape),
         )
-
-    def packed_us(self, plan: Plan) -> float:
-        """Expected time of a plan in one layer."""
-        items = plan.items.astype(np.int64)
-        seen = (items[:, Col.Q_CNT] * (items[:, Col.A_LEN] + items[:, Col.B_LEN])).sum()
-        return CLEARLY * (LAYER_US + len(items) * ITEM_US + self._flops(seen) / PACKED_FLOPS_PER_US)
-
-    def stock_us(self, q_lens: Int32, kv_lens: Int32) -> float:
-        """Expected time of ``torch_native`` in one layer."""
-        seen = (kv_lens.astype(np.int64) ** 2).sum() / 2
-        return self._flops(seen) / STOCK_FLOPS_PER_US + len(kv_lens) * REQUEST_US
-
-    def _flops(self, seen: float) -> float:
-        """Of so many pairs of a query token and a KV token."""
-        return 4 * self.shape.qo_heads * self.shape.head_dim * seen
 
     def step(self, rows: Rows, pool_rows: torch.Tensor, q_lens: Int32, kv_lens: Int32) -> bool:
         """Prepare this batch; False if the stock backend is expected to be faster.

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.tiles import tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import device_profile, tile_policy, tiles_for
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.fitting import decode_capacity
-from packinfer_sgl.planning.groups import H200, AttentionShape
 from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
@@ -66,7 +66,7 @@ class CudaDecode:
         )  # fmt: skip
         self._planner = DecodePlanner(
             shape,
-            H200,
+            device_profile(device).decode_cost,
             tile_policy(shape, device),
             grouping=grouping,
             room_tokens=ROOM_TOKENS,

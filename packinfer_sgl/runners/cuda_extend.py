@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.tiles import Tile, multiprocessors, policy_of, tiles_for
-from packinfer_sgl.planning.extend_costs import CLEARLY, EXTEND_H200
+from packinfer_sgl.kernels.tiles import Tile, device_profile, multiprocessors, policy_of, tiles_for
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.fitting import BUFFER_BYTES, Capacity
-from packinfer_sgl.planning.groups import AttentionShape
 from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.planning.profiles import H200, DeviceProfile
 from packinfer_sgl.runners.cpu_decode import check_shared_slots
 from packinfer_sgl.runners.metrics import Stats
 from packinfer_sgl.runners.planner import ExtendPlanner, Rows, causal
@@ -39,6 +39,7 @@ def extend_planner(
     grouping: str,
     count: Callable[[Plan, PrefixTree, float, tuple[str, ...]], None],
     always: bool,
+    profile: DeviceProfile = H200,
     overflow: Callable[[Plan], dict[str, str]] | None = None,
     most_slots: int = 1 << 62,
 ) -> ExtendPlanner:
@@ -48,17 +49,20 @@ def extend_planner(
         tiles: ``tiles.tiles_for`` the GPU.
         sms: its multiprocessors.
         always: run every batch packed, whatever is expected.
+        profile: the GPU's times.
         count, overflow, most_slots: see ``ExtendPlanner``; by default plans fit within ``BUFFER_BYTES``.
     """
-    policy, cost = policy_of(shape, tiles, sms), EXTEND_H200.grouping(tiles[0].rows)
-    riding = replace(policy, ride_tokens=RIDE_TOKENS)
+    policy, cost = policy_of(shape, tiles, sms, profile), profile.extend_cost(tiles[0].rows)
+    riding = replace(policy, max_inline_tail_tokens=RIDE_TOKENS)
     return ExtendPlanner(
         shape,
-        ((cost, policy), (replace(cost, partial_us=0, partial_bytes_per_us=math.inf), riding)),
+        ((cost, policy), (cost.without_partials(), riding)),
         grouping=grouping,
         count=count,
-        packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, sms, tiles[0].rows, tiles[0].tokens),
-        stock_us=lambda q, kv: math.inf if always else EXTEND_H200.stock_us(q, kv, shape, sms),
+        packed_us=lambda plan: (
+            profile.extend_margin * profile.packed_extend_us(plan, shape, sms, tiles[0].rows, tiles[0].tokens)
+        ),
+        stock_us=lambda q, kv: math.inf if always else profile.stock_extend_us(q, kv, shape, sms),
         overflow=overflow or (lambda plan: _overflow(plan, shape)),
         most_slots=most_slots,
     )
@@ -87,8 +91,9 @@ class CudaExtend:
         device = req_to_token.device
         self._tiles = tiles_for(shape.head_dim, device, extend=True)
         self._planner = extend_planner(
-            shape, self._tiles, multiprocessors(device), grouping=grouping, count=stats.count_extend, always=always
-        )
+            shape, self._tiles, multiprocessors(device), grouping=grouping, count=stats.count_extend, always=always,
+            profile=device_profile(device),
+        )  # fmt: skip
         self._packed: PackedCuda | None = None
 
     def step(self, rows: Rows, pool_rows: torch.Tensor, q_lens: Int32, kv_lens: Int32) -> bool:
@@ -100,7 +105,7 @@ class CudaExtend:
         if self.check:
             check_shared_slots(tree, self.req_to_token, pool_rows)
         packed = self._buffers(plan)
-        packed.load(replace(plan, append_base=plan.append_base[:0]))  # no tail grows
+        packed.load(plan)
         packed.snapshot(self.req_to_token, pool_rows)
         return True
 
@@ -115,7 +120,9 @@ class CudaExtend:
             logits_soft_cap: the layer's, as for ``run``.
         """
         shape, sms = self.shape, multiprocessors(k.device)
-        cut = replace(policy_of(shape, self._tiles, sms), timings=None, chunk_tokens=WARM_UP_KV // 4)
+        cut = replace(
+            policy_of(shape, self._tiles, sms, device_profile(k.device)), timings=None, max_split_tokens=WARM_UP_KV // 4
+        )
         tree = PrefixTree.unshared(2)
         # merges of few queries, of more, and of many; where there are two tile classes, a prompt is of the large one
         few = sms // shape.qo_heads
@@ -125,7 +132,7 @@ class CudaExtend:
             plan = make_plan(tree, kv_lens, cut, kv_tokens_unique=int(kv_lens.sum()), **causal(q_lens, kv_lens))
             self._planner.fastest(tree, q_lens, kv_lens)  # numba compiles, too
             self._planner.stock_us(q_lens, kv_lens)
-            self._buffers(plan).load(replace(plan, append_base=plan.append_base[:0]))
+            self._buffers(plan).load(plan)
             q = torch.zeros(queries + 1, shape.qo_heads, shape.head_dim, dtype=dtype, device=k.device)
             self.run(
                 q, k, v, torch.from_numpy(kv_lens).long().to(k.device), sm_scale=1.0, logits_soft_cap=logits_soft_cap

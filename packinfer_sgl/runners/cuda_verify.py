@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.tiles import multiprocessors, tiles_for
+from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, tiles_for
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.fitting import verify_capacity
-from packinfer_sgl.planning.groups import AttentionShape
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners.cpu_decode import audit_reads, check_shared_slots, tree_by_slots
@@ -59,7 +58,7 @@ class CudaVerify:
         self._packed = PackedCuda(capacity, tiles, **heads, device=device, replayed=True)
         self._planner = extend_planner(
             shape, tiles, multiprocessors(device), grouping=grouping, count=stats.count_verify, always=True,
-            overflow=capacity.overflow, most_slots=capacity.slots,
+            profile=device_profile(device), overflow=capacity.overflow, most_slots=capacity.slots,
         )  # fmt: skip
 
     def step(self, rows: Rows | None, pool_rows: torch.Tensor, lens: np.ndarray) -> None:
@@ -95,7 +94,7 @@ class CudaVerify:
         self._load(self._planner.fastest(PrefixTree.unshared(n), lens, lens)[1].plan, pool_rows)
 
     def _load(self, plan: Plan, pool_rows: torch.Tensor) -> None:
-        self._packed.load(replace(plan, append_base=plan.append_base[:0]))  # no tail grows
+        self._packed.load(plan)
         self._packed.snapshot(self.req_to_token, pool_rows)
 
     def run(

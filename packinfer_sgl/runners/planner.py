@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
 from packinfer_sgl.planning.fitting import DoesNotFit, Fitted, fit
-from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 from packinfer_sgl.runners.arena import Paths, Regroup
 from packinfer_sgl.runners.metrics import Stats

@@ -14,8 +14,8 @@ from packinfer_sgl.config import Config
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
 from packinfer_sgl.kernels.tiles import tile_policy
-from packinfer_sgl.planning.groups import CPU, AttentionShape
-from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.reasons import BatchReason, LayerReason
 from packinfer_sgl.runners.arena import Regroup
 from packinfer_sgl.runners.cpu_decode import CpuDecode
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-
-# One tile holds all queries of a node; pieces bound the memory of a batched product.
-CPU_TILES = TilePolicy(tile_queries=(1 << 20, 1), chunk_tokens=4096)
 
 # What a contiguous copy saves of the time to read a scattered span: measured 0.2 to 0.8 on two CPU cores, and 0.02 to
 # 0.1 on an H200.
@@ -357,7 +354,7 @@ def wrap(
     # with context parallelism a rank has only some of the new tokens
     extends = config.extend if getattr(runner.server_args, "attn_cp_size", 1) == 1 else "off"
     if torch.device(runner.device).type == "cpu":
-        backend._packinfer_decode = CpuDecode(shape, CPU, CPU_TILES, **settings)
+        backend._packinfer_decode = CpuDecode(shape, CPU.decode_cost, CPU.decode_policy, **settings)
         if extends != "off":
             backend._packinfer_extend = CpuExtend(shape, always=extends == "on", **extend)
     else:
@@ -394,6 +391,6 @@ def _regroup(runner: Any, shape: AttentionShape, config: Config, arena: range | 
         runner.req_to_token_pool.req_to_token,
         functools.partial(copy_slots, buffers) if on_cpu else SlotCopier(buffers).copy,
         gain=CPU_ARENA_GAIN if on_cpu else CUDA_ARENA_GAIN,
-        tile_queries=(CPU_TILES if on_cpu else tile_policy(shape, buffers[0].device)).tile_queries[0],
+        tile_queries=(CPU.decode_policy if on_cpu else tile_policy(shape, buffers[0].device)).tile_queries[0],
         force=config.check,
     )

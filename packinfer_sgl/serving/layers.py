@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from packinfer_sgl.kernels.tiles import TILES, is_hopper
-from packinfer_sgl.planning.extend_costs import HEAD_DIM
+from packinfer_sgl.planning.profiles import EXTEND_HEAD_DIM
 from packinfer_sgl.reasons import LayerReason
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def heads_of(layer: RadixAttention) -> tuple[int, int, int]:
 
 def is_measured(layer: RadixAttention, device: torch.device) -> bool:
     """Whether times of such layers on such a GPU are known, so that batches can go to who is faster."""
-    return is_hopper(device) and layer.head_dim == HEAD_DIM and not layer.logit_cap
+    return is_hopper(device) and layer.head_dim == EXTEND_HEAD_DIM and not layer.logit_cap
 
 
 def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:

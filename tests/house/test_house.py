@@ -28,8 +28,8 @@ NEIGHBOURS = {"paged": {"runners"}}
 # SGLang, where rooms of one floor may import each other.
 ORDER = {
     "planning": [
-        "prefix_tree", "groups", "plan", "schedule", "slot_list", "items", "fitting", "extend_costs", "audit",
-        "prefix_hold",
+        "prefix_tree", "costs", "groups", "plan", "policy", "splits", "schedule", "profiles", "cpu_profile",
+        "slot_list", "query_tiles", "items", "fitting", "audit", "prefix_hold",
     ],
     "kernels": [
         "copy_slots", "reference", "tiles", "attention_triton", "merge", "attention_hopper_decode",

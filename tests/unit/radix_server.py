@@ -14,8 +14,8 @@ from test_planner import EAGER
 
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
-from packinfer_sgl.planning.groups import AttentionShape
-from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners.arena import Regroup
 from packinfer_sgl.runners.cpu_decode import CpuDecode

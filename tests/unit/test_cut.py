@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Col, PieceTiming, Plan, TilePolicy
+from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.policy import SplitTiming, TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 FIXED, PROGRAMS = 40, 20  # tokens that an item's fixed time is worth; programs that run at once
 
 
 def policy(partial_us: float) -> TilePolicy:
-    last = PieceTiming(PROGRAMS * 0.8, FIXED * 1.0, 1.0, partial_us, PROGRAMS, 2 * PROGRAMS, 3.0)
-    first = PieceTiming(PROGRAMS * 0.8, FIXED * 1.0, 1.0, partial_us, 0, PROGRAMS, np.nan)
+    last = SplitTiming(PROGRAMS * 0.8, FIXED * 1.0, 1.0, partial_us, PROGRAMS, 2 * PROGRAMS, 3.0)
+    first = SplitTiming(PROGRAMS * 0.8, FIXED * 1.0, 1.0, partial_us, 0, PROGRAMS, np.nan)
     return TilePolicy((16, 4), 1 << 30, (first, last))
 
 
@@ -35,7 +36,7 @@ def loads(plan: Plan) -> list[int]:
         load = 0
         while item >= 0:
             load += int(plan.items[item, Col.A_LEN]) + FIXED
-            item = int(plan.items[item, Col.NEXT])
+            item = int(plan.items[item, Col.NEXT_ITEM])
         found.append(load)
     return found
 
@@ -44,7 +45,7 @@ def loads(plan: Plan) -> list[int]:
 def test_shares_are_equal(lens: list[int]) -> None:
     plan = plan_of(lens)
     programs = loads(plan)
-    if (plan.items[:, Col.NEXT] < 0).all():
+    if (plan.items[:, Col.NEXT_ITEM] < 0).all():
         return  # pieces balance as well
     assert len(programs) <= PROGRAMS
     share = (sum(lens) + (len(lens) + PROGRAMS) * FIXED) / PROGRAMS
@@ -58,7 +59,7 @@ def test_shares_are_equal(lens: list[int]) -> None:
 def test_what_does_not_fill_its_last_wave_is_divided() -> None:
     assert len(loads(plan_of([4000] * 62))) == PROGRAMS  # 3 waves and a tenth
     assert len(loads(plan_of([4000] * 20))) == PROGRAMS  # one each: nothing to cut
-    assert (plan_of([4000] * 20).items[:, Col.NEXT] < 0).all()
+    assert (plan_of([4000] * 20).items[:, Col.NEXT_ITEM] < 0).all()
     assert len(loads(plan_of([100] * 21))) == 21  # too short to cut
     assert len(loads(plan_of([4000] * 62, partial_us=1e3))) == 62  # partial results cost more than idle programs
 
@@ -67,7 +68,7 @@ def test_a_tail_that_grows_has_a_shorter_last_piece() -> None:
     """One row among all programs: while it grows, no piece is ever longer than it needs to be in the end."""
     room, lens = 64, np.array([9000], np.int32)
     tree = PrefixTree.unshared(1)
-    cut = [policy(0.0), replace(policy(0.0), timings=tuple(replace(t, shares=0) for t in policy(0.0).timings))]
+    cut = [policy(0.0), replace(policy(0.0), timings=tuple(replace(t, stream_k_ctas=0) for t in policy(0.0).timings))]
     for each in cut:  # into shares, or into pieces
         plan = make_plan(tree, lens, each, kv_tokens_unique=9000, room_tokens=room)
         assert len(plan.items) > 5 and plan.kv_tokens_read == 9000
@@ -80,7 +81,7 @@ def test_tails_beside_nodes_are_not_divided() -> None:
     rows = 62
     shared = PrefixTree.from_neighbours(range(rows), [512] * (rows - 1))
     plan = make_plan(shared, np.full(rows, 4512, np.int32), policy(0.0), kv_tokens_unique=512 + 4000 * rows)
-    assert (plan.items[:, Col.NEXT] < 0).all() and len(plan.class_indptr) == 3
+    assert (plan.items[:, Col.NEXT_ITEM] < 0).all() and len(plan.class_indptr) == 3
 
 
 HEADS, BLOCK = 2, 16
@@ -96,7 +97,7 @@ def taken_us(tokens: list[int]) -> float:
 
 def taken_plan(lens: list[int], partial_us: float, chunk_tokens: int = 1 << 30) -> tuple[float, Plan]:
     """How rows that share nothing are cut, and when that is done."""
-    timing = PieceTiming(PROGRAMS / HEADS, FIXED, 1.0, partial_us, 0, PROGRAMS, np.nan, taken=HEADS, block=BLOCK)
+    timing = SplitTiming(PROGRAMS / HEADS, FIXED, 1.0, partial_us, 0, PROGRAMS, np.nan, dynamic=HEADS, block=BLOCK)
     policy = TilePolicy((1,), chunk_tokens, (timing,))
     tree = PrefixTree.unshared(len(lens))
     plan = make_plan(tree, np.array(lens, np.int32), policy, kv_tokens_unique=sum(lens))
@@ -127,7 +128,7 @@ def test_pieces_that_are_taken_obey_the_longest_allowed() -> None:
 
 
 def test_a_tile_with_half_the_rows_comes_later_than_a_full_one_of_as_many_tokens() -> None:
-    timing = PieceTiming(4.0, 1.0, 1.0, 1e6, 0, 4, np.nan, taken=1, half=0.5)
+    timing = SplitTiming(4.0, 1.0, 1.0, 1e6, 0, 4, np.nan, dynamic=1, half_tile_factor=0.5)
     policy = TilePolicy((8,), 1 << 30, (timing,))
     for few, many in ((300, 200), (500, 200)):
         lens, new = np.array([few, many], np.int32), np.array([0, 2, 10], np.int32)
@@ -139,7 +140,7 @@ def test_a_tile_with_half_the_rows_comes_later_than_a_full_one_of_as_many_tokens
 
 def test_shares_of_rows_with_windows_have_no_item_of_negative_length() -> None:
     """Where a window hides all of run A, a share has nothing to cut of it."""
-    small = PieceTiming(3.0, 0.3, 1.0, 0.0, 7, 14, 2.0)
+    small = SplitTiming(3.0, 0.3, 1.0, 0.0, 7, 14, 2.0)
     for seed in range(400):
         rng = np.random.default_rng(seed)
         new, before = rng.integers(1, 4, 3), rng.integers(0, 33, 3)

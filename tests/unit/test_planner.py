@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import attention64, shared_spans, tree_of
 
-from packinfer_sgl.planning.groups import CPU, AttentionShape, CostModel
-from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.cpu_profile import CPU
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners.cpu_decode import ROOM_TOKENS, CpuDecode
 from packinfer_sgl.runners.metrics import Stats
@@ -61,7 +62,7 @@ class Engine:
         self.planner = CpuDecode(
             AttentionShape(KV_HEADS * GROUP, KV_HEADS, HEAD_DIM, 4),
             cost,
-            TilePolicy(tile_queries=(8, 1), chunk_tokens=8),
+            TilePolicy(tile_queries=(8, 1), max_split_tokens=8),
             grouping=grouping,
             check=check,
             req_to_token=self.table,
@@ -272,7 +273,7 @@ def test_verify_passes_rows_that_share() -> None:
         max_size=40,
     ),
     st.sampled_from(["off", "single", "multi"]),
-    st.sampled_from([EAGER, CPU]),
+    st.sampled_from([EAGER, CPU.decode_cost]),
     st.randoms(use_true_random=False),
 )
 def test_any_history(events: list[str], grouping: str, cost: CostModel, random) -> None:

@@ -40,7 +40,7 @@ def all_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         paged_cuda,
         "tile_policy",
-        lambda *args: replace(tile_policy(*args), chunk_tokens=20, timings=None, ride_tokens=9),
+        lambda *args: replace(tile_policy(*args), max_split_tokens=20, timings=None, max_inline_tail_tokens=9),
     )
 
 
@@ -219,9 +219,11 @@ def test_a_plan_beyond_the_buffers_shares_less(monkeypatch: pytest.MonkeyPatch) 
 
 def prune_of(tree: Any, grouping: str) -> Any:
     """All spans, unless none may be kept."""
-    from packinfer_sgl.planning.groups import H200, AttentionShape, prune
+    from packinfer_sgl.planning.costs import AttentionShape
+    from packinfer_sgl.planning.groups import prune
+    from packinfer_sgl.planning.profiles import H200
 
-    return prune(tree, AttentionShape(2, 1, 64, 2), H200, "off") if grouping == "off" else tree
+    return prune(tree, AttentionShape(2, 1, 64, 2), H200.decode_cost, "off") if grouping == "off" else tree
 
 
 def test_a_batch_beyond_the_buffers_is_found() -> None:

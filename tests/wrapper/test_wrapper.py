@@ -18,7 +18,7 @@ from paged_cases import EDGES, Batch, Layer, check, tree_batch
 from packinfer_sgl.paged import batch as paged
 from packinfer_sgl.paged import on_cpu as paged_cpu
 from packinfer_sgl.paged import wrapper
-from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 
@@ -31,7 +31,7 @@ def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The real cost model declines most spans of small batches; without it every shared span is grouped."""
     if request.param != "by cost":
         monkeypatch.setattr(paged, "prune", keep_all)
-        monkeypatch.setattr(paged_cpu, "TILES", TilePolicy(tile_queries=(5, 2), chunk_tokens=7))
+        monkeypatch.setattr(paged_cpu, "TILES", TilePolicy(tile_queries=(5, 2), max_split_tokens=7))
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
