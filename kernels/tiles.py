@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.policy import TilePolicy
-from packinfer_sgl.planning.profiles import H200, DeviceProfile, profile_for
+from packinfer_sgl.planning.profiles import H200, profile_for
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from write_constants import SOURCE, write_profile
 
 from packinfer_sgl.kernels import tiles
 from packinfer_sgl.kernels.device_plan import PackedCuda
+from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.policy import TilePolicy
-from packinfer_sgl.planning.profiles import H200, PROFILES, DeviceProfile, profile_for
+from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
 
 ROUNDS = 5
 CUDA = torch.device("cuda")

@@ -26,8 +26,9 @@ from rich.table import Table
 from write_constants import SOURCE, write_profile
 
 from packinfer_sgl.kernels.tiles import EXTEND_TILES
+from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.plan import Plan
-from packinfer_sgl.planning.profiles import PROFILES, DeviceProfile, profile_for
+from packinfer_sgl.planning.profiles import PROFILES, profile_for
 
 STOCK = "fa3 page 1"
 TILES = EXTEND_TILES[HEAD_DIM]

@@ -9,12 +9,13 @@ import torch
 
 from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
-from packinfer_sgl.planning.profiles import H200, DeviceProfile
+from packinfer_sgl.planning.profiles import H200
 from packinfer_sgl.runners.cuda_extend import extend_planner
 from packinfer_sgl.runners.metrics import Stats
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from packinfer_sgl.planning.profiles import DeviceProfile
+from packinfer_sgl.planning.device_profile import DeviceProfile
 
 SOURCE = Path(__file__).resolve().parents[1] / "packinfer_sgl" / "planning" / "profiles.py"
 

@@ -17,7 +17,7 @@ from packinfer_sgl.planning.prefix_tree import Int32
 @dataclass(frozen=True)
 class CpuProfile:
     """Times of the reference kernels (kernels/reference.py) and of SGLang's ``torch_native``; the methods are those of
-    ``profiles.DeviceProfile``.
+    ``device_profile.DeviceProfile``.
 
     Attributes:
         bytes_per_us: rate at which the reference gathers KV, which is what takes time there, however many queries read

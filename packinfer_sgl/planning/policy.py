@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SplitTiming:
-    """Times of KV splits of one tile class; a model, fitted to a device (``costs.DeviceProfile``).
+    """Times of KV splits of one tile class; a model, fitted to a device (``device_profile.DeviceProfile``).
 
     Attributes:
         parallel: items that run at once (all KV heads of an item counted as one).

@@ -49,10 +49,11 @@ def stream_k(tiles, n_ctas, share, timing):  # type: ignore[no-untyped-def]
 
     Invariant: the tiles' work lies on one line in their order, each split with its tokens and an item's fixed time
     counted as tokens. ``done`` is the end of what has been laid out, and CTA ``s`` owns [s * share, (s + 1) * share). A
-    split belongs to the CTA in whose share it begins and ends with the share or with its tile, whichever comes first,
-    with two exceptions that spare short splits: it begins the next share if less than half of what a split of ``least``
-    tokens costs is left of this one, and it takes the rest of its tile if at most ``least`` tokens would be left over.
-    So no share ends more than ``least`` tokens late or ``(fixed + least) / 2`` early.
+    split belongs to the CTA in whose share it begins, and ends with the share or with its tile, whichever comes first.
+    Exceptions spare splits of fewer than ``least`` tokens: a split begins the next share if less than half of what
+    ``least`` tokens cost is left of this one, has at least ``least`` tokens if its tile has, and takes the rest of its
+    tile if at most ``least`` tokens would be left over. So no share but the last ends more than ``least`` tokens late
+    or ``(fixed + least) / 2`` early.
 
     Args:
         share: length of a share on that line.

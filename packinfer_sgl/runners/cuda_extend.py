@@ -12,11 +12,12 @@ import torch
 from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.tiles import Tile, device_profile, multiprocessors, policy_of, tiles_for
 from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.fitting import BUFFER_BYTES, Capacity
 from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
-from packinfer_sgl.planning.profiles import H200, DeviceProfile
+from packinfer_sgl.planning.profiles import H200
 from packinfer_sgl.runners.cpu_decode import check_shared_slots
 from packinfer_sgl.runners.metrics import Stats
 from packinfer_sgl.runners.planner import ExtendPlanner, Rows, causal

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from packinfer_sgl.kernels.tiles import TILES, is_hopper
-from packinfer_sgl.planning.profiles import EXTEND_HEAD_DIM
+from packinfer_sgl.planning.device_profile import EXTEND_HEAD_DIM
 from packinfer_sgl.reasons import LayerReason
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from kernel_report import OURS
 from kernel_workloads import workloads
 from write_constants import SOURCE, write_profile
 
-from packinfer_sgl.planning.profiles import H200, PROFILES, DeviceProfile
+from packinfer_sgl.planning.device_profile import DeviceProfile
+from packinfer_sgl.planning.profiles import H200, PROFILES
 
 SMS = H200.multiprocessors
 CASES = [Case(work, work.extend_plan(TILES, SMS), 0.0, 0.0) for work in workloads() if work.name[0] in "PMCR"]

@@ -16,10 +16,11 @@ from packinfer_sgl.kernels.tiles import EXTEND_TILES, device_profile, policy_of,
 from packinfer_sgl.kernels.tiles import TILES as DECODE_TILES
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
+from packinfer_sgl.planning.device_profile import EXTEND_BLOCK, EXTEND_ROWS, DeviceProfile
 from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
-from packinfer_sgl.planning.profiles import EXTEND_BLOCK, EXTEND_ROWS, H200, PROFILES, DeviceProfile, profile_for
+from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
 from packinfer_sgl.planning.schedule import makespan_us
 from packinfer_sgl.runners.cuda_extend import extend_planner
 from packinfer_sgl.runners.metrics import Stats

@@ -1,4 +1,4 @@
-"""Shares are equal, and are chosen where pieces would leave programs idle; pieces that are taken leave few idle."""
+"""Stream-K divides evenly, and is chosen where waves would leave CTAs idle; splits in a queue leave few idle."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.policy import SplitTiming, TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 
-FIXED, PROGRAMS = 40, 20  # tokens that an item's fixed time is worth; programs that run at once
+FIXED, CTAS = 40, 20  # tokens that an item's fixed time is worth; CTAs that run at once
 
 
 def policy(partial_us: float) -> TilePolicy:
-    last = SplitTiming(PROGRAMS * 0.8, FIXED * 1.0, 1.0, partial_us, PROGRAMS, 2 * PROGRAMS, 3.0)
-    first = SplitTiming(PROGRAMS * 0.8, FIXED * 1.0, 1.0, partial_us, 0, PROGRAMS, np.nan)
+    last = SplitTiming(CTAS * 0.8, FIXED * 1.0, 1.0, partial_us, CTAS, 2 * CTAS, 3.0)
+    first = SplitTiming(CTAS * 0.8, FIXED * 1.0, 1.0, partial_us, 0, CTAS, np.nan)
     return TilePolicy((16, 4), 1 << 30, (first, last))
 
 
@@ -30,7 +30,7 @@ def plan_of(lens: list[int], partial_us: float = 1.0) -> Plan:
 
 
 def loads(plan: Plan) -> list[int]:
-    """Tokens of each program, an item's fixed time counted as tokens."""
+    """Tokens of each CTA, an item's fixed time counted as tokens."""
     found = []
     for item in range(plan.class_indptr[-1]):
         load = 0
@@ -41,35 +41,35 @@ def loads(plan: Plan) -> list[int]:
     return found
 
 
-@given(st.lists(st.integers(1, 9000), min_size=PROGRAMS + 1, max_size=90))
+@given(st.lists(st.integers(1, 9000), min_size=CTAS + 1, max_size=90))
 def test_shares_are_equal(lens: list[int]) -> None:
     plan = plan_of(lens)
-    programs = loads(plan)
+    ctas = loads(plan)
     if (plan.items[:, Col.NEXT_ITEM] < 0).all():
-        return  # pieces balance as well
-    assert len(programs) <= PROGRAMS
-    share = (sum(lens) + (len(lens) + PROGRAMS) * FIXED) / PROGRAMS
-    # a cut comes late by at most the shortest piece worth having (three times FIXED), early by half of what that piece
-    # costs (four times FIXED); what a program has lies between two cuts
+        return  # waves balance as well
+    assert len(ctas) <= CTAS
+    share = (sum(lens) + (len(lens) + CTAS) * FIXED) / CTAS
+    # a share ends late by at most the shortest split worth having (three times FIXED), early by half of what that split
+    # costs (four times FIXED); what a CTA has lies between two such ends
     moved = 3 * FIXED + 4 * FIXED / 2 + 1
-    assert max(programs) <= share + moved
-    assert sum(load < share - moved for load in programs) <= 1, "only the last may have less to do"
+    assert max(ctas) <= share + moved
+    assert sum(load < share - moved for load in ctas) <= 1, "only the last may have less to do"
 
 
-def test_what_does_not_fill_its_last_wave_is_divided() -> None:
-    assert len(loads(plan_of([4000] * 62))) == PROGRAMS  # 3 waves and a tenth
-    assert len(loads(plan_of([4000] * 20))) == PROGRAMS  # one each: nothing to cut
+def test_what_does_not_fill_its_last_wave_is_divided_by_stream_k() -> None:
+    assert len(loads(plan_of([4000] * 62))) == CTAS  # 3 waves and a tenth
+    assert len(loads(plan_of([4000] * 20))) == CTAS  # one each: nothing to split
     assert (plan_of([4000] * 20).items[:, Col.NEXT_ITEM] < 0).all()
-    assert len(loads(plan_of([100] * 21))) == 21  # too short to cut
-    assert len(loads(plan_of([4000] * 62, partial_us=1e3))) == 62  # partial results cost more than idle programs
+    assert len(loads(plan_of([100] * 21))) == 21  # too short to split
+    assert len(loads(plan_of([4000] * 62, partial_us=1e3))) == 62  # partial results cost more than idle CTAs
 
 
-def test_a_tail_that_grows_has_a_shorter_last_piece() -> None:
-    """One row among all programs: while it grows, no piece is ever longer than it needs to be in the end."""
+def test_a_tail_that_grows_has_a_shorter_last_split() -> None:
+    """One row among all CTAs: while it grows, no split is ever longer than it needs to be in the end."""
     room, lens = 64, np.array([9000], np.int32)
     tree = PrefixTree.unshared(1)
     cut = [policy(0.0), replace(policy(0.0), timings=tuple(replace(t, stream_k_ctas=0) for t in policy(0.0).timings))]
-    for each in cut:  # into shares, or into pieces
+    for each in cut:  # by Stream-K, or in waves
         plan = make_plan(tree, lens, each, kv_tokens_unique=9000, room_tokens=room)
         assert len(plan.items) > 5 and plan.kv_tokens_read == 9000
         is_open = plan.items[:, Col.OPEN_ROW] >= 0
@@ -87,44 +87,44 @@ def test_tails_beside_nodes_are_not_divided() -> None:
 HEADS, BLOCK = 2, 16
 
 
-def taken_us(tokens: list[int]) -> float:
-    """When all programs are done of which the next free one takes the next piece of all heads, the longest first."""
-    busy = [0.0] * PROGRAMS
+def queue_us(tokens: list[int]) -> float:
+    """When all CTAs are done that take splits of all heads from a queue, longest first."""
+    busy = [0.0] * CTAS
     for n in sorted((n for n in tokens for _ in range(HEADS)), reverse=True):
         heapq.heapreplace(busy, busy[0] + FIXED + -(-n // BLOCK) * BLOCK)
     return max(busy)
 
 
-def taken_plan(lens: list[int], partial_us: float, chunk_tokens: int = 1 << 30) -> tuple[float, Plan]:
-    """How rows that share nothing are cut, and when that is done."""
-    timing = SplitTiming(PROGRAMS / HEADS, FIXED, 1.0, partial_us, 0, PROGRAMS, np.nan, dynamic=HEADS, block=BLOCK)
-    policy = TilePolicy((1,), chunk_tokens, (timing,))
+def queue_plan(lens: list[int], partial_us: float, max_split_tokens: int = 1 << 30) -> tuple[float, Plan]:
+    """How rows that share nothing are split, and when that is done."""
+    timing = SplitTiming(CTAS / HEADS, FIXED, 1.0, partial_us, 0, CTAS, np.nan, dynamic=HEADS, block=BLOCK)
+    policy = TilePolicy((1,), max_split_tokens, (timing,))
     tree = PrefixTree.unshared(len(lens))
     plan = make_plan(tree, np.array(lens, np.int32), policy, kv_tokens_unique=sum(lens))
-    return taken_us(plan.items[:, Col.A_LEN].tolist()), plan
+    return queue_us(plan.items[:, Col.A_LEN].tolist()), plan
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.sampled_from([0.0, 1.0, 1e6]))
-def test_pieces_that_are_taken_are_done_no_later_than_whole_rows(lens: list[int], partial_us: float) -> None:
-    us, plan = taken_plan(lens, partial_us)
-    # the pieces of a row are of almost one length
-    assert us + partial_us * plan.n_partials <= taken_us(lens) + BLOCK * len(plan.items) * HEADS / PROGRAMS
+def test_a_queue_of_splits_is_done_no_later_than_whole_rows(lens: list[int], partial_us: float) -> None:
+    us, plan = queue_plan(lens, partial_us)
+    # the splits of a row are of almost one length
+    assert us + partial_us * plan.n_partials <= queue_us(lens) + BLOCK * len(plan.items) * HEADS / CTAS
     if partial_us == 1e6:
         assert plan.n_partials == 0
     assert (np.diff(plan.items[:, Col.A_LEN]) <= 0).all(), "the longest first"
 
 
-def test_the_last_round_alone_is_cut() -> None:
-    per_round = PROGRAMS // HEADS
-    us, plan = taken_plan([1600] * (3 * per_round + 1), partial_us=1.0)  # one row more than three rounds take
+def test_the_last_round_alone_is_split() -> None:
+    per_round = CTAS // HEADS
+    us, plan = queue_plan([1600] * (3 * per_round + 1), partial_us=1.0)  # one row more than three rounds take
     lengths = sorted(plan.items[:, Col.A_LEN].tolist())
     assert us < 3.4 * (1600 + FIXED) and lengths.count(1600) >= 3 * per_round - 1
-    assert taken_plan([1600] * per_round, partial_us=0.0)[1].n_partials == 0  # a whole round: nothing to cut
+    assert queue_plan([1600] * per_round, partial_us=0.0)[1].n_partials == 0  # a whole round: nothing to split
 
 
-def test_pieces_that_are_taken_obey_the_longest_allowed() -> None:
+def test_splits_in_a_queue_obey_the_longest_allowed() -> None:
     for rows in (3, 9, 33):
-        assert taken_plan([1600] * rows, partial_us=1e6, chunk_tokens=500)[1].items[:, Col.A_LEN].max() <= 500
+        assert queue_plan([1600] * rows, partial_us=1e6, max_split_tokens=500)[1].items[:, Col.A_LEN].max() <= 500
 
 
 def test_a_tile_with_half_the_rows_comes_later_than_a_full_one_of_as_many_tokens() -> None:
@@ -138,8 +138,8 @@ def test_a_tile_with_half_the_rows_comes_later_than_a_full_one_of_as_many_tokens
         assert plan.items[0, Col.Q_CNT] == (8 if few == 300 else 2)
 
 
-def test_shares_of_rows_with_windows_have_no_item_of_negative_length() -> None:
-    """Where a window hides all of run A, a share has nothing to cut of it."""
+def test_stream_k_of_rows_with_windows_has_no_item_of_negative_length() -> None:
+    """Where a window hides all of run A, Stream-K has nothing to divide."""
     small = SplitTiming(3.0, 0.3, 1.0, 0.0, 7, 14, 2.0)
     for seed in range(400):
         rng = np.random.default_rng(seed)
