@@ -29,10 +29,10 @@ A_LEN = tl.constexpr(int(Col.A_LEN))
 A_POS = tl.constexpr(int(Col.A_POS))
 B_OFF = tl.constexpr(int(Col.B_OFF))
 B_LEN = tl.constexpr(int(Col.B_LEN))
-PIECE = tl.constexpr(int(Col.PIECE))
+PIECE = tl.constexpr(int(Col.SPLIT))
 TILE_CLASS = tl.constexpr(int(Col.TILE_CLASS))
 OPEN_ROW = tl.constexpr(int(Col.OPEN_ROW))
-NEXT = tl.constexpr(int(Col.NEXT))
+NEXT = tl.constexpr(int(Col.NEXT_ITEM))
 N_COLS = tl.constexpr(len(Col))
 # entries of ``counts``: first those of ``Plan.class_indptr``
 N_TAKEN = tl.constexpr(4)  # by programs of the extend kernel; 0 between launches

@@ -169,7 +169,7 @@ class PackedCuda:
             logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
             windowed: whether the plan has run B.
             mask: what queries see of what the plan lets them see: [n] bool, and [n_queries] int64 of each query the
-                flag for KV position 0. No tails may ride in the plan (``TilePolicy.ride_tokens``).
+                flag for KV position 0. The plan must have no inline tails (``TilePolicy.max_inline_tail_tokens``).
 
         Returns:
             out as q, and lse2 [n_queries, qo_heads] float32.

@@ -28,7 +28,8 @@ class ItemClass:
         queries: [n, Q] int64 row of q; padded with the item's first query.
         entry: [n, L] int64 entry of the KV slot list; padded with an entry of the same item, so no other is read.
         hidden: [n, 1 or Q, L] bool, True where the query must not see the token; None if all see all.
-        kv_pos: [n, L] int64 KV position of each token, unless tails ride in run B (``TilePolicy.ride_tokens``).
+        kv_pos: [n, L] int64 KV position of each token, unless run B holds inline tails
+            (``TilePolicy.max_inline_tail_tokens``).
         open_row: [n] int64 row whose current length hides what lies beyond, or -1; None if no item grows.
         out_from: [m] int64 flat index (item * Q + query) of the results that write the output themselves.
         out_to: [m] int64 their row of the output.
@@ -85,7 +86,7 @@ def _item_class(plan: Plan, items: np.ndarray, a_len: np.ndarray) -> ItemClass:
     open_row = items[:, Col.OPEN_ROW]
     first_partial = plan.partial_rows[slot]
     direct, partial = live & (first_partial < 0), live & (first_partial >= 0)
-    partial_row = first_partial + items[:, Col.PIECE, None]
+    partial_row = first_partial + items[:, Col.SPLIT, None]
     as_index = lambda a: torch.from_numpy(np.ascontiguousarray(a, np.int64))  # noqa: E731
     return ItemClass(
         queries=as_index(plan.query_rows[slot]),

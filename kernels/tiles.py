@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from packinfer_sgl.planning.extend_costs import EXTEND_H200, SMS
-from packinfer_sgl.planning.groups import H200, AttentionShape
-from packinfer_sgl.planning.plan import PieceTiming, TilePolicy
+from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.device_profile import DeviceProfile
+from packinfer_sgl.planning.policy import TilePolicy
+from packinfer_sgl.planning.profiles import H200, profile_for
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,6 @@ TILES = {
 # Of extend plans on Hopper, which run on kernels/attention_hopper_extend.py. Unmeasured at head_dim 64.
 EXTEND_TILES = {64: (Tile(128, 128, 0, 2, 168, 56, 1, 1, 0),), 128: (Tile(128, 128, 0, 2, 168, 56, 1, 1, 0),)}
 
-# Of an H200, head_dim 128, random slots; scripts/fit_costs.py measures them and those of ``groups.H200``.
-BYTES_PER_US = 4.81e06
-FLOPS_PER_US = 2.79e08  # of the large class
-LARGE_ITEM_US = 6.93  # an item besides its tokens
-SMALL_ITEM_US = 2.38
-DRAWING_PROGRAMS = 1.82  # small ones of a multiprocessor: so many draw 63 % of the bandwidth, twice as many 86 %
-
 
 def tiles_for(head_dim: int, device: torch.device, extend: bool = False) -> tuple[Tile, ...]:
     """The tile classes for a head dimension; raises ValueError for one that the kernels do not know.
@@ -79,39 +72,35 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False) -> TilePolicy:
-    """How a plan for these kernels is cut on ``device``, for ``tiles_for(shape.head_dim, device, extend)``."""
-    return policy_of(shape, tiles_for(shape.head_dim, device, extend), multiprocessors(device))
-
-
 def multiprocessors(device: torch.device) -> int:
     """Those of an H200 where there is no GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SMS
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else H200.multiprocessors
 
 
-def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int) -> TilePolicy:
-    """The constants are of an H200; on other GPUs only the number of multiprocessors is taken from the device."""
-    timings = []
-    for tile, item_us in zip(tiles, (LARGE_ITEM_US, SMALL_ITEM_US)):  # one class, or both
-        programs = sms * tile.resident
-        moved_us = programs * 2 * shape.head_dim * shape.kv_bytes / BYTES_PER_US
-        multiplied_us = programs * tile.rows * 4 * shape.head_dim / FLOPS_PER_US
-        token_us = max(moved_us, multiplied_us)
-        taken: dict[str, Any] = {}
-        if tile.rows > 64:  # the extend kernel
-            item_us, token_us = EXTEND_H200.item_us, EXTEND_H200.token_us(shape, tile.rows)
-            half = EXTEND_H200.half_block_us / EXTEND_H200.block_us
-            taken = {"taken": shape.kv_heads, "block": tile.tokens, "half": half}
-        timing = PieceTiming(
-            parallel=programs / shape.kv_heads,
-            fixed_us=item_us,
-            token_us=token_us,
-            partial_us=H200.partials_us(shape),
-            shares=int(sms * tile.shares / shape.kv_heads),
-            launched=max(1, round(sms * tile.programs / shape.kv_heads)),
-            drain=tile.shares / DRAWING_PROGRAMS,
-            **taken,
+def device_profile(device: torch.device) -> DeviceProfile:
+    """The times of a GPU (``profiles.profile_for``); those of an H200 where there is none."""
+    if device.type != "cuda":
+        return H200
+    return profile_for(torch.cuda.get_device_name(device), multiprocessors(device))
+
+
+def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False) -> TilePolicy:
+    """How a plan for these kernels is cut on ``device``, for ``tiles_for(shape.head_dim, device, extend)``."""
+    return policy_of(
+        shape, tiles_for(shape.head_dim, device, extend), multiprocessors(device), device_profile(device)
+    )  # fmt: skip
+
+
+def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int, profile: DeviceProfile = H200) -> TilePolicy:
+    """The same by the times of ``profile`` on a GPU of ``sms`` multiprocessors."""
+    timings = [
+        profile.extend_timing(shape, sms, rows=tile.rows, block=tile.tokens)
+        if tile.rows > 64  # the extend kernel
+        else profile.decode_timing(
+            shape, sms, rows=tile.rows, resident=tile.resident, launched=tile.programs, stream_k=tile.shares
         )
-        timings.append(timing)
+        for tile in tiles
+    ]
     tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles)
-    return TilePolicy(tile_queries, chunk_tokens=1 << 30, timings=tuple(timings))
+    return TilePolicy(tile_queries, max_split_tokens=1 << 30, timings=tuple(timings))

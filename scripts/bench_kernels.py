@@ -37,9 +37,8 @@ from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload, wo
 from rich.console import Console
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.tiles import multiprocessors, tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, tile_policy, tiles_for
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.groups import H200
 from packinfer_sgl.planning.plan import Col
 
 ROUNDS = 5
@@ -51,11 +50,12 @@ def ours(x: Inputs) -> tuple[Method, dict]:
     device = torch.device(x.device)
     windowed = work.kind != "decode"
     tiles, sms = tiles_for(HEAD_DIM, device, windowed), multiprocessors(device)
+    profile = device_profile(device)
     started = time.perf_counter()
     if windowed:
-        plan = work.extend_plan(tiles, sms)
+        plan = work.extend_plan(tiles, sms, profile)
     else:
-        plan = work.plan(work.pruned(H200), tile_policy(work.shape, device))
+        plan = work.plan(work.pruned(profile.decode_cost), tile_policy(work.shape, device))
     plan_us = (time.perf_counter() - started) * 1e6
     packed = PackedCuda(
         Capacity.of(plan), tiles, qo_heads=work.qo_heads, kv_heads=work.kv_heads,

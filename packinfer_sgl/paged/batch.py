@@ -22,7 +22,7 @@ from packinfer_sgl.paged.checks import (
 )
 from packinfer_sgl.paged.kernels import kernels_on
 from packinfer_sgl.planning.batch import StepBatch
-from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 from packinfer_sgl.runners.base import Runner

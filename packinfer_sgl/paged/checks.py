@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from packinfer_sgl.kernels.tiles import TILES
-from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.prefix_tree import Int32
 
 Dtype = str | torch.dtype

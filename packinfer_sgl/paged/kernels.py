@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from packinfer_sgl.kernels.tiles import multiprocessors, tiles_for
+from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, tiles_for
 from packinfer_sgl.paged.checks import check_cuda_call, check_cuda_layer
 from packinfer_sgl.paged.graph_buffers import GraphBuffers, check_pages, pinned
 from packinfer_sgl.planning.batch import SlotTable
+from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import UNLIMITED, Capacity
-from packinfer_sgl.planning.groups import AttentionShape
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.planners import Planner
 from packinfer_sgl.planning.prefix_tree import Int32
@@ -41,8 +42,8 @@ class OnCpu:
     def planner(self, shape: AttentionShape, inlines: bool) -> Planner:
         if inlines:
             return cpu.extend_planner(shape, grouping=GROUPING, always=True)
-        tiles = replace(cpu.EXTEND_TILES, ride_tokens=0)
-        return cpu.decode_planner(shape, grouping=GROUPING, room_tokens=0, tiles=tiles)
+        policy = replace(CPU.extend_policy, max_inline_tail_tokens=0)  # many queries may see all of a row
+        return cpu.decode_planner(shape, grouping=GROUPING, room_tokens=0, policy=policy)
 
     def load(
         self, plan: Plan, tables: tuple[Int32, ...], page_size: int, shape: AttentionShape, inlines: bool
@@ -93,7 +94,8 @@ class OnCuda:
             return self._cuda.decode_planner(shape, self.device, grouping=GROUPING, limits=limits, room_tokens=0)
         tiles, sms = tiles_for(shape.head_dim, self.device, True), multiprocessors(self.device)
         return self._cuda.extend_planner(
-            shape, tiles, sms, grouping=GROUPING, always=True, limits=limits, must_fit=True
+            shape, tiles, sms, grouping=GROUPING, always=True, profile=device_profile(self.device), limits=limits,
+            must_fit=True,
         )  # fmt: skip
 
     def load(

@@ -1,4 +1,4 @@
-"""For debugging: whether a loaded plan reads, for each query, just the KV slots that SGLang's table names."""
+"""For debugging: whether a loaded plan reads, for each query, exactly the KV slots that SGLang's table names."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def check_reads(
     *,
     newest_is_there: bool,
 ) -> None:
-    """Raise RuntimeError unless each query reads each of its tokens once, in the slot that holds it.
+    """Raise RuntimeError unless each query reads each of its tokens once, from the slot that holds it.
 
-    Tokens in contiguous copies (the arena) are counted, not compared: the arena has a check of its own.
+    Tokens in contiguous copies (``SpanCol.COPY_SLOT``) are counted, not compared: the arena has a check of its own.
 
     Args:
-        plan: as it is loaded; its tails may have grown since it was made.
-        kv_slots: [plan.kv_capacity] the slot list that the kernels read.
-        held: of each row the slots of its KV tokens by SGLang's table.
+        plan: the loaded plan; its tails may have grown since it was made.
+        kv_slots: [plan.kv_capacity] slot list that the kernels read.
+        held: of each row, the slots of its KV tokens by SGLang's table.
         row_of_query: [n_queries] row of each query.
-        seen: [n_queries] how many of its row's tokens each query sees, from the first on.
-        newest_is_there: whether the list has each row's last token; else it is entered when the kernels run.
+        seen: [n_queries] number of leading tokens of its row that each query sees.
+        newest_is_there: whether the slot list has each row's last token; else it is entered when the kernels run.
     """
     items = plan.items
     position = np.full(len(kv_slots), -1, np.int64)  # of each entry of the slot list

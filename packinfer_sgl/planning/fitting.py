@@ -1,6 +1,6 @@
 """Plans that fit buffers of a fixed size: captured graphs hold their addresses, so every batch must have such a plan.
 
-What overflows decides what gives way. Slot list: each KV token is listed once (``slot_list.list_once``). Query slots,
+What overflows decides what gives way. Slot list: each KV token is listed once (``slot_list_once``). Query slots,
 partial results, items: fewer spans are read together, those that save the least first, by raising the price of a
 partial result; then spans are not cut. With nothing kept, nothing cut and each token listed once, ``n`` rows need
 ``least_partials(n)`` partial results for each of their queries and one list entry for each KV token, and that always
@@ -15,9 +15,11 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from packinfer_sgl.planning.batch import StepBatch
-from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
 BUFFER_BYTES = 1 << 27  # most memory for the partial results of verify steps, if they fit in it, and of extends
@@ -81,7 +83,7 @@ class Capacity:
 def least_partials(rows: int) -> int:
     """Most results that ``rows`` queries of one row each leave where nothing is read together, nothing cut and each
     KV token listed once: one for the row's own piece of the list, and on average at most ``log2(rows) / 2`` for pieces
-    of others (``slot_list.list_once``)."""
+    of others (``slot_list_once``)."""
     return rows + math.ceil(rows * math.log2(rows) / 2) if rows > 1 else rows
 
 
@@ -213,11 +215,11 @@ def fit(
             listed = kept if once is None else prune(tree, shape, cost, "off")
             return Fitted(plan, kept, listed, tuple(overflowed))
         overflowed |= over
-        is_cut = policy.timings is not None or policy.chunk_tokens < UNCUT_TOKENS
+        is_cut = policy.timings is not None or policy.max_split_tokens < UNCUT_TOKENS
         if once is None and over.keys() & {"kv_slots", "spans"}:
             once = tree
         elif is_cut and (kept.n_nodes == 0 or "slots" not in over):  # slots do not depend on how spans are cut
-            policy = replace(policy, chunk_tokens=UNCUT_TOKENS, timings=None)
+            policy = replace(policy, max_split_tokens=UNCUT_TOKENS, timings=None)
         elif kept.n_nodes and not over.keys() & {"kv_slots", "spans", "queries"}:
             before = kept.n_nodes
             # a choice of spans with more query slots than fit is not cut, only to see that

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from packinfer_sgl.planning.batch import StepBatch
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
 from packinfer_sgl.planning.fitting import Capacity, DoesNotFit, Fitted, fit
-from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
-from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.groups import prune
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
 

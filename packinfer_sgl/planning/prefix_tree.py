@@ -1,4 +1,4 @@
-"""Who shares which span of KV: the prefix tree of one batch, from radix paths or from page tables."""
+"""Which rows share which span of KV: the prefix tree of one batch, from radix paths or from page tables."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Int32 = npt.NDArray[np.int32]
 class PrefixTree:
     """Spans of KV positions that several rows of a batch hold in the same slots.
 
-    Node ``i`` is the span ``[start[i], end[i])`` of KV positions (tokens), held in equal slots by the rows
-    ``row_order[row_lo[i]:row_hi[i]]``, at least two. A child's span begins where its parent's ends; a node without
-    parent begins at 0. Nodes stand level by level, so a parent precedes its children. From ``tail_start`` on, a row is
-    alone (its tail); the chain of spans of a row and its tail cover every position once.
+    Node ``i`` is the span ``[start[i], end[i])`` of KV positions (tokens), held in equal slots by at least two rows,
+    ``row_order[row_lo[i]:row_hi[i]]``. A child's span begins where its parent's ends; a node without parent begins at
+    0. Nodes stand level by level, so a parent precedes its children. From ``tail_start`` on, a row's tokens are private
+    (its tail). The chain of a row's spans and its tail cover every position once.
 
     Attributes (int32; all on the CPU):
-        row_order: [n_rows] row of the batch at each place; a node's rows are neighbours in it.
+        row_order: [n_rows] row of the batch at each place (its index in sorted order); a node's rows are neighbours.
         parent: [n_nodes] index of the node above, -1 for none.
         depth: [n_nodes] number of nodes above.
         row_lo, row_hi: [n_nodes] range of places in ``row_order``.
@@ -49,7 +49,7 @@ class PrefixTree:
 
     @classmethod
     def unshared(cls, n_rows: int) -> PrefixTree:
-        """The tree of rows that have nothing in common, or of which it is not known."""
+        """The tree of rows that share nothing, or of which it is not known what they share."""
         return cls.from_neighbours(range(n_rows), [0] * (n_rows - 1))
 
     @classmethod
@@ -67,9 +67,9 @@ class PrefixTree:
         """The tree of radix paths.
 
         Args:
-            paths: per row, the identities of its radix nodes from the root down. Two rows hold a
-                node's slots in common iff both paths contain it; what must not be trusted is left out by the caller.
-            ends: per row and node, the position after the node's last token.
+            paths: of each row, the identities of its radix nodes from the root down. Two rows hold a node's slots in
+                common iff both paths contain it; the caller leaves out nodes of which that is not sure.
+            ends: of each row and node, the position after the node's last token.
         """
         row_order = sorted(range(len(paths)), key=paths.__getitem__)
         shared = []
@@ -88,14 +88,14 @@ class PrefixTree:
 
     @classmethod
     def from_slots(cls, indptr: Int32, indices: Int32, page_size: int, limit_tokens: Int32) -> PrefixTree:
-        """The tree of equal page ids in page tables: for the wrapper, beam rows, and a radix cache that is off.
+        """The tree of equal page ids in page tables: for the wrapper, for beam rows, and without a radix cache.
 
         Args:
             indptr: [n_rows + 1] int32, range of each row in ``indices``.
             indices: [indptr[-1]] int32 page ids (slots at page size 1), in position order.
             page_size: tokens per page.
-            limit_tokens: [n_rows] int32, how many leading tokens a row may share (its length, or less where not every
-                query of the row sees all of it).
+            limit_tokens: [n_rows] int32 leading tokens that a row may share: its length, or less if not every query of
+                the row sees all of it.
         """
         limits = limit_tokens.tolist()
         tables = [
@@ -114,11 +114,11 @@ class PrefixTree:
         return cls.from_neighbours(row_order, shared)
 
     def unique_tokens(self, kv_lens: Int32) -> int:
-        """KV tokens that any kernel must read at least once, for rows of ``kv_lens`` tokens ([n_rows])."""
+        """KV tokens that any kernel must read at least once, for rows of ``kv_lens`` tokens ([n_rows] int32)."""
         return int((self.end - self.start).sum() + kv_lens.sum() - self.tail_start.sum())
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless the class's promises hold; for tests."""
+        """For tests: raise AssertionError unless what the class's docstring says is true."""
         assert sorted(self.row_order.tolist()) == list(range(self.n_rows))
         covered = np.zeros(self.n_rows, np.int64)
         for i in range(self.n_nodes):

@@ -1,7 +1,7 @@
-"""The KV slot list of a plan: which KV positions stand where in it, and who they are read by.
+"""The KV slot list of a plan: where each KV position stands in it, and which rows read it.
 
-Compiled by numba, which keeps what it compiled for as long as its file does not change: nothing of another file is
-called.
+Compiled by numba, which invalidates its cache per file, so compiled functions here must not call compiled functions of
+other files.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-# KV positions [start, end) for the rows at places [lo, hi): first those that several rows read or that a row finds in
-# another row's part of the list, then each row's own tail. Position ``p`` is entry ``to_slots + p`` of the slot list.
+from packinfer_sgl.planning.plan import SpanCol
+
+# KV positions [start, end) for the rows at places [lo, hi). Position ``p`` is entry ``to_slots + p`` of the slot list.
+# First come segments that several rows read or that a row finds in another row's part of the list, then tails.
 SEGMENT = np.dtype([(name, np.int64) for name in ("lo", "hi", "start", "end", "to_slots")])
+SPAN = np.dtype([(column.name.lower(), np.int32) for column in SpanCol])
 
 
 @njit(cache=True)
@@ -20,7 +23,8 @@ def list_by_reader(row_order, nodes, tail_start, kv_lens, windows, room_tokens):
     for each row that reads it.
 
     Returns:
-        The segments, how many of them are no tails, ``Plan.spans``, ``append_base`` and ``kv_capacity``.
+        The segments, how many of them are no tails, ``Plan.spans`` ([n_spans] of ``SPAN``), ``Plan.append_base`` and
+        ``Plan.kv_capacity``.
     """
     row_lo, row_hi, start, end = nodes
     n_nodes, n_rows = len(start), len(row_order)
@@ -36,122 +40,17 @@ def list_by_reader(row_order, nodes, tail_start, kv_lens, windows, room_tokens):
         if windows or s.end > s.start or s.start == 0:
             n += 1
     segments = segments[:n]
-    spans = np.full((n, 5), -1, np.int32)
+    spans = np.empty(n, SPAN)
     append_base = np.zeros(n_rows, np.int32)
     capacity = 0
     for i in range(n):
-        s = segments[i]
+        s, span = segments[i], spans[i]
         row = row_order[s.lo]
         s.to_slots = capacity - s.start
-        spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3] = row, s.start, s.end - s.start, capacity
+        span.row, span.start, span.tokens, span.offset = row, s.start, s.end - s.start, capacity
+        span.copy_slot = -1
         capacity += s.end - s.start
         if i >= n_nodes:
             append_base[row] = s.to_slots
             capacity += room_tokens
     return segments, n_nodes, spans, append_base, capacity
-
-
-@njit(cache=True)
-def list_once(row_order, nodes, tail_start, kv_lens, windows, room_tokens, whole):  # type: ignore[no-untyped-def]
-    """A slot list in which each KV token of the tree stands once, whatever is kept of it. Returns as
-    ``list_by_reader``.
-
-    Each row lists the tokens of its heavy path (Sleator and Tarjan 1983: from a node on to the child with the most
-    rows), in one piece; what comes before stands in other rows' pieces. A path enters another piece only where it
-    leaves a child with at most half of the rows. So ``n`` rows with nothing kept read at most ``n * log2(n) / 2``
-    segments besides their ``n`` tails.
-
-    Args:
-        room_tokens: of rows that each have a token, the newest, which no other has.
-        whole: the tree with nothing pruned: its parent, row_lo, row_hi, start, end, tail_start.
-    """
-    row_lo, row_hi, start, end = nodes
-    parent, whole_lo, whole_hi, whole_start, whole_end, whole_tail = whole
-    n_nodes, n_whole, n_rows = len(start), len(parent), len(row_order)
-
-    lowest = np.full(n_rows, -1, np.int64)  # node of each place
-    for i in range(n_whole):  # deeper nodes come later and overwrite
-        lowest[whole_lo[i] : whole_hi[i]] = i
-    lister = np.full(n_whole, -1, np.int64)  # of each node, the place whose piece has it
-    most = np.zeros(n_whole, np.int64)
-    for place in range(n_rows):
-        if lowest[place] >= 0 and most[lowest[place]] == 0:
-            lister[lowest[place]], most[lowest[place]] = place, 1
-    list_from = whole_tail.astype(np.int64)
-    for i in range(n_whole - 1, -1, -1):  # children before their parents
-        above, rows = parent[i], whole_hi[i] - whole_lo[i]
-        if above >= 0 and rows > most[above]:
-            lister[above], most[above] = lister[i], rows
-        list_from[lister[i]] = whole_start[i]
-
-    spans = np.full((n_rows, 5), -1, np.int32)
-    append_base = np.zeros(n_rows, np.int32)
-    to_slots = np.empty(n_rows, np.int64)
-    capacity = 0
-    for place in range(n_rows):
-        row, first = row_order[place], list_from[place]
-        to_slots[place] = capacity - first
-        spans[place, 0], spans[place, 1], spans[place, 2], spans[place, 3] = row, first, kv_lens[row] - first, capacity
-        append_base[row] = to_slots[place]
-        capacity += kv_lens[row] - first + room_tokens
-
-    # how many pieces each kept node and each tail lies in
-    bottom = np.empty(n_nodes, np.int64)
-    n_fragments = np.zeros(n_nodes + n_rows, np.int64)
-    for i in range(n_nodes):
-        bottom[i] = lowest[row_lo[i]]
-        while whole_end[bottom[i]] != end[i]:
-            bottom[i] = parent[bottom[i]]
-        n_fragments[i] = _count_fragments(bottom[i], start[i], -1, parent, whole_end, lister)
-    for place in range(n_rows):
-        n_fragments[n_nodes + place] = _count_fragments(
-            lowest[place], tail_start[place], place, parent, whole_end, lister
-        )
-    segments = np.empty(n_fragments.sum() + n_rows, SEGMENT)
-    n = 0
-    for i in range(n_nodes + n_rows):
-        fragments = segments[n : n + n_fragments[i]]
-        n += len(fragments)
-        if i < n_nodes:
-            lo, hi, node, begin, own = row_lo[i], row_hi[i], bottom[i], start[i], -1
-        else:
-            lo = i - n_nodes
-            hi, node, begin, own = lo + 1, lowest[lo], tail_start[lo], lo
-        for s in fragments:
-            s.lo, s.hi = lo, hi
-        _fill_fragments(fragments, node, begin, own, parent, whole_start, whole_end, lister, to_slots)
-    n_shared = n
-    for place in range(n_rows):
-        s = segments[n]
-        s.lo, s.hi, s.end, s.to_slots = place, place + 1, kv_lens[row_order[place]], to_slots[place]
-        s.start = max(tail_start[place], list_from[place])
-        if windows or s.end > s.start or s.start == 0:
-            n += 1
-    return segments[:n], n_shared, spans, append_base, capacity
-
-
-@njit
-def _count_fragments(node, begin, own, parent, whole_end, lister):  # type: ignore[no-untyped-def]
-    """In how many pieces the path from position ``begin`` down to ``node`` lies, but for that of place ``own``."""
-    n, last = 0, own
-    while node >= 0 and whole_end[node] > begin:
-        n += lister[node] != last
-        last = lister[node]
-        node = parent[node]
-    return n
-
-
-@njit
-def _fill_fragments(  # type: ignore[no-untyped-def]
-    segments, node, begin, own, parent, whole_start, whole_end, lister, to_slots
-):
-    """Those pieces, from ``begin`` on."""
-    n, last = len(segments), own
-    while node >= 0 and whole_end[node] > begin:
-        if lister[node] != last:
-            n -= 1
-            segments[n].end, segments[n].to_slots = whole_end[node], to_slots[lister[node]]
-        if lister[node] != own:
-            segments[n].start = whole_start[node]  # spans of the pruned tree begin where its nodes do
-        last = lister[node]
-        node = parent[node]

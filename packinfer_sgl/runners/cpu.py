@@ -3,65 +3,44 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-import numpy as np
 import torch
 
 from packinfer_sgl.kernels.reference import MaskRows, PackedReference
 from packinfer_sgl.planning.batch import SlotTable
+from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.groups import CPU, AttentionShape
-from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.planners import DecodePlanner, ExtendPlanner, Way
-from packinfer_sgl.planning.prefix_tree import Int32
+from packinfer_sgl.planning.policy import TilePolicy
 
 # A plan lives at most this many steps; a batched product reads (and masks) the room it has not used yet.
 ROOM_TOKENS = 32
-# One tile holds all queries of a node; pieces bound the memory of a batched product.
-DECODE_TILES = TilePolicy(tile_queries=(1 << 20, 1), chunk_tokens=4096)
-# With more queries to a tile the logits leave the CPU's cache: 64 measured best from 8 to 64 queries a request.
-EXTEND_TILES = TilePolicy(tile_queries=(64, 1), chunk_tokens=1024, ride_tokens=256)
 ARENA_GAIN = 0.3  # share of the time of a scattered span's read that a contiguous copy saves; 0.2 to 0.8 on two cores
-
-# Measured on one core with SGLang's torch_native, which computes the queries of cached tokens, too: rates of both, and
-# what a layer, an item and (torch_native) a request cost besides. Packed must win clearly: the fit is off by a fifth.
-PACKED_FLOPS_PER_US, STOCK_FLOPS_PER_US = 3.7e4, 4.5e4
-LAYER_US, ITEM_US, REQUEST_US = 500.0, 200.0, 250.0
-CLEARLY = 1.25
 
 
 def decode_planner(
-    shape: AttentionShape, *, grouping: str, room_tokens: int = ROOM_TOKENS, tiles: TilePolicy = DECODE_TILES
+    shape: AttentionShape, *, grouping: str, room_tokens: int = ROOM_TOKENS, policy: TilePolicy = CPU.decode_policy
 ) -> DecodePlanner:
     """Plans for batches whose queries see all of their row."""
-    cost, limits = replace(CPU, large_rows=tiles.tile_queries[0] * shape.group_size), Capacity.unlimited()
-    return DecodePlanner(shape, cost, tiles, grouping=grouping, limits=limits, room_tokens=room_tokens)
+    cost = CPU.extend_cost(policy.tile_queries[0] * shape.group_size)
+    return DecodePlanner(
+        shape, cost, policy, grouping=grouping, limits=Capacity.unlimited(), room_tokens=room_tokens
+    )  # fmt: skip
 
 
 def extend_planner(shape: AttentionShape, *, grouping: str, always: bool) -> ExtendPlanner:
     """Plans for batches of several new tokens; ``always``: packed, whatever is expected."""
-
-    def packed_us(plan: Plan) -> float:
-        items = plan.items.astype(np.int64)
-        seen = (items[:, Col.Q_CNT] * (items[:, Col.A_LEN] + items[:, Col.B_LEN])).sum()
-        return CLEARLY * (LAYER_US + len(items) * ITEM_US + _flops(shape, seen) / PACKED_FLOPS_PER_US)
-
-    def stock_us(q_lens: Int32, kv_lens: Int32) -> float:
-        seen = (kv_lens.astype(np.int64) ** 2).sum() / 2
-        return _flops(shape, seen) / STOCK_FLOPS_PER_US + len(kv_lens) * REQUEST_US
-
-    # keys and values are copied before they are multiplied: what sharing saves is the copy, whatever the products
-    cost = replace(CPU, flops_per_us=math.inf, large_rows=EXTEND_TILES.tile_queries[0] * shape.group_size)
+    cost = CPU.extend_cost(CPU.extend_policy.tile_queries[0] * shape.group_size)
     return ExtendPlanner(
-        shape, (Way(cost, EXTEND_TILES),), grouping=grouping, limits=Capacity.unlimited(), packed_us=packed_us,
-        stock_us=None if always else stock_us,
-    )  # fmt: skip
-
-
-def _flops(shape: AttentionShape, seen: float) -> float:
-    """Of so many pairs of a query token and a KV token."""
-    return 4 * shape.qo_heads * shape.head_dim * seen
+        shape,
+        (Way(cost, CPU.extend_policy),),
+        grouping=grouping,
+        limits=Capacity.unlimited(),
+        packed_us=lambda plan: CPU.extend_margin * CPU.packed_extend_us(plan, shape),
+        stock_us=None if always else lambda q_lens, kv_lens: CPU.stock_extend_us(q_lens, kv_lens, shape),
+    )
 
 
 class CpuRunner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -11,20 +10,21 @@ import torch
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.reference import MaskRows
-from packinfer_sgl.kernels.tiles import Tile, multiprocessors, policy_of, tile_policy
+from packinfer_sgl.kernels.tiles import Tile, device_profile, multiprocessors, policy_of, tile_policy
 from packinfer_sgl.planning.batch import SlotTable, StepBatch, causal
-from packinfer_sgl.planning.extend_costs import CLEARLY, EXTEND_H200
+from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.fitting import BUFFER_BYTES, Capacity
-from packinfer_sgl.planning.groups import H200, AttentionShape
 from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.planners import DecodePlanner, ExtendPlanner, Way
 from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.profiles import H200
 
 # A plan lives at most this many steps: as tails grow, programs that were equal no longer are. The kernels read what a
 # tail holds, not its room.
 ROOM_TOKENS = 64
-RIDE_TOKENS = 4096  # at a tile; unmeasured beyond tails of 200 tokens
+INLINE_TAIL_TOKENS = 4096  # at a tile; unmeasured beyond tails of 200 tokens
 WARM_UP_KV = 512
 ARENA_GAIN = 0.05  # share of the time of a scattered span's read that a contiguous copy saves; 0.02 to 0.1 on an H200
 
@@ -39,8 +39,8 @@ def decode_planner(
     shape: AttentionShape, device: torch.device, *, grouping: str, limits: Capacity, room_tokens: int = ROOM_TOKENS
 ) -> DecodePlanner:
     """Plans for batches whose queries see all of their row."""
-    policy = tile_policy(shape, device)
-    return DecodePlanner(shape, H200, policy, grouping=grouping, limits=limits, room_tokens=room_tokens)
+    cost, policy = device_profile(device).decode_cost, tile_policy(shape, device)
+    return DecodePlanner(shape, cost, policy, grouping=grouping, limits=limits, room_tokens=room_tokens)
 
 
 def extend_planner(
@@ -50,27 +50,31 @@ def extend_planner(
     *,
     grouping: str,
     always: bool,
+    profile: DeviceProfile = H200,
     limits: Capacity | None = None,
     must_fit: bool = False,
 ) -> ExtendPlanner:
-    """Plans for batches of several new tokens: groups leave partial results, or, if their tails are short, these ride
-    with them and partial results are few.
+    """Plans for batches of several new tokens: groups leave partial results, or, if their tails are short, these are
+    inlined and partial results are few.
 
     Args:
         tiles: ``tiles.tiles_for`` the GPU.
         sms: its multiprocessors.
         always: every batch is packed, whatever is expected.
+        profile: the GPU's times.
         limits: default: ``growing_limits``.
     """
-    policy, cost = policy_of(shape, tiles, sms), EXTEND_H200.grouping(tiles[0].rows)
-    riding = replace(policy, ride_tokens=RIDE_TOKENS)
+    policy, cost = policy_of(shape, tiles, sms, profile), profile.extend_cost(tiles[0].rows)
+    inlining = replace(policy, max_inline_tail_tokens=INLINE_TAIL_TOKENS)
     return ExtendPlanner(
         shape,
-        (Way(cost, policy), Way(replace(cost, partial_us=0, partial_bytes_per_us=math.inf), riding)),
+        (Way(cost, policy), Way(cost.without_partials(), inlining)),
         grouping=grouping,
         limits=growing_limits(shape) if limits is None else limits,
-        packed_us=lambda plan: CLEARLY * EXTEND_H200.packed_us(plan, shape, sms, tiles[0].rows, tiles[0].tokens),
-        stock_us=None if always else lambda q, kv: EXTEND_H200.stock_us(q, kv, shape, sms),
+        packed_us=lambda plan: (
+            profile.extend_margin * profile.packed_extend_us(plan, shape, sms, tiles[0].rows, tiles[0].tokens)
+        ),
+        stock_us=None if always else lambda q, kv: profile.stock_extend_us(q, kv, shape, sms),
         must_fit=must_fit,
     )
 
@@ -185,7 +189,8 @@ def warm_up(
         logits_soft_cap: the layer's, as for ``Runner.run``.
     """
     shape, sms = runner.shape, multiprocessors(k.device)
-    cut = replace(policy_of(shape, runner.tiles, sms), timings=None, chunk_tokens=WARM_UP_KV // 4)
+    policy = policy_of(shape, runner.tiles, sms, device_profile(k.device))
+    cut = replace(policy, timings=None, max_split_tokens=WARM_UP_KV // 4)
     tree = PrefixTree.unshared(2)
     table = SlotTable(k.new_zeros(1, 1 << 16, dtype=torch.int32), torch.zeros(2, dtype=torch.int64, device=k.device))
     # merges of few queries, of more, and of many; where there are two tile classes, a prompt is of the large one

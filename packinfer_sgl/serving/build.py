@@ -11,9 +11,10 @@ import torch
 from packinfer_sgl.config import Config
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
-from packinfer_sgl.kernels.tiles import multiprocessors, tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, tile_policy, tiles_for
+from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import decode_capacity, verify_capacity
-from packinfer_sgl.planning.groups import AttentionShape
 from packinfer_sgl.runners import cpu, cuda
 from packinfer_sgl.runners.arena import SPANS_PER_ROW, Arena
 from packinfer_sgl.serving.layers import LayerGate, heads_of, is_measured
@@ -122,7 +123,12 @@ class CudaPaths:
         """In buffers that grow; ``always``: every batch is packed, whatever is expected."""
         tiles = tiles_for(self.shape.head_dim, self.device, extend=True)
         planner = cuda.extend_planner(
-            self.shape, tiles, multiprocessors(self.device), grouping=self.config.grouping, always=always
+            self.shape,
+            tiles,
+            multiprocessors(self.device),
+            grouping=self.config.grouping,
+            always=always,
+            profile=device_profile(self.device),
         )
         runner = cuda.CudaRunner(self.shape, tiles, self.device)
         return PackedPath(Kind.EXTEND, planner, runner, self.stats, check=self.config.check)
@@ -136,7 +142,7 @@ class CudaPaths:
         runner = cuda.CudaRunner(self.shape, tiles, self.device, capacity=capacity, replayed=True)
         planner = cuda.extend_planner(
             self.shape, tiles, multiprocessors(self.device), grouping=self.config.grouping, always=True,
-            limits=capacity, must_fit=True,
+            profile=device_profile(self.device), limits=capacity, must_fit=True,
         )  # fmt: skip
         return PackedPath(
             Kind.VERIFY, planner, runner, self.stats, check=self.config.check, max_rows=max_rows, row_tokens=drafts
@@ -153,7 +159,7 @@ def _masks_chains(stock: AttentionBackend) -> bool:
 def _arena(runner: Any, shape: AttentionShape, slots: range, *, force: bool) -> Arena:
     buffers = [*runner.token_to_kv_pool.k_buffer, *runner.token_to_kv_pool.v_buffer]
     on_cpu = buffers[0].device.type == "cpu"
-    policy = cpu.DECODE_TILES if on_cpu else tile_policy(shape, buffers[0].device)
+    policy = CPU.decode_policy if on_cpu else tile_policy(shape, buffers[0].device)
     return Arena(
         slots,
         buffers,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from packinfer_sgl.kernels.tiles import TILES, is_hopper
-from packinfer_sgl.planning.extend_costs import HEAD_DIM
+from packinfer_sgl.kernels.tiles import TILES, device_profile, is_hopper
+from packinfer_sgl.planning.device_profile import EXTEND_HEAD_DIM
 from packinfer_sgl.reasons import LayerReason
 from packinfer_sgl.serving.metrics import Stats
 
@@ -25,8 +25,9 @@ def heads_of(layer: RadixAttention) -> tuple[int, int, int]:
 
 
 def is_measured(layer: RadixAttention, device: torch.device) -> bool:
-    """Whether times of such layers on such a GPU are known, so that batches can go to who is faster."""
-    return is_hopper(device) and layer.head_dim == HEAD_DIM and not layer.logit_cap
+    """Whether prefill times of such layers on this GPU are known, so that a batch can go where it is faster."""
+    known = is_hopper(device) and device_profile(device).is_measured
+    return known and layer.head_dim == EXTEND_HEAD_DIM and not layer.logit_cap
 
 
 def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:

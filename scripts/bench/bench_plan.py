@@ -24,13 +24,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from packinfer_sgl.planning.groups import H200, AttentionShape, prune
+from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.policy import TilePolicy
+from packinfer_sgl.planning.profiles import H200
 from packinfer_sgl.serving.batch_rows import BatchRows
 
 SHAPE = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
-TILES = TilePolicy(tile_queries=(16, 4), chunk_tokens=1024)
+TILES = TilePolicy(tile_queries=(16, 4), max_split_tokens=1024)
 # (requests, branches at each level, tokens of each level)
 BATCHES = [
     (64, (1,), (16384,)),
@@ -129,7 +131,7 @@ def main() -> None:
         lens = np.full(n, sum(tokens) + 256, np.int64)
         kv_lens = lens.astype(np.int32)
         tree = before.prefix_tree()
-        kept = prune(tree, SHAPE, H200, kv_lens=kv_lens)
+        kept = prune(tree, SHAPE, H200.decode_cost, kv_lens=kv_lens)
 
         def unchanged(batch=batch, before=before, lens=lens) -> bool:
             return BatchRows.of(batch) == before and np.array_equal(lens + 1, lens)
@@ -139,10 +141,10 @@ def main() -> None:
 
         def change(batch=batch, kv_lens=kv_lens) -> object:
             tree = BatchRows.of(batch).prefix_tree()
-            kept = prune(tree, SHAPE, H200, kv_lens=kv_lens)
+            kept = prune(tree, SHAPE, H200.decode_cost, kv_lens=kv_lens)
             return make_plan(kept, kv_lens, TILES, kv_tokens_unique=tree.unique_tokens(kv_lens), room_tokens=64)
 
-        pruned = lambda tree=tree, kv_lens=kv_lens: prune(tree, SHAPE, H200, kv_lens=kv_lens)  # noqa: E731
+        pruned = lambda tree=tree, kv_lens=kv_lens: prune(tree, SHAPE, H200.decode_cost, kv_lens=kv_lens)  # noqa: E731
         steps = (unchanged, before.prefix_tree, pruned, plan, change)
         times = [time_us(step, rounds) for step in steps]
         cells = (f"{median:.1f} ({p90:.1f})" for median, p90 in times)

@@ -9,10 +9,14 @@ import torch
 
 from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.planning.batch import StepBatch
-from packinfer_sgl.planning.groups import AttentionShape, CostModel, prune
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.device_profile import DeviceProfile
+from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Plan, TilePolicy
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.profiles import H200
 from packinfer_sgl.runners.cuda import extend_planner
 
 HEAD_DIM = 128
@@ -97,9 +101,9 @@ class Workload:
         queries = {} if self.kind == "decode" else {"qo_indptr": self.qo_indptr, "visible": self.visible}
         return make_plan(tree, self.kv_lens, policy, kv_tokens_unique=self.unique_tokens, **queries)
 
-    def extend_plan(self, tiles: tuple[Tile, ...], sms: int) -> Plan:
+    def extend_plan(self, tiles: tuple[Tile, ...], sms: int, profile: DeviceProfile = H200) -> Plan:
         """With which SGLang's extend batches of this kind are served."""
-        planner = extend_planner(self.shape, tiles, sms, grouping="multi", always=True)
+        planner = extend_planner(self.shape, tiles, sms, grouping="multi", always=True, profile=profile)
         batch = StepBatch(np.array(self.new, np.int32), self.kv_lens, visible=self.visible)
         return planner.fastest(self.tree(), batch)[1].plan
 

@@ -1,17 +1,19 @@
-"""Measure the constants by which plans are cut and groups are chosen, on one GPU.
+"""Measure the times by which decode plans are cut and groups are chosen, on one GPU.
 
     python scripts/tune/fit_costs.py [--write]
 
-Each constant comes from two loads that differ in nothing else (more tokens, more items, more partial results), so that
-what a call costs besides cancels out. ``--write`` puts the constants into this checkout: kernels/tiles.py and the H200
-of packinfer_sgl/planning/groups.py. Run scripts/bench_kernels.py before and after: constants are worth what the plans
-are worth that they lead to.
+Each time comes from two loads that differ in one thing only (more tokens, more items, more partial results), so that
+what a call costs besides cancels out. ``--write`` puts the times into the GPU's record in
+packinfer_sgl/planning/profiles.py. A GPU without a record gets one: fields that no script measures are the H200's, and
+it counts as unmeasured until scripts/fit_extend.py has written its times, too. Run scripts/bench_kernels.py before and
+after: times are worth what the plans are worth that they lead to.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -24,15 +26,16 @@ from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload
 from bench_kernels import Timed
 from rich.console import Console
 from rich.table import Table
-from tune.write_constants import write
+from tune.write_constants import SOURCE, write_profile
 
 from packinfer_sgl.kernels import tiles
 from packinfer_sgl.kernels.device_plan import PackedCuda
+from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.groups import H200
-from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.policy import TilePolicy
+from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 5
 CUDA = torch.device("cuda")
 GROUP, KV_HEADS = 4, 4
@@ -55,9 +58,9 @@ def only(plan: Plan, tile_class: int) -> Plan:
 
 
 def in_turn(plan: Plan, programs: int) -> Plan:
-    """Small items in so many programs, each with every so-manieth item."""
+    """Small items in so many programs: program ``i`` runs items ``i``, ``i + programs`` and so on."""
     items = plan.items.copy()
-    items[:-programs, Col.NEXT] = np.arange(programs, len(items))
+    items[:-programs, Col.NEXT_ITEM] = np.arange(programs, len(items))
     return dataclasses.replace(plan, items=items, class_indptr=np.array([0, 0, programs], np.int32))
 
 
@@ -101,7 +104,7 @@ def fit_small(sms: int) -> dict[str, float]:
     rows = sms * SMALL.resident // KV_HEADS
     once, often = flat(rows, 4096), flat(8 * rows, 512)
     more = call_us(often, in_turn(plan_of(often), rows)) - call_us(once, plan_of(once))
-    return {"BYTES_PER_US": best[1], "DRAWING_PROGRAMS": best[2], "SMALL_ITEM_US": max(more / 7, 0.0)}
+    return {"bytes_per_us": best[1], "saturating_programs": best[2], "small_item_us": max(more / 7, 0.0)}
 
 
 def fit_large(sms: int) -> dict[str, float]:
@@ -116,7 +119,7 @@ def fit_large(sms: int) -> dict[str, float]:
     token_us = (long - short) / 3072
     often = node_us(4 * nodes, 1024)
     flops = nodes * KV_HEADS * LARGE.rows * 4 * HEAD_DIM
-    return {"FLOPS_PER_US": flops / token_us, "LARGE_ITEM_US": max((often - long) / 3, 0.0)}
+    return {"flops_per_us": flops / token_us, "large_item_us": max((often - long) / 3, 0.0)}
 
 
 def fit_partials() -> dict[str, float]:
@@ -134,22 +137,39 @@ def fit_partials() -> dict[str, float]:
     }
 
 
+def key_of(device_name: str) -> str:
+    """The key of a GPU's record: its model, as ``H100`` in ``NVIDIA H100 80GB HBM3``."""
+    known = profile_for(device_name)
+    if known.name in PROFILES:
+        return known.name
+    model = re.search(r"\b[A-Z]{1,2}\d{2,4}[A-Z]?\b", device_name)
+    return model[0] if model else device_name
+
+
+def profile_of(device_name: str, sms: int, measured: dict[str, float]) -> DeviceProfile:
+    """The GPU's record with the ``measured`` times; what is missing of a new one is the H200's."""
+    key = key_of(device_name)
+    before = PROFILES.get(key, dataclasses.replace(H200, name=key, is_measured=False))
+    return dataclasses.replace(before, multiprocessors=sms, **measured)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into kernels/tiles.py and planning/groups.py")
+    parser.add_argument("--write", action="store_true", help="into packinfer_sgl/planning/profiles.py")
     args = parser.parse_args()
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    cut = fit_small(sms) | fit_large(sms)
-    chosen = fit_partials() | {"bytes_per_us": cut["BYTES_PER_US"], "flops_per_us": cut["FLOPS_PER_US"]}
-    table = Table("constant", "measured", "in use", title=torch.cuda.get_device_name())
-    for name, value in cut.items():
-        table.add_row(name, f"{value:.3g}", f"{getattr(tiles, name):.3g}")
-    for name, value in chosen.items():
-        table.add_row(f"H200.{name}", f"{value:.3g}", f"{getattr(H200, name):.3g}")
-    Console().print(table)
+    measured = fit_small(sms) | fit_large(sms) | fit_partials()
+    in_use = tiles.device_profile(CUDA)
+    table = Table("time", "measured", "in use", title=torch.cuda.get_device_name())
+    for name, value in measured.items():
+        table.add_row(name, f"{value:.3g}", f"{getattr(in_use, name):.3g}")
+    console = Console()
+    console.print(table)
+    profile = profile_of(torch.cuda.get_device_name(), sms, measured)
+    if profile.name not in PROFILES:
+        console.print(f"{profile.name} has no record: a new one takes what no script measures from the H200's")
     if args.write:
-        write(ROOT / "kernels" / "tiles.py", cut)
-        write(ROOT / "packinfer_sgl" / "planning" / "groups.py", chosen)
+        write_profile(SOURCE, profile, ["multiprocessors", *measured])
 
 
 if __name__ == "__main__":

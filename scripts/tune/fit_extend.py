@@ -4,8 +4,8 @@
     python scripts/tune/fit_extend.py --results DIR/results.json [--write]
 
 The plans are made again, so fit in the checkout that was measured. The table shows what the fitted times lead to;
-``--write`` puts them into packinfer_sgl/planning/extend_costs.py, after which plans may differ: measure again, and see
-whether they became faster.
+``--write`` puts them into the GPU's record in packinfer_sgl/planning/profiles.py (scripts/fit_costs.py makes one for a
+new GPU), which then counts as measured. Plans may differ after that: measure again, and see whether they became faster.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,18 @@ from bench.kernel_report import OURS
 from bench.kernel_workloads import HEAD_DIM, Workload, workloads
 from rich.console import Console
 from rich.table import Table
-from tune.write_constants import write
+from tune.write_constants import SOURCE, write_profile
 
 from packinfer_sgl.kernels.tiles import EXTEND_TILES
-from packinfer_sgl.planning.extend_costs import CLEARLY, EXTEND_H200, SMS, ExtendCosts
+from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.profiles import PROFILES, profile_for
 
-SOURCE = Path(__file__).resolve().parents[2] / "packinfer_sgl" / "planning" / "extend_costs.py"
 STOCK = "fa3 page 1"
 TILES = EXTEND_TILES[HEAD_DIM]
+EVERY = [f.name for f in fields(DeviceProfile)]
+PACKED = [name for name in EVERY if name.startswith("extend_") and name != "extend_margin"]
+STOCK_TIMES = [name for name in EVERY if name.startswith("stock_")]
 
 
 @dataclass
@@ -45,33 +48,37 @@ class Case:
     packed_us: float
     stock_us: float
 
-    def packed_model(self, costs: ExtendCosts) -> float:
-        return costs.packed_us(self.plan, self.work.shape, SMS, TILES[0].rows, TILES[0].tokens)
+    def packed_model(self, profile: DeviceProfile) -> float:
+        return profile.packed_extend_us(
+            self.plan, self.work.shape, profile.multiprocessors, TILES[0].rows, TILES[0].tokens
+        )
 
-    def stock_model(self, costs: ExtendCosts) -> float:
-        return costs.stock_us(np.array(self.work.new, np.int32), self.work.kv_lens, self.work.shape, SMS)
+    def stock_model(self, profile: DeviceProfile) -> float:
+        new = np.array(self.work.new, np.int32)
+        return profile.stock_extend_us(new, self.work.kv_lens, self.work.shape, profile.multiprocessors)
 
-    def is_packed(self, costs: ExtendCosts) -> bool:
+    def is_packed(self, profile: DeviceProfile) -> bool:
         """Whether the router packs it."""
-        return CLEARLY * self.packed_model(costs) <= self.stock_model(costs)
+        return profile.extend_margin * self.packed_model(profile) <= self.stock_model(profile)
 
 
-def cases(results: list[dict[str, Any]]) -> list[Case]:
-    """Extend and mixed batches that both have run; raises SystemExit if other plans were measured."""
+def cases(results: list[dict[str, Any]], profile: DeviceProfile) -> list[Case]:
+    """Extend and mixed batches that both have run; raises SystemExit if other plans were measured than ``profile``
+    leads to."""
     known = {work.name: work for work in workloads()}
     found = []
     for r in results:
         if r["kind"] == "decode" or r["slots"] != "random" or not {OURS, STOCK} <= r["us"].keys():
             continue
         work = known[r["workload"]]
-        plan = work.extend_plan(TILES, SMS)
+        plan = work.extend_plan(TILES, profile.multiprocessors, profile)
         if (plan.n_partials, plan.kv_tokens_read) != (r["plan"]["partials"], r["plan"]["tokens_read"]):
             raise SystemExit(f"fit_extend: {work.name} was measured with another plan: fit where it was measured")
         found.append(Case(work, plan, r["us"][OURS][0], r["us"][STOCK][0]))
     return found
 
 
-def fit(errors: Callable[[ExtendCosts], np.ndarray], costs: ExtendCosts, names: list[str]) -> ExtendCosts:
+def fit(errors: Callable[[DeviceProfile], np.ndarray], costs: DeviceProfile, names: list[str]) -> DeviceProfile:
     """``costs`` with those ``names`` that make the squares of the errors least (Gauss-Newton, in logarithms)."""
     for _ in range(50):
         now = errors(costs)
@@ -89,21 +96,12 @@ def fit(errors: Callable[[ExtendCosts], np.ndarray], costs: ExtendCosts, names: 
     return costs
 
 
-def fit_all(measured: list[Case], costs: ExtendCosts) -> ExtendCosts:
-    names = list(asdict(costs))
-    costs = fit(
-        lambda c: np.array([case.packed_model(c) / case.packed_us - 1 for case in measured]),
-        costs,
-        [name for name in names if not name.startswith("stock")],
-    )
-    return fit(
-        lambda c: np.array([case.stock_model(c) / case.stock_us - 1 for case in measured]),
-        costs,
-        [name for name in names if name.startswith("stock")],
-    )
+def fit_all(measured: list[Case], profile: DeviceProfile) -> DeviceProfile:
+    profile = fit(lambda p: np.array([case.packed_model(p) / case.packed_us - 1 for case in measured]), profile, PACKED)
+    return fit(lambda p: np.array([case.stock_model(p) / case.stock_us - 1 for case in measured]), profile, STOCK_TIMES)
 
 
-def show(measured: list[Case], costs: ExtendCosts, console: Console) -> None:
+def show(measured: list[Case], costs: DeviceProfile, in_use: DeviceProfile, console: Console) -> None:
     table = Table("workload", "packed us", "model", "stock us", "model", "choice", "choice / stock", title=STOCK)
     ratios, right = [], 0
     for case in measured:
@@ -119,22 +117,27 @@ def show(measured: list[Case], costs: ExtendCosts, console: Console) -> None:
         f"choice over stock: worst {max(ratios):.2f}, geometric mean {np.exp(np.log(ratios).mean()):.3f}; "
         f"right in {right} of {len(measured)}"
     )
-    for name, us in asdict(costs).items():
-        console.print(f"{name}: {us:.3g}, in use {getattr(EXTEND_H200, name):.3g}")
+    for name in [*PACKED, *STOCK_TIMES]:
+        console.print(f"{name}: {getattr(costs, name):.3g}, in use {getattr(in_use, name):.3g}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="results.json of scripts/bench_kernels.py")
-    parser.add_argument("--write", action="store_true", help="into packinfer_sgl/planning/extend_costs.py")
+    parser.add_argument("--write", action="store_true", help="into packinfer_sgl/planning/profiles.py")
     args = parser.parse_args()
-    measured = cases(json.loads(args.results.read_text())["results"])
+    file = json.loads(args.results.read_text())
+    in_use = profile_for(file["machine"]["gpu"])
+    if in_use.name not in PROFILES:
+        sys.exit(f"fit_extend: {in_use.name} has no record: run scripts/fit_costs.py --write on it first")
+    in_use = replace(in_use, is_measured=True)
+    measured = cases(file["results"], in_use)
     if not measured:
         sys.exit(f"fit_extend: {args.results} has no extend batch of both {OURS} and {STOCK}")
-    costs = fit_all(measured, EXTEND_H200)
-    show(measured, costs, Console(highlight=False))
+    fitted = fit_all(measured, in_use)
+    show(measured, fitted, in_use, Console(highlight=False))
     if args.write:
-        write(SOURCE, asdict(costs))
+        write_profile(SOURCE, fitted, [*PACKED, *STOCK_TIMES, "is_measured"])
 
 
 if __name__ == "__main__":

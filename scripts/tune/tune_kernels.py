@@ -27,7 +27,7 @@ from bench_kernels import Timed, error, ours
 
 from packinfer_sgl.kernels import tiles
 from packinfer_sgl.kernels.tiles import Tile
-from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.policy import TilePolicy
 
 Table = tuple[Tile, ...]
 LARGE, SMALL = tiles.TILES[HEAD_DIM]
@@ -56,7 +56,7 @@ class Fixed(TilePolicy):
     @cached_property
     def table(self) -> np.ndarray:
         table = TilePolicy(self.tile_queries, self.chunks[0]).table
-        table["chunk_tokens"][-1] = self.chunks[1]
+        table["max_split_tokens"][-1] = self.chunks[1]
         return table
 
 

@@ -11,7 +11,8 @@ from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.tiles import Tile, tiles_for
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import PieceTiming, Plan, TilePolicy
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import SplitTiming, TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 POISON = 2**28  # a slot that no test has
@@ -118,10 +119,10 @@ def random_case(
     tiles = tiles or tiles_for(head_dim, torch.device(device), new is not None)
     tile_queries = tuple(max(1, tile.rows // group) for tile in tiles)
     if shares:  # an item costs as much as a token besides its own, so nearly any cut pays
-        timings = [PieceTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]
+        timings = [SplitTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]
         policy = TilePolicy(tile_queries, 1 << 30, tuple(timings))
     else:
-        policy = TilePolicy(tile_queries, chunk_tokens, ride_tokens=ride_tokens)
+        policy = TilePolicy(tile_queries, chunk_tokens, max_inline_tail_tokens=ride_tokens)
     qo_indptr = np.cumsum([0, *q_lens]).astype(np.int32)
     room_tokens = room_tokens if new is None else 0
     plan = make_plan(

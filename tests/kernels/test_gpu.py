@@ -43,7 +43,7 @@ def test_random_trees(group: int, head_dim: int, dtype: torch.dtype, page_size: 
             dtype=dtype,
             device="cuda",
             page_size=page_size,
-            chunk_tokens=int(rng.choice([64, 100, 1 << 30])),
+            max_split_tokens=int(rng.choice([64, 100, 1 << 30])),
             soft_cap=soft_cap,
         )
         check(case, *run_packed(case))
@@ -62,7 +62,7 @@ def test_random_trees(group: int, head_dim: int, dtype: torch.dtype, page_size: 
 )
 def test_extreme_shapes(shared: list[int], tails: list[int]) -> None:
     case = random_case(
-        1, shared=shared, tails=tails, head_dim=128, dtype=torch.bfloat16, device="cuda", chunk_tokens=2048
+        1, shared=shared, tails=tails, head_dim=128, dtype=torch.bfloat16, device="cuda", max_split_tokens=2048
     )
     check(case, *run_packed(case))
 
@@ -124,8 +124,8 @@ def test_random_extends(group: int, head_dim: int, dtype: torch.dtype, page_size
             dtype=dtype,
             device="cuda",
             page_size=page_size,
-            chunk_tokens=int(rng.choice([64, 100, 1 << 30])),
-            ride_tokens=int(rng.choice([0, 500])),
+            max_split_tokens=int(rng.choice([64, 100, 1 << 30])),
+            max_inline_tail_tokens=int(rng.choice([0, 500])),
             soft_cap=soft_cap,
         )
         check(case, *run_packed(case))
@@ -140,7 +140,7 @@ def test_random_extends(group: int, head_dim: int, dtype: torch.dtype, page_size
 def test_large_extends(shared: list[int], tails: list[int], new: list[int], chunk_tokens: int) -> None:
     case = random_case(
         1, shared=shared, tails=tails, new=new, head_dim=128, dtype=torch.bfloat16, device="cuda",
-        chunk_tokens=chunk_tokens,
+        max_split_tokens=chunk_tokens,
     )  # fmt: skip
     check(case, *run_packed(case))
 
@@ -148,7 +148,7 @@ def test_large_extends(shared: list[int], tails: list[int], new: list[int], chun
 @pytest.mark.parametrize("new", [None, [50] * 41], ids=["decode", "extend"])
 def test_runs_are_repeatable(new: list[int] | None) -> None:
     case = random_case(
-        2, shared=[300] * 40, tails=[50] * 41, head_dim=128, dtype=torch.bfloat16, device="cuda", chunk_tokens=64,
+        2, shared=[300] * 40, tails=[50] * 41, head_dim=128, dtype=torch.bfloat16, device="cuda", max_split_tokens=64,
         new=new,
     )  # fmt: skip
     first = run_packed(case)

@@ -15,7 +15,8 @@ from cases import EXTENDS, brute_force, make_packed, random_case, run_packed
 
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Col, TilePolicy
+from packinfer_sgl.planning.plan import Col
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +45,7 @@ def test_equals_brute_force(name: str) -> None:
     dtype = torch.float16 if DEVICE == "cuda" else CASES[name].get("dtype", torch.float32)
     case = random_case(list(CASES).index(name), device=DEVICE, **{**CASES[name], "dtype": dtype})
     if CASES[name].get("shares"):
-        assert (case.plan.items[:, Col.NEXT] >= 0).any() or len(case.plan.items) > len(case.pool_rows)
+        assert (case.plan.items[:, Col.NEXT_ITEM] >= 0).any() or len(case.plan.items) > len(case.pool_rows)
     out, lse2 = run_packed(case)
     expected, expected_lse2 = brute_force(case)
     # half precision: P is rounded to 11 bits before its product with V, and so is the output
@@ -96,7 +97,7 @@ def test_an_empty_plan_leaves_zeros() -> None:
     """A rank of data-parallel attention without requests replays a captured graph: all its rows are padding."""
     case = random_case(0, device=DEVICE, shared=[40], tails=[3, 5], dtype=torch.float16)
     packed = make_packed(case, Capacity.of(case.plan))
-    policy = TilePolicy((16, 4), chunk_tokens=64)
+    policy = TilePolicy((16, 4), max_split_tokens=64)
     nobody = PrefixTree.from_neighbours([], [])
     nothing = make_plan(nobody, np.zeros(0, np.int32), policy, kv_tokens_unique=0, room_tokens=0)
     for plan, pool_rows in ((case.plan, case.pool_rows), (nothing, case.pool_rows[:0])):

@@ -1,25 +1,30 @@
-"""Fitting the router's times: planted ones come back, and those in use are near the first measurements."""
+"""Fitting the router's times: planted ones come back, and those in use are near the first measurements; and how times
+are written into a GPU's record."""
 
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import fit_extend
 import pytest
-from fit_extend import STOCK, TILES, Case, cases, fit_all
+from fit_extend import PACKED, STOCK, STOCK_TIMES, TILES, Case, cases, fit_all
 from kernel_report import OURS
 from kernel_workloads import workloads
-from write_constants import write
+from write_constants import SOURCE, write_profile
 
-from packinfer_sgl.planning.extend_costs import EXTEND_H200, SMS
+from packinfer_sgl.planning.device_profile import DeviceProfile
+from packinfer_sgl.planning.profiles import H200, PROFILES
 
+SMS = H200.multiprocessors
 CASES = [Case(work, work.extend_plan(TILES, SMS), 0.0, 0.0) for work in workloads() if work.name[0] in "PMCR"]
 PLANTED = replace(
-    EXTEND_H200, block_us=1.8, half_block_us=1.2, item_us=3.5, partials=0.5, call_us=6.0, stock_block_us=1.5,
-    stock_half_block_us=1.3, stock_tile_us=4.0, stock_call_us=7.0,
+    H200, extend_block_us=1.8, extend_half_block_us=1.2, extend_item_us=3.5, extend_partial_factor=0.5,
+    extend_call_us=6.0, stock_block_us=1.5, stock_half_block_us=1.3, stock_tile_us=4.0, stock_call_us=7.0,
 )  # fmt: skip
 
 
@@ -35,47 +40,91 @@ def results() -> list[dict]:
     ]  # fmt: skip
 
 
+def written(path: Path) -> dict[str, DeviceProfile]:
+    """``PROFILES`` of a copy of planning/profiles.py."""
+    return {key: DeviceProfile(**asdict(each)) for key, each in runpy.run_path(str(path))["PROFILES"].items()}
+
+
+def rounded(profile: Any, names: list[str]) -> dict[str, float]:
+    return {name: float(f"{getattr(profile, name):.3g}") for name in names}
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    copy = tmp_path / "profiles.py"
+    copy.write_text(SOURCE.read_text())
+    monkeypatch.setattr(fit_extend, "SOURCE", copy)
+    return copy
+
+
 def test_planted_times_come_back() -> None:
-    measured = cases(results())
+    measured = cases(results(), H200)
     assert len(measured) == len(CASES)
-    assert asdict(fit_all(measured, EXTEND_H200)) == pytest.approx(asdict(PLANTED), rel=0.01)
+    fitted = asdict(fit_all(measured, H200))
+    names = [*PACKED, *STOCK_TIMES]
+    assert [fitted[name] for name in names] == pytest.approx([getattr(PLANTED, name) for name in names], rel=0.01)
+    assert all(fitted[name] == getattr(H200, name) for name in set(fitted) - set(names))
 
 
 def test_what_no_batch_tells_stays() -> None:
-    measured = [case for case in cases(results()) if case.work.name in ("C4096@0", "C4096@8k")]
-    fitted = fit_all(measured, EXTEND_H200)
+    measured = [case for case in cases(results(), H200) if case.work.name in ("C4096@0", "C4096@8k")]
+    fitted = fit_all(measured, H200)
     # float64: a value that is taken apart and put together again may differ in its last bit
-    assert fitted.partials == pytest.approx(EXTEND_H200.partials, rel=1e-12)
-    assert fitted.half_block_us == pytest.approx(EXTEND_H200.half_block_us, rel=1e-12)
-    assert fitted.block_us == pytest.approx(PLANTED.block_us, rel=0.02)
+    assert fitted.extend_partial_factor == pytest.approx(H200.extend_partial_factor, rel=1e-12)
+    assert fitted.extend_half_block_us == pytest.approx(H200.extend_half_block_us, rel=1e-12)
+    assert fitted.extend_block_us == pytest.approx(PLANTED.extend_block_us, rel=0.02)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    source, file = tmp_path / "extend_costs.py", tmp_path / "results.json"
-    source.write_text(fit_extend.SOURCE.read_text())
-    monkeypatch.setattr(fit_extend, "SOURCE", source)
-    file.write_text(json.dumps({"results": results()}))
+def command(monkeypatch: pytest.MonkeyPatch, folder: Path, gpu: str, results: list[dict]) -> None:
+    """``fit_extend --write``."""
+    file = folder / "results.json"
+    file.write_text(json.dumps({"machine": {"gpu": gpu}, "results": results}))
     monkeypatch.setattr(sys, "argv", ["fit_extend", "--results", str(file), "--write"])
     fit_extend.main()
+
+
+def test_the_command(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = source.read_text()
+    command(monkeypatch, tmp_path, "NVIDIA H200", results())
     shown = capsys.readouterr().out
     assert "worst 1.00" in shown and f" of {len(CASES)}" in shown
-    written = source.read_text()
-    for name, value in asdict(PLANTED).items():
-        assert f"    {name}={value:.3g}," in written
+    fitted = [*PACKED, *STOCK_TIMES]
+    assert rounded(written(source)["H200"], fitted) == rounded(PLANTED, fitted)
+    others = set(asdict(H200)) - set(fitted)
+    assert all(getattr(written(source)["H200"], name) == getattr(H200, name) for name in others)
+    differ = [a for a, b in zip(before.splitlines(), source.read_text().splitlines(), strict=True) if a != b]
+    assert len(differ) == len(fitted) and [line for line in before.splitlines() if "#" in line and line in differ] == []
 
-    file.write_text(json.dumps({"results": [{**results()[0], "plan": {"partials": 1, "tokens_read": 2}}]}))
     with pytest.raises(SystemExit, match="measured with another plan"):
-        fit_extend.main()
-    file.write_text(json.dumps({"results": []}))
+        command(monkeypatch, tmp_path, "NVIDIA H200", [{**results()[0], "plan": {"partials": 1, "tokens_read": 2}}])
     with pytest.raises(SystemExit, match="no extend batch"):
-        fit_extend.main()
+        command(monkeypatch, tmp_path, "NVIDIA H200", [])
+    with pytest.raises(SystemExit, match=r"NVIDIA X1 has no record: run scripts/fit_costs.py --write"):
+        command(monkeypatch, tmp_path, "NVIDIA X1", results())
 
 
-def test_an_unknown_constant_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "costs.py").write_text("H200 = Costs(\n    block_us=1.5,\n)\n")
-    with pytest.raises(SystemExit, match="no call_us"):
-        write(tmp_path / "costs.py", {"block_us": 2.0, "call_us": 1.0})
-    assert "block_us=2," in (tmp_path / "costs.py").read_text()
+def test_a_new_gpu_gets_a_record(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As scripts/fit_costs.py makes it, and scripts/fit_extend.py completes it."""
+    new = replace(H200, name="X100", is_measured=False, large_item_us=7.25, partial_us=0.0)
+    write_profile(source, new, ["large_item_us"])
+    assert written(source) == {**PROFILES, "X100": new}
+    monkeypatch.setitem(PROFILES, "X100", new)
+    command(monkeypatch, tmp_path, "NVIDIA X100 80GB", results())
+    fitted = [*PACKED, *STOCK_TIMES]
+    after = written(source)
+    assert after["X100"].is_measured and rounded(after["X100"], fitted) == rounded(PLANTED, fitted)
+    assert after["X100"].large_item_us == 7.25 and after["H200"] == H200
+
+
+def test_an_unknown_field_is_refused(source: Path, tmp_path: Path) -> None:
+    source.write_text(source.read_text().replace("        extend_call_us=", "        call_us="))
+    with pytest.raises(SystemExit, match="no extend_call_us of H200"):
+        write_profile(source, H200, ["extend_block_us", "extend_call_us"])
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(SystemExit, match="no PROFILES"):
+        write_profile(tmp_path / "empty.py", H200, [])
 
 
 # one H200; FA3's time on P3 comes out 12 % too long
@@ -86,5 +135,5 @@ def test_an_unknown_constant_is_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_times_are_near_what_was_measured(name: str, packed_us: float, stock_us: float, stock_rel: float) -> None:
     case = next(case for case in CASES if case.work.name.startswith(name + " "))
-    assert case.packed_model(EXTEND_H200) == pytest.approx(packed_us, rel=0.15)
-    assert case.stock_model(EXTEND_H200) == pytest.approx(stock_us, rel=stock_rel)
+    assert case.packed_model(H200) == pytest.approx(packed_us, rel=0.15)
+    assert case.stock_model(H200) == pytest.approx(stock_us, rel=stock_rel)

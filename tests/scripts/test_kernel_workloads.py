@@ -11,9 +11,10 @@ from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, ragged, workloads
 
 from packinfer_sgl.kernels.reference import PackedReference
 from packinfer_sgl.kernels.tiles import tile_policy
-from packinfer_sgl.planning.groups import H200
-from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.profiles import H200
 
 WORKLOADS = {work.name.split()[0]: work for work in workloads()}
 
@@ -118,9 +119,9 @@ def test_plans_are_right(name: str) -> None:
     x = Inputs(small(WORKLOADS[name]), contiguous=False, device="cpu")
     reference, tree = x.reference(), x.work.tree()
     device = tile_policy(x.work.shape, torch.device("cpu"))
-    cut = TilePolicy((16, 4), chunk_tokens=8)
-    riding = TilePolicy((16, 4), chunk_tokens=1 << 30, ride_tokens=4096)
-    for kept, policy in ((x.work.pruned(H200), device), (tree, device), (tree, riding), (tree, cut)):
+    cut = TilePolicy((16, 4), max_split_tokens=8)
+    riding = TilePolicy((16, 4), max_split_tokens=1 << 30, max_inline_tail_tokens=4096)
+    for kept, policy in ((x.work.pruned(H200.decode_cost), device), (tree, device), (tree, riding), (tree, cut)):
         out, plan = run(x, kept, policy)
         torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)
     assert plan.n_partials > 0 and plan.items[:, Col.B_LEN].any() == (x.work.kind != "decode")
@@ -130,7 +131,7 @@ def test_plans_are_right(name: str) -> None:
 def test_whole_workloads_are_planned(name: str, groups: int) -> None:
     """Requests of a full tile of new tokens each gain nothing by the cost model: products take longer than reading."""
     work = WORKLOADS[name]
-    kept = work.pruned(H200)
+    kept = work.pruned(H200.decode_cost)
     plan = work.plan(kept, tile_policy(work.shape, torch.device("cpu")))
     assert work.tree().n_nodes == 1 and kept.n_nodes == groups
     assert work.unique_tokens <= plan.kv_tokens_read and len(plan.merge_indptr) == sum(work.new) + 1

@@ -10,7 +10,7 @@ import torch
 
 from packinfer_sgl.config import Config
 from packinfer_sgl.planning.batch import SlotTable, StepBatch, causal
-from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.serving.build import CpuPaths, CudaPaths
 from packinfer_sgl.serving.metrics import Stats
 from packinfer_sgl.serving.packed_path import Kind, PackedPath

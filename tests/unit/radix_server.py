@@ -17,10 +17,10 @@ from packinfer_sgl.config import Config
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
 from packinfer_sgl.planning.batch import SlotTable, StepBatch
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.groups import AttentionShape
-from packinfer_sgl.planning.plan import TilePolicy
 from packinfer_sgl.planning.planners import DecodePlanner
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners.arena import Arena
 from packinfer_sgl.runners.cpu import ROOM_TOKENS, CpuRunner

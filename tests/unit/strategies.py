@@ -12,7 +12,8 @@ import torch
 from hypothesis import strategies as st
 
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import PieceTiming, Plan, TilePolicy
+from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.policy import SplitTiming, TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 Rows = list[list[int]]  # per row, the KV slot of each position
@@ -133,18 +134,18 @@ class Case:
 def policies(draw: st.DrawFn) -> TilePolicy:
     small = draw(st.integers(1, 4))
     tile_queries = (draw(st.integers(small, 9)), small)
-    ride_tokens = draw(st.sampled_from([0, 0, 3, 10, 1000]))
+    inline = draw(st.sampled_from([0, 0, 3, 10, 1000]))
     if draw(st.booleans()):
-        return TilePolicy(tile_queries, draw(st.sampled_from([1, 2, 3, 5, 8, 1000])), ride_tokens=ride_tokens)
+        return TilePolicy(tile_queries, draw(st.sampled_from([1, 2, 3, 5, 8, 1000])), max_inline_tail_tokens=inline)
     parallel, fixed_us = draw(st.integers(1, 3)), draw(st.sampled_from([0.1, 0.4, 1.0]))
-    small_ = PieceTiming(parallel, fixed_us, 1.0, 0.0, draw(st.integers(0, 5)), 6, 2.0)
+    small_ = SplitTiming(parallel, fixed_us, 1.0, 0.0, draw(st.integers(0, 5)), 6, 2.0)
     taken = {
-        "taken": draw(st.integers(0, 2)),
+        "dynamic": draw(st.integers(0, 2)),
         "block": draw(st.integers(1, 2)),
-        "half": draw(st.sampled_from([1, 0.6])),
+        "half_tile_factor": draw(st.sampled_from([1, 0.6])),
     }
-    large = PieceTiming(parallel, fixed_us, 1.0, 0.0, 0, 6, 2.0, **taken)
-    return TilePolicy(tile_queries, 1000, (large, small_), ride_tokens)
+    large = SplitTiming(parallel, fixed_us, 1.0, 0.0, 0, 6, 2.0, **taken)
+    return TilePolicy(tile_queries, 1000, (large, small_), inline)
 
 
 DECODE = ("decode",)

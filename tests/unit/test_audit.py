@@ -12,7 +12,8 @@ from strategies import Case, cases, slot_list, tree_of
 
 from packinfer_sgl.planning.audit import check_reads
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.policy import TilePolicy
 
 NOT_ITS_BATCH = "^packinfer: a plan is not that of its batch: "
 

@@ -16,7 +16,7 @@ from strategies import Rows, attention64, kv_pool, pool_size, radix_rows, shared
 
 from packinfer_sgl.kernels import device_plan
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.plan import Col
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.reasons import BatchReason

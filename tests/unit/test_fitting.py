@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from packinfer_sgl.kernels.tiles import EXTEND_TILES, TILES, policy_of
 from packinfer_sgl.planning.batch import StepBatch, causal
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.fitting import Capacity, DoesNotFit, decode_capacity, fit, least_partials, verify_capacity
-from packinfer_sgl.planning.groups import H200, AttentionShape
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.profiles import H200
 from packinfer_sgl.runners.cuda import extend_planner
 
 SMS = 132
@@ -106,7 +107,7 @@ def decode_plan(batch: Served, heads: tuple[int, int], pool_tokens: int, groupin
         shape, max_rows=len(batch.own), context_tokens=CONTEXT, pool_tokens=pool_tokens, room_tokens=ROOM, row_spans=2
     )
     fitted = fit(
-        batch.tree, shape, H200, policy_of(shape, TILES[128], SMS), capacity, grouping=grouping,
+        batch.tree, shape, H200.decode_cost, policy_of(shape, TILES[128], SMS), capacity, grouping=grouping,
         batch=decode_step(batch), saving_lens=batch.kv_lens, room_tokens=ROOM,
     )  # fmt: skip
     assert grouping != "off" or fitted.kept.n_nodes == 0
@@ -175,7 +176,10 @@ def test_the_bound_on_partial_results_is_that_of_a_balanced_tree() -> None:
     batch = served(above, [9] * (n - 1), [*range(n // 2 - 1, n - 1)] * 2, [5] * n)
     unlimited = Capacity(*[1 << 40] * 5, in_a_pool(batch, 0) + n * ROOM)
     policy = replace(policy_of(shape, TILES[128], SMS), timings=None)
-    fitted = fit(batch.tree, shape, H200, policy, unlimited, grouping="off", batch=decode_step(batch), room_tokens=ROOM)
+    fitted = fit(
+        batch.tree, shape, H200.decode_cost, policy, unlimited, grouping="off", batch=decode_step(batch),
+        room_tokens=ROOM,
+    )  # fmt: skip
     assert fitted.overflowed == ("kv_slots",)
     assert 0.9 * least_partials(n) < len(fitted.plan.query_rows) <= least_partials(n)
 

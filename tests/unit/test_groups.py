@@ -11,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import members, spans_of
 
-from packinfer_sgl.planning.groups import CPU, H200, AttentionShape, CostModel, prune
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.cpu_profile import CPU as CPU_PROFILE
+from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.profiles import H200 as H200_PROFILE
 
+H200, CPU = H200_PROFILE.decode_cost, CPU_PROFILE.decode_cost
 LLAMA_8B = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
 
 

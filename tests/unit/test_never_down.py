@@ -13,7 +13,7 @@ from test_planner import three_rows
 from test_verify import DEVICE, DRAFTS, on_gpu
 
 from packinfer_sgl.config import Config
-from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners import cpu

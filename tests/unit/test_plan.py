@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from strategies import DECODE, Case, cases, keep_nodes, tree_of
 
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 
 ROOM = "room"
 
 
 def tail_starts(case: Case, plan: Plan) -> dict[int, int]:
-    """Where the tail of each row begins; listed once, what of it stands in the row's own piece of the list."""
+    """Where the tail of each row begins; listed once, what of it stands in the row's own part of the list."""
     starts = dict(zip(case.kept.row_order.tolist(), case.kept.tail_start.tolist(), strict=True))
     if case.once:
         assert len(plan.spans) == len(starts)
@@ -35,7 +36,8 @@ def kv_list(case: Case, plan: Plan) -> list[tuple[int, int] | str | None]:
         for i in range(tokens):
             assert entries[offset + i] is None
             entries[offset + i] = (first + i, case.rows[row][first + i])
-    for row, start in tail_starts(case, plan).items():
+    assert len(plan.append_base) == (len(case.rows) if case.room else 0)
+    for row, start in tail_starts(case, plan).items() if case.room else ():
         length, base = len(case.rows[row]), int(plan.append_base[row])
         for p in range(start, length):
             assert entries[base + p] == (p, case.rows[row][p])
@@ -48,31 +50,31 @@ def kv_list(case: Case, plan: Plan) -> list[tuple[int, int] | str | None]:
 
 
 def follow(plan: Plan, item: int) -> list[int]:
-    """The items of the program that begins with ``item``."""
-    program = [item]
-    while (item := int(plan.items[item, Col.NEXT])) >= 0 and len(program) <= len(plan.items):
-        program.append(item)
-    return program
+    """The items of the CTA that begins with ``item``."""
+    cta = [item]
+    while (item := int(plan.items[item, Col.NEXT_ITEM])) >= 0 and len(cta) <= len(plan.items):
+        cta.append(item)
+    return cta
 
 
 def check_items(case: Case, plan: Plan) -> None:
     """Capacity, classes and order of the items."""
     assert plan.items.dtype == np.int32 and plan.items.shape == (len(plan.items), len(Col))
-    begins = int(plan.class_indptr[-1])  # the items with which programs begin
-    programs = [follow(plan, i) for i in range(begins)]
-    assert sorted(i for program in programs for i in program) == list(range(len(plan.items))), "each item runs once"
+    begins = int(plan.class_indptr[-1])  # the items with which CTAs begin
+    ctas = [follow(plan, i) for i in range(begins)]
+    assert sorted(i for cta in ctas for i in cta) == list(range(len(plan.items))), "each item runs once"
     sizes = []
-    for p in programs:
-        tile_class, tokens = plan.items[p[0], Col.TILE_CLASS], plan.items[p][:, [Col.A_LEN, Col.B_LEN]].sum()
+    for cta in ctas:
+        tile_class, tokens = plan.items[cta[0], Col.TILE_CLASS], plan.items[cta][:, [Col.A_LEN, Col.B_LEN]].sum()
         timing = case.policy.timings[tile_class] if case.policy.timings else None
-        if timing and timing.taken and 2 * plan.items[p[0], Col.Q_CNT] <= case.policy.tile_queries[tile_class]:
-            tokens = tokens * timing.half
+        if timing and timing.dynamic and 2 * plan.items[cta[0], Col.Q_CNT] <= case.policy.tile_queries[tile_class]:
+            tokens = tokens * timing.half_tile_factor
         sizes.append((bool(tile_class), -int(tokens)))
     assert sizes == sorted(sizes), "large tiles first, longest first within a class"
     for tile_class, (first, last) in enumerate(itertools.pairwise(plan.class_indptr.tolist())):
         assert (plan.items[first:last, Col.TILE_CLASS] == tile_class).all()
     if (plan.items[begins:, Col.TILE_CLASS] == 0).any():
-        raise AssertionError("only the last class, of which the kernel knows NEXT, is divided into shares")
+        raise AssertionError("only the last class, whose kernel knows NEXT_ITEM, is divided by Stream-K")
     open_rows = Counter(int(i[Col.OPEN_ROW]) for i in plan.items if i[Col.OPEN_ROW] >= 0)
     growing = [row for row, start in tail_starts(case, plan).items() if case.room and len(case.rows[row]) > start]
     assert open_rows == Counter(growing)
@@ -80,7 +82,7 @@ def check_items(case: Case, plan: Plan) -> None:
         policy = case.policy
         assert 1 <= item[Col.Q_CNT] <= (policy.tile_queries[-1] if item[Col.TILE_CLASS] else policy.tile_queries[0])
         assert 0 <= item[Col.Q_OFF] and item[Col.Q_OFF] + item[Col.Q_CNT] <= len(plan.query_rows)
-        assert 0 <= item[Col.A_LEN] <= policy.chunk_tokens and 0 <= item[Col.B_LEN]
+        assert 0 <= item[Col.A_LEN] <= policy.max_split_tokens and 0 <= item[Col.B_LEN]
         for off, length in ((Col.A_OFF, Col.A_LEN), (Col.B_OFF, Col.B_LEN)):
             assert item[length] == 0 or 0 <= item[off] <= item[off] + item[length] <= plan.kv_capacity
         if (row := int(item[Col.OPEN_ROW])) >= 0:
@@ -90,6 +92,7 @@ def check_items(case: Case, plan: Plan) -> None:
 
 def check_coverage(case: Case, plan: Plan) -> None:
     entries, starts = kv_list(case, plan), tail_starts(case, plan)
+    tail_at = {row: offset for row, _, _, offset, _ in plan.spans[case.kept.n_nodes :].tolist()}
     seen: dict[int, Counter] = defaultdict(Counter)
     for item in plan.items.tolist():
         run_a = entries[item[Col.A_OFF] : item[Col.A_OFF] + item[Col.A_LEN]]
@@ -99,13 +102,14 @@ def check_coverage(case: Case, plan: Plan) -> None:
         wanted = [case.seen(int(plan.query_rows[slot])) for slot in slots]
         rows = {case.query_row[plan.query_rows[slot]] for slot in slots}
         in_a_row = positions
-        rides = item[Col.B_OFF] >= min(plan.append_base[row] + starts[row] for row in rows)
-        if case.once:  # then other rows' pieces stand everywhere
-            rides = positions != list(range(item[Col.A_POS], item[Col.A_POS] + len(positions)))
-        if len(rows) > 1 and run_b and rides:
-            # tails that ride stand side by side, as many as the policy allows
+        if case.once:  # then other rows' parts of the list stand everywhere
+            inlined = positions != list(range(item[Col.A_POS], item[Col.A_POS] + len(positions)))
+        else:
+            inlined = run_b and item[Col.B_OFF] >= min(tail_at[row] for row in rows)
+        if len(rows) > 1 and run_b and inlined:
+            # inlined tails stand side by side, as many as the policy allows
             in_a_row = [entry[0] for entry in run_a]
-            assert len(run_b) <= case.policy.ride_tokens
+            assert len(run_b) <= case.policy.max_inline_tail_tokens
         assert in_a_row == list(range(item[Col.A_POS], item[Col.A_POS] + len(in_a_row)))
         if positions:  # what nobody in the tile sees is cut off at both ends
             assert min(r.start for r in wanted) <= positions[0] and positions[-1] < max(r.stop for r in wanted)
@@ -131,7 +135,7 @@ def check_destinations(case: Case, plan: Plan) -> None:
             if first < 0:
                 direct[query] += 1
             else:
-                partial[query].append(first + item[Col.PIECE])
+                partial[query].append(first + item[Col.SPLIT])
     assert plan.merge_indptr.shape == (n_queries + 1,) and plan.merge_indptr[0] == 0
     assert plan.n_partials == sum(map(len, partial.values()))
     for query in range(n_queries):
@@ -144,6 +148,7 @@ def check_destinations(case: Case, plan: Plan) -> None:
 @given(cases())
 def test_every_query_and_token_is_in_exactly_one_item(case: Case) -> None:
     plan = case.plan()
+    assert plan.windowed is (case.windows is not None) and not (plan.items[:, Col.B_LEN].any() and not plan.windowed)
     check_items(case, plan)
     check_coverage(case, plan)
     check_destinations(case, plan)
@@ -196,8 +201,8 @@ def test_a_token_is_read_by_no_more_tiles_than_its_queries_need(case: Case) -> N
             holders = set(case.kept.row_order[case.kept.row_lo[segment] : case.kept.row_hi[segment]].tolist())
         queries = sum(row in holders for row in case.query_row)
         tiles = 1 if queries <= case.policy.tile_queries[-1] else -(-queries // case.policy.tile_queries[0])
-        if case.policy.ride_tokens and segment >= case.kept.n_nodes and case.windows is not None:
-            tiles += queries > 1  # a tail that rides goes where its queries do, and a tile may begin amid them
+        if case.policy.max_inline_tail_tokens and segment >= case.kept.n_nodes and case.windows is not None:
+            tiles += queries > 1  # an inlined tail goes where its queries do, and a tile may begin amid them
         assert all(reads[offset + i] <= tiles for i in range(tokens))
 
 
@@ -233,19 +238,19 @@ def test_queries_that_see_nothing(case: Case) -> None:
     check_destinations(case, plan)
 
 
-def test_short_tails_ride_on_the_tiles_of_their_prefix() -> None:
+def test_short_tails_are_inlined_in_the_tiles_of_their_prefix() -> None:
     """Three suffixes behind four tokens: two tiles of four queries, each over the prefix and what it sees of them."""
     rows = [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 6, 7, 8], [0, 1, 2, 3, 9, 10, 11]]
     windows = [(0, 5), (0, 6), (0, 5), (0, 6), (0, 7), (0, 5), (0, 6), (0, 7)]
     case = Case(
-        rows=rows, tree=tree_of(rows), kept=tree_of(rows), policy=TilePolicy((4, 1), 1000, ride_tokens=6),
+        rows=rows, tree=tree_of(rows), kept=tree_of(rows), policy=TilePolicy((4, 1), 1000, max_inline_tail_tokens=6),
         qo_indptr=np.array([0, 2, 5, 8], np.int32), query_row=[0, 0, 1, 1, 1, 2, 2, 2], windows=windows, room=0,
     )  # fmt: skip
     plan = case.plan()
     check_coverage(case, plan)
     columns = [Col.Q_CNT, Col.A_OFF, Col.A_LEN, Col.B_OFF, Col.B_LEN]
     assert sorted(plan.items[:, columns].tolist()) == [[4, 0, 4, 4, 4], [4, 0, 4, 6, 6]] and plan.n_partials == 0
-    apart = replace(case, policy=TilePolicy((4, 1), 1000, ride_tokens=5)).plan()
+    apart = replace(case, policy=TilePolicy((4, 1), 1000, max_inline_tail_tokens=5)).plan()
     assert len(apart.items) == 5 and apart.n_partials == 16
 
 

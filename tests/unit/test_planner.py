@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from strategies import attention64, shared_spans, tree_of
 
 from packinfer_sgl.planning.batch import SlotTable, StepBatch
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.groups import CPU, AttentionShape, CostModel
-from packinfer_sgl.planning.plan import TilePolicy
 from packinfer_sgl.planning.planners import DecodePlanner
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners.cpu import ROOM_TOKENS, CpuRunner
 from packinfer_sgl.serving.metrics import Stats
@@ -65,7 +66,7 @@ class Engine:
         self.random = torch.Generator().manual_seed(0)
         shape = AttentionShape(KV_HEADS * GROUP, KV_HEADS, HEAD_DIM, 4)
         planner = DecodePlanner(
-            shape, cost, TilePolicy(tile_queries=(8, 1), chunk_tokens=8), grouping=grouping,
+            shape, cost, TilePolicy(tile_queries=(8, 1), max_split_tokens=8), grouping=grouping,
             limits=Capacity.unlimited(), room_tokens=ROOM_TOKENS,
         )  # fmt: skip
         runner = CpuRunner(shape, room_tokens=ROOM_TOKENS)
@@ -283,7 +284,7 @@ def test_check_passes_rows_that_share() -> None:
         max_size=40,
     ),
     st.sampled_from(["off", "single", "multi"]),
-    st.sampled_from([EAGER, CPU]),
+    st.sampled_from([EAGER, CPU.decode_cost]),
     st.randoms(use_true_random=False),
 )
 def test_any_history(events: list[str], grouping: str, cost: CostModel, random) -> None:

@@ -17,7 +17,8 @@ from test_plan import some_see_nothing
 
 from packinfer_sgl.kernels import reference
 from packinfer_sgl.kernels.reference import MaskRows, PackedReference, merge_states
-from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
+from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.policy import TilePolicy
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # those of FlashInfer's own tests
 HEADS = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4, 5, 6, 7, 8]))  # KV heads, query heads of each

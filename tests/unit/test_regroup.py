@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,7 +85,7 @@ def prefix_of_20(force: bool = False, gain: float = 1e9, arena: int = 60, reader
 @pytest.mark.parametrize("force", [False, True])
 def test_on_the_kernels(force: bool, monkeypatch) -> None:
     """Triton's, interpreted: the copy, the slot list of plans, and attention over it."""
-    monkeypatch.setattr(cuda, "H200", EAGER)
+    monkeypatch.setattr(cuda, "device_profile", lambda device: SimpleNamespace(decode_cost=EAGER))
     monkeypatch.setattr(regroup, "STEP_BYTES", 7 * 2 * LAYERS * HEADS * 64 * 4)
     server = Server(120, 40, force=force, dim=64, kernels=True)
     for tokens in ([0] * 20 + [1], [0] * 20 + [2], [0] * 8 + [3] * 9 + [4], [0] * 8 + [3] * 9 + [5]):

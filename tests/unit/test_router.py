@@ -15,7 +15,7 @@ from on_table import on_cuda
 from strategies import attention64, kv_pool, tree_of
 from test_planner import EAGER
 
-from packinfer_sgl.planning.groups import AttentionShape
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners import cuda
 from packinfer_sgl.serving import router as router_module
@@ -152,7 +152,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short spans are grouped, too; numbers of drafts stand for the spec infos of chains."""
-    monkeypatch.setattr(cuda, "H200", EAGER)
+    monkeypatch.setattr(cuda, "device_profile", lambda device: SimpleNamespace(decode_cost=EAGER))
     monkeypatch.setattr(router_module, "chain_drafts", lambda spec_info: spec_info)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import random
 import subprocess
@@ -15,9 +16,9 @@ import pytest
 import torch
 from paged_cases import EDGES, Batch, Layer, check, tree_batch
 
-from packinfer_sgl.paged import wrapper
+from packinfer_sgl.paged import kernels, wrapper
 from packinfer_sgl.planning import fitting, planners
-from packinfer_sgl.planning.plan import TilePolicy
+from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners import cpu
 
@@ -32,7 +33,9 @@ def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The real cost model declines most spans of small batches; without it every shared span is grouped."""
     if request.param != "by cost":
         all_kept(monkeypatch)
-        monkeypatch.setattr(cpu, "EXTEND_TILES", TilePolicy(tile_queries=(5, 2), chunk_tokens=7))
+        small = dataclasses.replace(cpu.CPU, extend_policy=TilePolicy(tile_queries=(5, 2), max_split_tokens=7))
+        for room in (cpu, kernels):
+            monkeypatch.setattr(room, "CPU", small)
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])

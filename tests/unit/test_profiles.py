@@ -1,4 +1,4 @@
-"""What extend batches are expected to take on a GPU, packed and not."""
+"""Which record a device has, and what extend batches are expected to take by it, packed and not."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packinfer_sgl.kernels.tiles import EXTEND_TILES
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, device_profile, policy_of, tile_policy
+from packinfer_sgl.kernels.tiles import TILES as DECODE_TILES
 from packinfer_sgl.planning.batch import StepBatch, causal
-from packinfer_sgl.planning.extend_costs import BLOCK, EXTEND_H200, ROWS, SMS, ExtendCosts, _next_free_us
-from packinfer_sgl.planning.groups import H200, AttentionShape
+from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.cpu_profile import CPU
+from packinfer_sgl.planning.device_profile import EXTEND_BLOCK, EXTEND_ROWS, DeviceProfile
+from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
+from packinfer_sgl.planning.schedule import makespan_us
 from packinfer_sgl.runners.cuda import extend_planner
 from packinfer_sgl.serving.layers import is_measured
 
 SHAPE = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
+SMS = H200.multiprocessors
 TILES = EXTEND_TILES[128]
 TILE_QUERIES = TILES[0].rows // SHAPE.group_size
 
 
-def model_us(plan: Plan | None, costs: ExtendCosts = EXTEND_H200, shape: AttentionShape = SHAPE) -> float:
+def model_us(plan: Plan | None, costs: DeviceProfile = H200, shape: AttentionShape = SHAPE) -> float:
     assert plan is not None
-    return costs.packed_us(plan, shape, SMS, TILES[0].rows, TILES[0].tokens)
+    return costs.packed_extend_us(plan, shape, SMS, TILES[0].rows, TILES[0].tokens)
 
 
 BATCHES = st.lists(st.tuples(st.integers(1, 700), st.integers(0, 9000)), min_size=1, max_size=12)
@@ -48,15 +54,17 @@ class Batch:
 
     def planned(self, always: bool = True, shape: AttentionShape = SHAPE, grouping: str = "multi") -> Plan | None:
         planner = extend_planner(shape, TILES, SMS, grouping=grouping, always=always)
-        visible = causal(self.q_lens, self.kv_lens)
-        planned = planner.plan(StepBatch(self.q_lens, self.kv_lens, self, visible=visible))
+        planned = planner.plan(self.step())
         return planned and planned.plan
+
+    def step(self) -> StepBatch:
+        return StepBatch(self.q_lens, self.kv_lens, self, visible=causal(self.q_lens, self.kv_lens))
 
     def packed_us(self, **more: str) -> float:
         return model_us(self.planned(**more))  # type: ignore[arg-type]
 
     def stock_us(self, shape: AttentionShape = SHAPE) -> float:
-        return EXTEND_H200.stock_us(self.q_lens, self.kv_lens, shape, SMS)
+        return H200.stock_extend_us(self.q_lens, self.kv_lens, shape, SMS)
 
 
 @given(BATCHES)
@@ -65,23 +73,23 @@ def test_stock_time_is_that_of_its_tiles(batch: list[tuple[int, int]]) -> None:
     q_lens, cached = map(list, zip(*batch))
     most = max(q_lens) * SHAPE.group_size
     rows, block_us = (
-        (ROWS // 2, EXTEND_H200.stock_half_block_us) if most <= ROWS // 2 else (ROWS, EXTEND_H200.stock_block_us)
+        (EXTEND_ROWS // 2, H200.stock_half_block_us) if most <= EXTEND_ROWS // 2 else (EXTEND_ROWS, H200.stock_block_us)
     )
     tiles = []
     for q, c in zip(q_lens, cached):
         for nth in range(math.ceil(q * SHAPE.group_size / rows)):
             seen = c + min(q, (nth + 1) * rows // SHAPE.group_size)
-            tiles.append(math.ceil(seen / BLOCK) * block_us + EXTEND_H200.stock_tile_us)
+            tiles.append(math.ceil(seen / EXTEND_BLOCK) * block_us + H200.stock_tile_us)
     each = [0.0] * 3  # multiprocessors: the next free one takes the next tile
     for us in (us for us in sorted(tiles, reverse=True) for _ in range(SHAPE.kv_heads)):
         each[each.index(min(each))] += us
     q, kv = np.array(q_lens, np.int32), np.add(q_lens, cached, dtype=np.int32)
-    assert EXTEND_H200.stock_us(q, kv, SHAPE, 3) == pytest.approx(max(each) + EXTEND_H200.stock_call_us)
+    assert H200.stock_extend_us(q, kv, SHAPE, 3) == pytest.approx(max(each) + H200.stock_call_us)
 
 
 def test_one_long_request_is_split_by_stock() -> None:
     short, long = Batch(0, 0, [256], [4096]), Batch(0, 0, [256], [8 * 4096])
-    unsplit = 8 * 4096 / BLOCK * EXTEND_H200.stock_block_us
+    unsplit = 8 * 4096 / EXTEND_BLOCK * H200.stock_block_us
     assert short.stock_us() < long.stock_us() < 0.7 * unsplit
 
 
@@ -91,24 +99,24 @@ def test_more_cached_tokens_take_longer(batch: list[tuple[int, int]], which: int
     longer = cached.copy()
     longer[which % len(batch)] += more
     before, after = Batch(0, 0, q_lens, cached), Batch(0, 0, q_lens, longer)
-    if max(q_lens) * SHAPE.qo_heads > ROWS * SMS:  # else a split may come that makes it faster
+    if max(q_lens) * SHAPE.qo_heads > EXTEND_ROWS * SMS:  # else a split may come that makes it faster
         assert before.stock_us() <= after.stock_us()
-    # pieces are cut by another model, which knows no blocks
+    # splits are chosen by another model, which knows no blocks
     assert before.packed_us() <= after.packed_us() * 1.3
 
 
 def test_few_queries_take_less_time_per_block() -> None:
     # each row reads the prefix, which lies in the cache: memory does not bound them
     few, many = (Batch(8192, 16, [n] * 16, [0] * 16).planned(grouping="off") for n in (16, TILE_QUERIES))
-    slower = replace(EXTEND_H200, half_block_us=2 * EXTEND_H200.half_block_us)
-    less = EXTEND_H200.half_block_us / EXTEND_H200.block_us
+    slower = replace(H200, extend_half_block_us=2 * H200.extend_half_block_us)
+    less = H200.extend_half_block_us / H200.extend_block_us
     assert model_us(few) == pytest.approx(less * model_us(many), rel=0.03) and less < 0.95
     assert model_us(many, slower) == model_us(many)
     assert model_us(few, slower) > 1.8 * model_us(few)
 
 
 def test_tiles_of_64_rows_have_no_cheaper_ones_below_them() -> None:
-    wide, narrow = EXTEND_H200.grouping(128), EXTEND_H200.grouping(64)
+    wide, narrow = H200.extend_cost(128), H200.extend_cost(64)
     assert narrow.tiles(SHAPE, 16) == (1, 64) == narrow.tiles(SHAPE, 1)
     assert wide.tiles(SHAPE, 32) == (1, 128) and 64 < wide.tiles(SHAPE, 16)[1] < 128
 
@@ -120,16 +128,16 @@ def test_products_grow_with_the_head_dimension() -> None:
     assert 0.5 < batch.stock_us(narrow) / batch.stock_us() < 0.6
 
 
-def test_programs_take_the_next_item_when_they_are_free() -> None:
-    """As kernels/attention_hopper_extend.py does: one program takes 9 and the other 4, 4 and 4."""
-    assert _next_free_us(np.array([9.0, 4.0, 4.0, 4.0]), 1, 2) == 12.0
+def test_items_are_taken_from_a_queue() -> None:
+    """As in kernels/attention_hopper_extend.py: one CTA takes 9, the other 4, 4 and 4."""
+    assert makespan_us(np.array([9.0, 4.0, 4.0, 4.0]), 1, 2) == 12.0
 
 
 def test_a_plan_takes_no_less_than_reading_its_tokens() -> None:
     """Rows of few queries are bound by memory, not by products."""
     batch = Batch(0, 0, [4] * 64, [8192] * 64)
     kv_bytes = 64 * 8196 * 4 * SHAPE.kv_heads * SHAPE.head_dim
-    fast = replace(EXTEND_H200, block_us=1e-3, half_block_us=1e-3)
+    fast = replace(H200, extend_block_us=1e-3, extend_half_block_us=1e-3)
     assert model_us(batch.planned(), fast) >= kv_bytes / H200.bytes_per_us
 
 
@@ -143,7 +151,7 @@ def test_decodes_beside_a_chunk_are_packed_and_a_long_chunk_alone_is_not() -> No
     assert chunk.planned(always=False) is None and chunk.planned() is not None
 
 
-def test_short_suffixes_ride_with_their_prefix() -> None:
+def test_short_suffixes_are_inlined_with_their_prefix() -> None:
     plan, apart = PROMPTS.planned(), PROMPTS.planned(grouping="off")
     assert plan is not None and apart is not None
     assert plan.n_partials == 0 and len(plan.items) == -(-64 * 99 // TILE_QUERIES) < len(apart.items)
@@ -151,9 +159,69 @@ def test_short_suffixes_ride_with_their_prefix() -> None:
     assert PROMPTS.packed_us() < 0.95 * PROMPTS.packed_us(grouping="off")
 
 
-def test_long_tails_do_not_ride() -> None:
+def test_long_tails_are_not_inlined() -> None:
     plan = MIXED.planned()
     assert plan is not None and plan.n_partials > 0 and plan.kv_tokens_read < plan.kv_tokens_logical / 5
+
+
+@pytest.mark.parametrize(
+    ("name", "sms", "profile"),
+    [("NVIDIA H200", 132, "H200"), ("NVIDIA H200", None, "H200"), ("NVIDIA H200 MIG 1g.18gb", 16, None),
+     ("NVIDIA GH200 480GB", 132, None), ("NVIDIA A100-SXM4-80GB", 108, None)],
+)  # fmt: skip
+def test_a_gpu_has_its_record_or_a_guess(name: str, sms: int | None, profile: str | None) -> None:
+    found = profile_for(name, sms)
+    assert found.is_measured is (profile is not None) and found.name == (profile or name)
+
+
+def test_every_record_bears_its_name() -> None:
+    assert {key: profile.name for key, profile in PROFILES.items()} == {key: key for key in PROFILES}
+    assert all(profile_for(f"NVIDIA {key} 80GB") is profile for key, profile in PROFILES.items())
+
+
+def test_a_guess_groups_less_and_leaves_extends_to_stock() -> None:
+    guess = profile_for("NVIDIA X1")
+    tree = PrefixTree.from_neighbours(range(32), [2048] * 31)
+    kept = {
+        tail: [prune(tree, SHAPE, p.decode_cost, kv_lens=np.full(32, 2048 + tail, np.int32)) for p in (H200, guess)]
+        for tail in (500, 3000, 6000)
+    }
+    assert [[k.n_nodes for k in each] for each in kept.values()] == [[1, 1], [1, 0], [0, 0]]
+    planner = extend_planner(SHAPE, TILES, SMS, grouping="multi", always=False, profile=guess)
+    assert MIXED.planned(always=False) is not None
+    assert planner.plan(MIXED.step()) is None
+
+
+def test_the_device_says_which_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_profile(torch.device("cpu")) is H200
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    for sms in (SMS, SMS - 1):
+        properties = SimpleNamespace(multi_processor_count=sms)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert device_profile(torch.device("cuda")).is_measured is (sms == SMS)
+        assert tile_policy(SHAPE, torch.device("cuda:0")) == policy_of(SHAPE, DECODE_TILES[128], sms)
+
+
+def test_the_policy_follows_the_record() -> None:
+    slow = replace(H200, bytes_per_us=H200.bytes_per_us / 10, large_item_us=1.0, extend_item_us=5.0)
+    before, after = (policy_of(SHAPE, DECODE_TILES[128], SMS, profile).timings for profile in (H200, slow))
+    assert before and after and (before[0].fixed_us, before[1].fixed_us) == (H200.large_item_us, H200.small_item_us)
+    assert (after[0].fixed_us, after[1].fixed_us) == (1.0, H200.small_item_us)
+    assert after[1].token_us == pytest.approx(10 * before[1].token_us)  # small tiles are bound by memory
+    extend = policy_of(SHAPE, TILES, SMS, slow).timings
+    assert extend and extend[0].fixed_us == 5.0 and extend[0].dynamic == SHAPE.kv_heads
+
+
+def test_on_a_cpu_only_copies_count() -> None:
+    few, many = CPU.extend_cost(64).read_us(SHAPE, 1), CPU.extend_cost(64).read_us(SHAPE, 16)
+    assert few == many and CPU.decode_cost.read_us(SHAPE, 1000) == few
+    plan = MIXED.planned()
+    assert plan is not None
+    us = CPU.packed_extend_us(plan, SHAPE)
+    assert us > CPU.extend_layer_us + len(plan.items) * CPU.extend_item_us
+    doubled = replace(CPU, packed_flops_per_us=CPU.packed_flops_per_us / 2, stock_flops_per_us=1e30)
+    assert doubled.packed_extend_us(plan, SHAPE) > us
+    assert doubled.stock_extend_us(MIXED.q_lens, MIXED.kv_lens, SHAPE) == pytest.approx(97 * CPU.stock_request_us)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""What attention costs: the layer's shape, and the model of time by which spans are chosen for grouping."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one layer's attention moves and multiplies.
+
+    Attributes:
+        qo_heads, kv_heads: heads of this tensor-parallel rank.
+        head_dim: elements of one head.
+        kv_bytes: bytes of one KV element.
+    """
+
+    qo_heads: int
+    kv_heads: int
+    head_dim: int
+    kv_bytes: int
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.qo_heads // self.kv_heads
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, all KV heads."""
+        return 2 * self.kv_heads * self.head_dim * self.kv_bytes
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a layer's time grows by with each item, KV token and partial result; by this spans are chosen for grouping.
+
+    Only ratios matter. A rate of ``math.inf`` says that this resource is never the limit.
+
+    Attributes:
+        bytes_per_us: read bandwidth of device memory.
+        reread_bytes_per_us: bandwidth of reading the same KV again shortly after (from a cache).
+        flops_per_us: rate of the attention tile's products, padding counted as work.
+        item_us: time of a work item of one KV head besides its tokens.
+        partial_us: time of one partial result of one query, written and merged, besides its bytes.
+        partial_bytes_per_us: rate of writing and reading back partial results.
+        large_rows, small_rows: query rows (tokens x group size) of the two tile classes.
+        small_as_rows: cost of a small tile, in rows of a large tile.
+        least_saving: how many times fewer KV tokens a decode step must read with groups than without. Rows that share
+            nothing can be divided into equal parts (Stream-K), which the other terms do not know.
+    """
+
+    bytes_per_us: float
+    reread_bytes_per_us: float
+    flops_per_us: float
+    item_us: float
+    partial_us: float
+    partial_bytes_per_us: float
+    large_rows: int
+    small_rows: int
+    small_as_rows: float
+    least_saving: float
+
+    def tiles(self, shape: AttentionShape, queries: int) -> tuple[int, float]:
+        """Number of tiles for so many queries, and the cost of each in rows of a large tile."""
+        query_rows = queries * shape.group_size
+        if query_rows <= self.small_rows:
+            return -(-query_rows // self.small_rows), self.small_as_rows
+        return -(-query_rows // self.large_rows), self.large_rows
+
+    def read_us(self, shape: AttentionShape, queries: int) -> tuple[float, float]:
+        """Time of reading a span once for so many queries: us per KV token, and us besides."""
+        tiles, rows = self.tiles(shape, queries)
+        moved = shape.token_bytes / self.bytes_per_us + (tiles - 1) * (shape.token_bytes / self.reread_bytes_per_us)
+        multiplied = tiles * rows * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
+        return max(moved, multiplied), tiles * shape.kv_heads * self.item_us
+
+    def partials_us(self, shape: AttentionShape) -> float:
+        """Time of one partial result of one query (float32 output and ``lse2`` of all heads), in us."""
+        return self.partial_us + 2 * shape.qo_heads * (shape.head_dim + 1) * 4 / self.partial_bytes_per_us
+
+    def without_partials(self) -> CostModel:
+        """The same for tails that are inlined in their prefix's tiles, which leave no partial results."""
+        return replace(self, partial_us=0, partial_bytes_per_us=math.inf)

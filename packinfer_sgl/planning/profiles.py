@@ -1,0 +1,60 @@
+"""The records of the GPUs that were measured, and what stands for all others."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from packinfer_sgl.planning.device_profile import DeviceProfile
+
+# By the name of the GPU. scripts/fit_costs.py and scripts/fit_extend.py write numbers and entries here.
+PROFILES = {
+    "H200": DeviceProfile(
+        name="H200",
+        is_measured=True,
+        multiprocessors=132,
+        bytes_per_us=4.81e06,
+        reread_bytes_per_us=5.5e06,
+        flops_per_us=2.79e08,
+        grouping_item_us=0.02,
+        large_item_us=6.93,
+        small_item_us=2.38,
+        partial_us=0,
+        partial_bytes_per_us=3.02e06,
+        saturating_programs=1.82,
+        # of 27 batches of unequal rows with one prefix, those that read 1.04 to 1.33 times less ran at 0.87 to 1.09
+        # times the speed without groups, those that read at least 1.55 times less at 1.06 to 1.35
+        least_saving=1.4,
+        extend_block_us=1.85,
+        extend_half_block_us=1.63,
+        extend_item_us=2.35,
+        extend_partial_factor=0.687,
+        extend_call_us=2.51,
+        stock_block_us=1.73,
+        stock_half_block_us=1.31,
+        stock_tile_us=3.88,
+        stock_call_us=3.69,
+        extend_margin=1.08,  # of 60 measured batches none that it lets through was slower packed
+    ),
+}
+H200 = PROFILES["H200"]
+
+# A GPU without a record has the H200's times, of which only ratios matter at decode. The one that grouping depends on
+# is bandwidth over products: groups save reads and pad products. Among data-centre GPUs it is at most 1.3 times the
+# H200's (A100: 2.0 TB/s, 312 TFLOP/s), where groups must save 1.3 times as much: 1.8 instead of 1.4. The rest is for
+# kernels that were never tuned there.
+UNMEASURED_SAVING = 2.0
+
+
+def profile_for(name: str, multiprocessors: int | None = None) -> DeviceProfile:
+    """The record of a GPU, or a conservative guess (``is_measured`` is False) that bears its name.
+
+    Args:
+        name: as CUDA gives it, like ``NVIDIA H200``.
+        multiprocessors: of the GPU, if known. A slice of a GPU (MIG) or a smaller model of the same name has fewer
+            than the one that was measured, and other bandwidth.
+    """
+    for key, profile in PROFILES.items():
+        if re.search(rf"\b{re.escape(key)}\b", name) and multiprocessors in (None, profile.multiprocessors):
+            return profile
+    return replace(H200, name=name, is_measured=False, least_saving=UNMEASURED_SAVING)
