@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -174,7 +175,8 @@ def main() -> None:
         ]  # fmt: skip
     versions = {module.__name__: module.__version__ for module in (torch, triton, flashinfer)}
     machine = {"gpu": torch.cuda.get_device_name(), **versions, "sglang": version("sglang")}
-    file: dict = {"machine": machine, "results": []}
+    profile = asdict(device_profile(torch.device("cuda")))  # scripts/fit_extend.py makes the plans again
+    file: dict = {"machine": machine, "profile": profile, "results": []}
     console = Console(highlight=False)
     for work, slots in itertools.product(todo, args.slots.split(",")):
         if time.perf_counter() - started > args.seconds:

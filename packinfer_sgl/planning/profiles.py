@@ -39,10 +39,10 @@ PROFILES = {
 }
 H200 = PROFILES["H200"]
 
-# A GPU without a record has the H200's times, of which only ratios matter at decode. The one that grouping depends on
-# is bandwidth over products: groups save reads and pad products. Among data-centre GPUs it is at most 1.3 times the
-# H200's (A100: 2.0 TB/s, 312 TFLOP/s), where groups must save 1.3 times as much: 1.8 instead of 1.4. The rest is for
-# kernels that were never tuned there.
+# A GPU without a record has the H200's times, of which only ratios matter at decode. Grouping saves reads and pads
+# products, so it pays the less, the higher the ratio of bandwidth to products. On data-centre GPUs since Ampere that
+# ratio is at most 1.3 times the H200's (A100: 2.0 TB/s, 312 TFLOP/s), where groups must save 1.3 times as much: 1.8
+# instead of 1.4. The rest is for kernels that were never tuned there.
 UNMEASURED_SAVING = 2.0
 
 

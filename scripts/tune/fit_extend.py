@@ -3,9 +3,10 @@
     python scripts/bench_kernels.py --only P,M,C,R --baselines fa3 --slots random --out DIR    # on a GPU
     python scripts/tune/fit_extend.py --results DIR/results.json [--write]
 
-The plans are made again, so fit in the checkout that was measured. The table shows what the fitted times lead to;
-``--write`` puts them into the GPU's record in packinfer_sgl/planning/profiles.py (scripts/fit_costs.py makes one for a
-new GPU), which then counts as measured. Plans may differ after that: measure again, and see whether they became faster.
+The plans are made again, so fit in the checkout that was measured; what scripts/fit_costs.py has written since does no
+harm. The table shows what the fitted times lead to. ``--write`` puts them into the GPU's record in
+packinfer_sgl/planning/profiles.py (scripts/fit_costs.py makes one for a new GPU), which then counts as measured. Plans
+may differ after that: measure again, and see whether they became faster.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tune.write_constants import SOURCE, write_profile
 from packinfer_sgl.kernels.tiles import EXTEND_TILES
 from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.plan import Plan
-from packinfer_sgl.planning.profiles import PROFILES, profile_for
+from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
 
 STOCK = "fa3 page 1"
 TILES = EXTEND_TILES[HEAD_DIM]
@@ -63,8 +64,11 @@ class Case:
 
 
 def cases(results: list[dict[str, Any]], profile: DeviceProfile) -> list[Case]:
-    """Extend and mixed batches that both have run; raises SystemExit if other plans were measured than ``profile``
-    leads to."""
+    """Extend and mixed batches that both have run; raises SystemExit if other plans were measured.
+
+    Args:
+        profile: by which they were planned.
+    """
     known = {work.name: work for work in workloads()}
     found = []
     for r in results:
@@ -131,7 +135,8 @@ def main() -> None:
     if in_use.name not in PROFILES:
         sys.exit(f"fit_extend: {in_use.name} has no record: run scripts/fit_costs.py --write on it first")
     in_use = replace(in_use, is_measured=True)
-    measured = cases(file["results"], in_use)
+    planned_by = DeviceProfile(**file["profile"]) if "profile" in file else H200  # older files do not say
+    measured = cases(file["results"], planned_by)
     if not measured:
         sys.exit(f"fit_extend: {args.results} has no extend batch of both {OURS} and {STOCK}")
     fitted = fit_all(measured, in_use)

@@ -78,7 +78,8 @@ def test_what_no_batch_tells_stays() -> None:
 def command(monkeypatch: pytest.MonkeyPatch, folder: Path, gpu: str, results: list[dict]) -> None:
     """``fit_extend --write``."""
     file = folder / "results.json"
-    file.write_text(json.dumps({"machine": {"gpu": gpu}, "results": results}))
+    planned_by = asdict(H200)
+    file.write_text(json.dumps({"machine": {"gpu": gpu}, "profile": planned_by, "results": results}))
     monkeypatch.setattr(sys, "argv", ["fit_extend", "--results", str(file), "--write"])
     fit_extend.main()
 
@@ -107,14 +108,17 @@ def test_the_command(
 
 def test_a_new_gpu_gets_a_record(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As scripts/fit_costs.py makes it, and scripts/fit_extend.py completes it."""
-    new = replace(H200, name="X100", is_measured=False, large_item_us=7.25, partial_us=0.0)
+    new = replace(H200, name="X100", is_measured=False, large_item_us=7.25, partial_us=0.5)
     write_profile(source, new, ["large_item_us"])
     assert written(source) == {**PROFILES, "X100": new}
     monkeypatch.setitem(PROFILES, "X100", new)
     command(monkeypatch, tmp_path, "NVIDIA X100 80GB", results())
     fitted = [*PACKED, *STOCK_TIMES]
     after = written(source)
+    # a partial result costs more than on the H200, by which the batches were planned: so its part is smaller
+    fitted.remove("extend_partial_factor")
     assert after["X100"].is_measured and rounded(after["X100"], fitted) == rounded(PLANTED, fitted)
+    assert after["X100"].extend_partial_factor < PLANTED.extend_partial_factor
     assert after["X100"].large_item_us == 7.25 and after["H200"] == H200
 
 
