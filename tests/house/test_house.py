@@ -32,8 +32,9 @@ ORDER = {
         "prefix_hold",
     ],
     "kernels": [
-        "copy_slots", "reference", "tiles", "attention_triton", "merge", "attention_hopper_decode",
-        "attention_hopper_extend", "device_plan",
+        "copy_slots", "reference", "cpu_attention", "tiles", "columns", "slot_list_triton", "attention_triton", "merge",
+        "hopper_common", "attention_hopper_decode", "hopper_extend_pipeline", "hopper_extend_producer",
+        "hopper_extend_consumer", "attention_hopper_extend", "device_plan",
     ],
     "runners": [
         "arena", "metrics", "planner", "cpu_decode", "cpu_extend", "cuda_decode", "cuda_extend", "cuda_verify",
