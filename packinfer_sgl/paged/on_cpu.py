@@ -7,7 +7,8 @@ import math
 import numpy as np
 import torch
 
-from packinfer_sgl.kernels.reference import MaskRows, PackedReference
+from packinfer_sgl.kernels.cpu_attention import PackedReference
+from packinfer_sgl.kernels.reference import MaskRows
 from packinfer_sgl.planning.groups import AttentionShape, CostModel
 from packinfer_sgl.planning.plan import Plan, TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from packinfer_sgl.kernels.reference import PackedReference
+from packinfer_sgl.kernels.cpu_attention import PackedReference
 from packinfer_sgl.planning.audit import check_reads
 from packinfer_sgl.planning.groups import AttentionShape, CostModel
 from packinfer_sgl.planning.plan import Plan, TilePolicy

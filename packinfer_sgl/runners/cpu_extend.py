@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from packinfer_sgl.kernels.reference import PackedReference
+from packinfer_sgl.kernels.cpu_attention import PackedReference
 from packinfer_sgl.planning.groups import CPU, AttentionShape, CostModel
 from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32

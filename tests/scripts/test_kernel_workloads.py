@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_workloads import HEAD_DIM, Inputs, Workload, ragged, workloads
 
-from packinfer_sgl.kernels.reference import PackedReference
+from packinfer_sgl.kernels.cpu_attention import PackedReference
 from packinfer_sgl.kernels.tiles import tile_policy
 from packinfer_sgl.planning.groups import H200
 from packinfer_sgl.planning.plan import Col, Plan, TilePolicy
