@@ -1,12 +1,34 @@
-"""Packed attention of large tiles on Hopper: warp-specialised, in Gluon.
+"""Packed attention of large tiles on Hopper, for decode plans: warp-specialised, in Gluon.
 
-The same items and the same results as ``packed.packed_attention_kernel`` for run A. One warpgroup gathers keys and
-values into a ring of blocks in shared memory, the other multiplies (FlashAttention-3, https://arxiv.org/abs/2407.08608).
-Both together take so few registers that programs of the other tile class run beside them on the same multiprocessor and
-read their KV meanwhile.
+The same items and the same results as ``attention_triton.packed_attention_kernel`` for run A. A producer warpgroup
+copies keys and values to a ring of stages in shared memory, a consumer warpgroup multiplies (FlashAttention-3,
+https://arxiv.org/abs/2407.08608). Both together take so few registers that CTAs of the other tile class run beside them
+on the same SM and read their KV meanwhile.
+
+Map, for head_dim 128, BLOCK_N 64, STAGES 3 (``tiles.TILES``):
+
+    CTA         8 warps.  WG0 consumer: 64 query rows.  WG1 producer: cp.async.
+    registers   maxnreg 96 x 256 threads = 24,576 = 64 x 128 (producer) + 128 x 128 (consumer)
+    smem        K 3 x 16 KiB | V 3 x 16 KiB | Q 16 KiB = 112 of 227 KiB, and 9 barriers
+    scheduling  static: CTA i runs (item, KV head) pairs i, i + n_ctas, ...; both warpgroups count them alike
+
+    barrier   arrivals            arrived at by                   awaited by                     use, parity
+    k_full    128, one a thread   producer, when K has landed     consumer, before QK            n, full
+    v_full    128, one a thread   producer, when V has landed     consumer, before PV            n, full
+    kv_empty  1                   consumer, after PV              producer, before it copies K   n, empty
+
+    n counts the KV blocks of all items of a CTA; its stage is n % STAGES, its parity full_phase(n) or empty_phase(n).
+    Q needs no barrier: the consumer loads it itself, between two items.
+
+    producer  |K0 V0|K1 V1|K2 V2|   K3 V3|   K4 V4| ...     up to STAGES blocks ahead, across items
+    consumer        |Q|QK0|softmax|PV0|QK1|softmax|PV1| ... |store|Q| ...
+
+Taken for granted (``device_plan`` checks it): no run B, no item that grows or that another follows.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,153 +41,193 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from packinfer_sgl.kernels.attention_triton import A_LEN, A_OFF, N_COLS, PIECE, Q_CNT, Q_OFF
+from packinfer_sgl.kernels.columns import A_LEN, A_OFF, N_COLS, Q_CNT, Q_OFF, SPLIT
+from packinfer_sgl.kernels.hopper_common import (
+    COPY_ARRIVALS,
+    ROWS,
+    allocate_barriers,
+    empty_phase,
+    full_phase,
+    row_layout,
+    soft_capped,
+)
 
-ROWS = gl.constexpr(64)  # query rows of a tile: those of one warpgroup's product
+CONSUMER_ARRIVALS = gl.constexpr(1)  # one for the warpgroup
+
+
+class KvPipeline(NamedTuple):
+    """The ring of KV blocks: shared memory [STAGES, BLOCK_N, HEAD_DIM], and barriers [STAGES, 1]."""
+
+    k_stages: gl.shared_memory_descriptor
+    v_stages: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    kv_empty: gl.shared_memory_descriptor
+
+
+class ProducerArgs(NamedTuple):
+    k_ptr: gl.tensor
+    v_ptr: gl.tensor
+    slots_ptr: gl.tensor
+    items_ptr: gl.tensor
+    first: gl.tensor  # item of the class
+    work: gl.tensor  # (item, KV head) pairs
+    kv_heads: gl.tensor
+    stride_page: gl.tensor
+    stride_slot: gl.tensor
+    stride_kv_head: gl.tensor
+
+
+class ConsumerArgs(NamedTuple):
+    q_ptr: gl.tensor
+    out_ptr: gl.tensor
+    lse2_ptr: gl.tensor
+    part_out_ptr: gl.tensor
+    part_lse2_ptr: gl.tensor
+    items_ptr: gl.tensor
+    query_rows_ptr: gl.tensor
+    partial_rows_ptr: gl.tensor
+    first: gl.tensor
+    work: gl.tensor
+    kv_heads: gl.tensor
+    n_heads: gl.tensor
+    stride_q_token: gl.tensor
+    stride_q_head: gl.tensor
+    stride_out_token: gl.tensor
+    stride_out_head: gl.tensor
+    scale2: gl.tensor
+    cap2: gl.tensor
+    q_tile: gl.shared_memory_descriptor  # [ROWS, HEAD_DIM]
 
 
 @gluon.jit
-def _gather(
-    k_ptr, v_ptr, slots_ptr, items_ptr, first, work, kv_heads, stride_page, stride_slot, stride_kv_head,
-    k_ring, v_ring, k_ready, v_ready, free,
-    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+def _produce(
+    args, pipe, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """Fill the ring with the items' blocks, one after the other."""
-    threads: gl.constexpr = HEAD_DIM // 8  # of a row: 16 bytes each
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+    """The producer warpgroup: copy the KV blocks of all items to the ring, one after the other."""
+    layout: gl.constexpr = row_layout(HEAD_DIM)
     at = gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     n = 0
-    for w in range(gl.program_id(0), work, gl.num_programs(0)):
-        item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
+    for w in range(gl.program_id(0), args.work, gl.num_programs(0)):
+        item_ptr = args.items_ptr + (args.first + w // args.kv_heads) * N_COLS
         a_len = gl.load(item_ptr + A_LEN)
-        a_slots = slots_ptr + gl.load(item_ptr + A_OFF)
-        head = (w % kv_heads).to(gl.int64) * stride_kv_head
+        a_slots = args.slots_ptr + gl.load(item_ptr + A_OFF)
+        head = (w % args.kv_heads).to(gl.int64) * args.stride_kv_head
         # slots are loaded a block ahead; the slot list ends in room for it
-        slot = gl.load(a_slots + at)
+        slot = gl.load(a_slots + at)  # [BLOCK_N]
         for j in range(0, a_len, BLOCK_N):
             if PAGE == 1:
-                kv_row = slot.to(gl.int64) * stride_slot
+                kv_row = slot.to(gl.int64) * args.stride_slot
             else:
-                kv_row = (slot // PAGE).to(gl.int64) * stride_page + (slot % PAGE).to(gl.int64) * stride_slot
-            inside = gl.expand_dims(j + at < a_len, 1)
+                kv_row = (slot // PAGE).to(gl.int64) * args.stride_page + (slot % PAGE).to(gl.int64) * args.stride_slot
+            inside = gl.expand_dims(j + at < a_len, 1)  # [BLOCK_N, 1]
             slot = gl.load(a_slots + j + BLOCK_N + at)
-            offset = gl.expand_dims(head + kv_row, 1) + gl.expand_dims(d, 0)
+            offset = gl.expand_dims(head + kv_row, 1) + gl.expand_dims(d, 0)  # [BLOCK_N, HEAD_DIM]
             stage = n % STAGES
-            mbarrier.wait(free.index(stage), (n // STAGES) & 1 ^ 1)
-            async_copy.async_copy_global_to_shared(k_ring.index(stage), k_ptr + offset, mask=inside)
-            async_copy.mbarrier_arrive(k_ready.index(stage), increment_count=False)
-            async_copy.async_copy_global_to_shared(v_ring.index(stage), v_ptr + offset, mask=inside)
-            async_copy.mbarrier_arrive(v_ready.index(stage), increment_count=False)
+            mbarrier.wait(pipe.kv_empty.index(stage), empty_phase(n, STAGES))
+            async_copy.async_copy_global_to_shared(pipe.k_stages.index(stage), args.k_ptr + offset, mask=inside)
+            async_copy.mbarrier_arrive(pipe.k_full.index(stage), increment_count=False)
+            async_copy.async_copy_global_to_shared(pipe.v_stages.index(stage), args.v_ptr + offset, mask=inside)
+            async_copy.mbarrier_arrive(pipe.v_full.index(stage), increment_count=False)
             n += 1
 
 
 @gluon.jit
-def load_q(
-    q_ptr, query_rows_ptr, q_tile, first_row, q_off, q_cnt, kv_head, stride_q_token, stride_q_head,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
-):  # fmt: skip
-    """ROWS rows of a tile into shared memory, from ``first_row`` on."""
-    threads: gl.constexpr = HEAD_DIM // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+def _load_q(args, q_off, q_cnt, kv_head, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """A tile's ROWS rows into shared memory; rows past its queries become 0."""
+    layout: gl.constexpr = row_layout(HEAD_DIM)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     live = row // GROUP < q_cnt
-    query = gl.load(query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)
-    q_row = query * stride_q_token + (kv_head * GROUP + row % GROUP).to(gl.int64) * stride_q_head
-    q_offset = gl.expand_dims(q_row, 1) + gl.expand_dims(d, 0)
-    q_tile.store(gl.load(q_ptr + q_offset, mask=gl.expand_dims(live, 1), other=0.0))
+    query = gl.load(args.query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)  # [ROWS]
+    q_row = query * args.stride_q_token + (kv_head * GROUP + row % GROUP).to(gl.int64) * args.stride_q_head
+    q_offset = gl.expand_dims(q_row, 1) + gl.expand_dims(d, 0)  # [ROWS, HEAD_DIM]
+    args.q_tile.store(gl.load(args.q_ptr + q_offset, mask=gl.expand_dims(live, 1), other=0.0))
     fence_async_shared()
 
 
 @gluon.jit
-def store_results(
-    acc, top, total, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, query_rows_ptr, partial_rows_ptr, first_row,
-    q_off, q_cnt, piece, kv_head, n_heads, stride_out_token, stride_out_head,
+def _store_results(
+    args, acc, top, total, q_off, q_cnt, split, kv_head,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """The same rows' results: to the output, or to the item's partial results."""
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
+    """The same rows' results ([ROWS, HEAD_DIM], [ROWS], [ROWS]): to the output, or to the item's partial results."""
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout))
     live = row // GROUP < q_cnt
     head = kv_head * GROUP + row % GROUP
-    query = gl.load(query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)
-    part = gl.load(partial_rows_ptr + q_off + row // GROUP, mask=live, other=0)
+    query = gl.load(args.query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)
+    part = gl.load(args.partial_rows_ptr + q_off + row // GROUP, mask=live, other=0)
     direct = live & (part < 0)
     partial = live & (part >= 0)
     result = acc / gl.expand_dims(gl.where(total == 0.0, 1.0, total), 1)
     lse2 = top + gl.log2(total)
-    out_row = query * stride_out_token + head.to(gl.int64) * stride_out_head
+    out_row = query * args.stride_out_token + head.to(gl.int64) * args.stride_out_head
     out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0)
-    gl.store(out_ptr + out_offset, result.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(direct, 1))
-    gl.store(lse2_ptr + query * n_heads + head, lse2, mask=direct)
-    part_row = (part + piece).to(gl.int64) * n_heads + head
+    gl.store(args.out_ptr + out_offset, result.to(args.out_ptr.dtype.element_ty), mask=gl.expand_dims(direct, 1))
+    gl.store(args.lse2_ptr + query * args.n_heads + head, lse2, mask=direct)
+    part_row = (part + split).to(gl.int64) * args.n_heads + head
     part_offset = gl.expand_dims(part_row * HEAD_DIM, 1) + gl.expand_dims(d, 0)
-    gl.store(part_out_ptr + part_offset, result, mask=gl.expand_dims(partial, 1))
-    gl.store(part_lse2_ptr + part_row, lse2, mask=partial)
+    gl.store(args.part_out_ptr + part_offset, result, mask=gl.expand_dims(partial, 1))
+    gl.store(args.part_lse2_ptr + part_row, lse2, mask=partial)
 
 
 @gluon.jit
-def _multiply(
-    q_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr,
-    partial_rows_ptr, first, work, kv_heads, n_heads, stride_q_token, stride_q_head, stride_out_token, stride_out_head,
-    scale2, cap2, q_tile, k_ring, v_ring, k_ready, v_ready, free,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SOFT_CAP: gl.constexpr,
+def _consume(
+    args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the blocks in the ring, and the results."""
+    """The consumer warpgroup: online softmax over the blocks in the ring, and the results."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    dtype: gl.constexpr = args.q_ptr.dtype.element_ty
     n = 0
-    for w in range(gl.program_id(0), work, gl.num_programs(0)):
-        item_ptr = items_ptr + (first + w // kv_heads) * N_COLS
-        kv_head = w % kv_heads
+    for w in range(gl.program_id(0), args.work, gl.num_programs(0)):
+        item_ptr = args.items_ptr + (args.first + w // args.kv_heads) * N_COLS
+        kv_head = w % args.kv_heads
         q_off = gl.load(item_ptr + Q_OFF)
         q_cnt = gl.load(item_ptr + Q_CNT)
         a_len = gl.load(item_ptr + A_LEN)
-        piece = gl.load(item_ptr + PIECE)
-        load_q(
-            q_ptr, query_rows_ptr, q_tile, 0, q_off, q_cnt, kv_head, stride_q_token, stride_q_head, GROUP, HEAD_DIM
-        )  # fmt: skip
+        split = gl.load(item_ptr + SPLIT)
+        _load_q(args, q_off, q_cnt, kv_head, GROUP, HEAD_DIM)
 
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
-        top = gl.full([ROWS], -float("inf"), gl.float32, row_layout)
-        total = gl.zeros([ROWS], gl.float32, row_layout)
+        top = gl.full([ROWS], -float("inf"), gl.float32, o_rows)
+        total = gl.zeros([ROWS], gl.float32, o_rows)
         for j in range(0, a_len, BLOCK_N):
             stage = n % STAGES
-            phase = (n // STAGES) & 1
+            phase = full_phase(n, STAGES)
             zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-            mbarrier.wait(k_ready.index(stage), phase)
+            mbarrier.wait(pipe.k_full.index(stage), phase)
             fence_async_shared()  # keys came by cp.async, the product reads them through the async proxy
-            s = warpgroup_mma(q_tile, k_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
+            k = pipe.k_stages.index(stage).permute((1, 0))  # [HEAD_DIM, BLOCK_N]
+            s = warpgroup_mma(args.q_tile, k, zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])  # [ROWS, BLOCK_N]
             if SOFT_CAP:
-                s = cap2 * (1.0 - 2.0 / (1.0 + gl.exp2(s * scale2 * (2.0 * 1.4426950408889634) / cap2)))
+                s = soft_capped(s, args.scale2, args.cap2)
             if j + BLOCK_N > a_len:
                 pos = j + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
                 s = gl.where(gl.expand_dims(pos < a_len, 0), s, -float("inf"))
-            s_top = gl.convert_layout(gl.max(s, 1), row_layout)
-            new_top = gl.maximum(top, s_top if SOFT_CAP else s_top * scale2)
+            s_top = gl.convert_layout(gl.max(s, 1), o_rows)
+            new_top = gl.maximum(top, s_top if SOFT_CAP else s_top * args.scale2)  # [ROWS]
             shift = gl.expand_dims(gl.convert_layout(new_top, gl.SliceLayout(1, s_layout)), 1)
-            p = gl.exp2(s - shift if SOFT_CAP else s * scale2 - shift)
+            p = gl.exp2(s - shift if SOFT_CAP else s * args.scale2 - shift)  # [ROWS, BLOCK_N]
             keep = gl.exp2(top - new_top)
-            total = total * keep + gl.convert_layout(gl.sum(p, 1), row_layout)
+            total = total * keep + gl.convert_layout(gl.sum(p, 1), o_rows)
             acc = acc * gl.expand_dims(keep, 1)
             top = new_top
             p_operand = gl.convert_layout(p.to(dtype), p_layout)
-            mbarrier.wait(v_ready.index(stage), phase)
+            mbarrier.wait(pipe.v_full.index(stage), phase)
             fence_async_shared()
-            acc = warpgroup_mma(p_operand, v_ring.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(free.index(stage), count=1)
+            acc = warpgroup_mma(p_operand, pipe.v_stages.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])  # [ROWS, HEAD_DIM]
+            mbarrier.arrive(pipe.kv_empty.index(stage), count=1)
             n += 1
 
-        store_results(
-            acc, top, total, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, query_rows_ptr, partial_rows_ptr, 0,
-            q_off, q_cnt, piece, kv_head, n_heads, stride_out_token, stride_out_head, GROUP, HEAD_DIM, o_layout,
-        )  # fmt: skip
+        _store_results(args, acc, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, o_layout)
 
 
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
@@ -174,37 +236,45 @@ def packed_attention_hopper_kernel(
     query_rows_ptr, partial_rows_ptr, stride_q_token, stride_q_head, stride_out_token, stride_out_head, stride_page,
     stride_slot, stride_kv_head, scale2, cap2, first_count, last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    STAGES: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 64, for items without run B that do not grow.
 
-    8 warps, of which 4 gather. A gathering thread gets GATHER_REGISTERS, a multiplying one what ``maxnreg`` leaves.
+    A thread of the producer gets PRODUCER_REGISTERS, one of the consumer what ``maxnreg`` leaves.
     """
     first = gl.load(counts_ptr + first_count)
     work = (gl.load(counts_ptr + last_count) - first) * kv_heads
-    # a program without work is gone before those of the next launch begin: they would spread unevenly around it
+    # a CTA without work is gone before those of the next launch begin: they would spread unevenly around it
     if gl.program_id(0) < work:
         gdc_launch_dependents()
         dtype: gl.constexpr = q_ptr.dtype.element_ty
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-        k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
-        v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
+        k_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
+        v_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
         q_tile = gl.allocate_shared_memory(dtype, [ROWS, HEAD_DIM], layout)
-        k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        k_full = allocate_barriers(STAGES)
+        v_full = allocate_barriers(STAGES)
+        kv_empty = allocate_barriers(STAGES)
         for i in gl.static_range(STAGES):
-            # each gathering thread arrives when its copies have
-            mbarrier.init(k_ready.index(i), count=128)
-            mbarrier.init(v_ready.index(i), count=128)
-            mbarrier.init(free.index(i), count=1)
-        gl.warp_specialize(
-            [(_multiply, (q_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, items_ptr, query_rows_ptr,
-                 partial_rows_ptr, first, work, kv_heads, n_heads, stride_q_token, stride_q_head, stride_out_token,
-                 stride_out_head, scale2, cap2, q_tile, k_ring, v_ring, k_ready, v_ready, free,
-                 GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
-             (_gather, (k_ptr, v_ptr, slots_ptr, items_ptr, first, work, kv_heads, stride_page, stride_slot,
-                 stride_kv_head, k_ring, v_ring, k_ready, v_ready, free, HEAD_DIM, BLOCK_N, PAGE, STAGES))],
-            [4],
-            [GATHER_REGISTERS],
+            mbarrier.init(k_full.index(i), count=COPY_ARRIVALS)
+            mbarrier.init(v_full.index(i), count=COPY_ARRIVALS)
+            mbarrier.init(kv_empty.index(i), count=CONSUMER_ARRIVALS)
+        pipe = KvPipeline(k_stages=k_stages, v_stages=v_stages, k_full=k_full, v_full=v_full, kv_empty=kv_empty)
+        consumer = ConsumerArgs(
+            q_ptr=q_ptr, out_ptr=out_ptr, lse2_ptr=lse2_ptr, part_out_ptr=part_out_ptr, part_lse2_ptr=part_lse2_ptr,
+            items_ptr=items_ptr, query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, first=first,
+            work=work, kv_heads=kv_heads, n_heads=n_heads, stride_q_token=stride_q_token, stride_q_head=stride_q_head,
+            stride_out_token=stride_out_token, stride_out_head=stride_out_head, scale2=scale2, cap2=cap2, q_tile=q_tile,
         )  # fmt: skip
+        producer = ProducerArgs(
+            k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, first=first, work=work,
+            kv_heads=kv_heads, stride_page=stride_page, stride_slot=stride_slot, stride_kv_head=stride_kv_head,
+        )  # fmt: skip
+        gl.warp_specialize(
+            [
+                (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
+                (_produce, (producer, pipe, HEAD_DIM, BLOCK_N, PAGE, STAGES)),
+            ],
+            [4],
+            [PRODUCER_REGISTERS],
+        )

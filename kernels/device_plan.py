@@ -10,15 +10,19 @@ import triton
 
 from packinfer_sgl.kernels.attention_hopper_decode import packed_attention_hopper_kernel
 from packinfer_sgl.kernels.attention_hopper_extend import packed_attention_extend_kernel
-from packinfer_sgl.kernels.attention_triton import (
+from packinfer_sgl.kernels.attention_triton import packed_attention_kernel
+from packinfer_sgl.kernels.columns import (
+    MAX_CLASSES,
+    N_COUNTS,
     N_MERGED,
     N_QUERIES,
+    N_SPAN_COLS,
     N_SPANS,
-    append_kernel,
-    packed_attention_kernel,
-    snapshot_kernel,
+    NEXT_ITEM,
+    OPEN_ROW,
 )
 from packinfer_sgl.kernels.merge import merge_kernel, merge_listed_kernel
+from packinfer_sgl.kernels.slot_list_triton import append_kernel, snapshot_kernel
 from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.plan import Col, Plan
@@ -50,14 +54,19 @@ class PackedCuda:
         """
         Args:
             tiles: the classes by which plans are cut (``tiles.tiles_for``).
-            replayed: whether captured graphs run other plans than they were captured with: what one of them may need
-                is launched for each.
+            replayed: captured graphs run other plans than they were captured with. The merge is then always launched,
+                because a plan that is loaded later may need it.
+
+        Raises:
+            ValueError: more tile classes than ``counts`` has room for.
         """
+        if len(tiles) > MAX_CLASSES:
+            raise ValueError(f"{len(tiles)} tile classes: at most {MAX_CLASSES} are supported")
         self.capacity, self.tiles, self.device, self.replayed = capacity, tiles, device, replayed
         self.kv_heads = kv_heads
         c = capacity
         sizes = {
-            "counts": 8,
+            "counts": N_COUNTS,
             "items": c.items * len(Col),
             "query_rows": c.slots,
             "partial_rows": c.slots,
@@ -65,7 +74,7 @@ class PackedCuda:
             "win_hi": c.slots,
             "merge_indptr": c.queries + 1,
             "merged": c.queries,
-            "spans": c.spans * 5,
+            "spans": c.spans * int(N_SPAN_COLS),
             "append_base": c.queries,
         }
         self._at: dict[str, slice] = {}
@@ -92,9 +101,14 @@ class PackedCuda:
         return sum(t.nbytes for t in (self._block, self.kv_slots, self._part_out, self._part_lse2))
 
     def load(self, plan: Plan) -> None:
-        """Copy ``plan`` to the GPU on the current stream; raises ValueError if it is larger than the capacity."""
+        """Copy ``plan`` to the GPU on the current stream.
+
+        Raises:
+            ValueError: it is larger than the capacity, or has items that the kernel of their tile class cannot run.
+        """
         if over := self.capacity.overflow(plan):
             raise ValueError(f"the plan does not fit the buffers: {over}")
+        self._check_items(plan)
         self._turn ^= 1
         staged, staging = self._staged[self._turn], self._staging[self._turn]
         if staged is not None:
@@ -116,6 +130,19 @@ class PackedCuda:
             staged.record()
         self.n_spans = len(plan.spans)
 
+    def _check_items(self, plan: Plan) -> None:
+        """Raise ValueError for what the Hopper kernels take for granted and the plan does not keep."""
+        if len(plan.class_indptr) != len(self.tiles) + 1:
+            raise ValueError(f"a plan of {len(plan.class_indptr) - 1} tile classes for {len(self.tiles)} tiles")
+        for i, tile in enumerate(self.tiles):
+            if tile.kernel == "triton" or (tile.kernel == "hopper_decode" and not self._is_hopper):
+                continue
+            items = plan.items[plan.class_indptr[i] : plan.class_indptr[i + 1]]
+            for column, what in ((OPEN_ROW, "grow"), (NEXT_ITEM, "are followed by others")):
+                if items[:, int(column)].max(initial=-1) >= 0:
+                    raise ValueError(f"the {tile.kernel} kernel runs no items that {what}")
+        self._has_run_b = bool(plan.items[:, Col.B_LEN].any())
+
     def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor, page_size: int = 1) -> None:
         """Fill the slot list of the loaded plan from SGLang's table, or from page tables.
 
@@ -127,8 +154,9 @@ class PackedCuda:
         grid = (max(1, min(self.n_spans, 1024)), 8)
         spans, counts = self._view["spans"], self._view["counts"]
         snapshot_kernel[grid](
-            req_to_token, pool_rows, spans, counts, self.kv_slots, req_to_token.stride(0), PAGE=page_size, BLOCK=1024
-        )
+            req_to_token_ptr=req_to_token, pool_rows_ptr=pool_rows, spans_ptr=spans, counts_ptr=counts,
+            kv_slots_ptr=self.kv_slots, stride_row=req_to_token.stride(0), PAGE=page_size, BLOCK=1024,
+        )  # fmt: skip
 
     def append(self, kv_lens: torch.Tensor, out_slots: torch.Tensor) -> None:
         """Enter each row's newest slot.
@@ -139,8 +167,9 @@ class PackedCuda:
         """
         grid = (triton.cdiv(self.capacity.queries, 128),)
         append_kernel[grid](
-            self.kv_slots, self._view["append_base"], kv_lens, out_slots, self._view["counts"], BLOCK=128
-        )
+            kv_slots_ptr=self.kv_slots, append_base_ptr=self._view["append_base"], kv_lens_ptr=kv_lens,
+            out_slots_ptr=out_slots, counts_ptr=self._view["counts"], BLOCK=128,
+        )  # fmt: skip
 
     def run(
         self,
@@ -177,73 +206,98 @@ class PackedCuda:
         n, n_heads, head_dim = q.shape
         out = torch.empty_like(q) if out is None else out
         lse2 = torch.empty(n, n_heads, dtype=torch.float32, device=q.device) if lse2 is None else lse2
-        stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
-        view = self._view
-        if self.tiles[0].rows > 64:  # its kernel copies 16 bytes at a time
-            if not (_aligned(k) and _aligned(v)):
+        assert windowed or not self._has_run_b, "the loaded plan has run B"
+        if any(tile.kernel == "hopper_extend" for tile in self.tiles):
+            if mask is not None:
+                raise ValueError("the hopper_extend kernel takes no custom mask")
+            if not (_aligned(k) and _aligned(v)):  # it copies 16 bytes at a time
                 raise ValueError("heads of K and V that do not begin at multiples of 16 bytes are not supported")
             q = q if _aligned(q) else q.clone(memory_format=torch.contiguous_format)
+        self._attend(q, k, v, kv_lens, out, lse2, sm_scale, logits_soft_cap, page_size, windowed, mask)
+        self._merge(out, lse2, windowed)
+        return out, lse2
 
-        tensors = (
-            q, k, v, out, lse2, self._part_out, self._part_lse2, self.kv_slots, view["items"], view["counts"],
-            view["query_rows"], view["partial_rows"],
-        )  # fmt: skip
-        numbers = (
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1), stride_page, stride_slot, stride_head,
-            sm_scale * LOG2_E, logits_soft_cap * LOG2_E,
-        )  # fmt: skip
-        flags = (view["counts"], view["counts"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
-        group, is_first = n_heads // self.kv_heads, True
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_lens: torch.Tensor,
+        out: torch.Tensor,
+        lse2: torch.Tensor,
+        sm_scale: float,
+        logits_soft_cap: float,
+        page_size: int,
+        windowed: bool,
+        mask: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """Launch the kernel of each tile class. Arguments as for ``run``."""
+        n, n_heads, head_dim = q.shape
+        stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
+        view, group = self._view, n_heads // self.kv_heads
+        arguments = {
+            "q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse2_ptr": lse2, "part_out_ptr": self._part_out,
+            "part_lse2_ptr": self._part_lse2, "slots_ptr": self.kv_slots, "items_ptr": view["items"],
+            "counts_ptr": view["counts"], "query_rows_ptr": view["query_rows"],
+            "partial_rows_ptr": view["partial_rows"], "stride_q_token": q.stride(0), "stride_q_head": q.stride(1),
+            "stride_out_token": out.stride(0), "stride_out_head": out.stride(1), "stride_page": stride_page,
+            "stride_slot": stride_slot, "stride_kv_head": stride_head, "scale2": sm_scale * LOG2_E,
+            "cap2": logits_soft_cap * LOG2_E, "kv_heads": self.kv_heads, "n_heads": n_heads,
+            "GROUP": group, "HEAD_DIM": head_dim, "PAGE": page_size, "SOFT_CAP": logits_soft_cap > 0,
+        }  # fmt: skip
+        windows = {"win_lo_ptr": view["win_lo"], "win_hi_ptr": view["win_hi"]}
+        flags, flags_from = (view["counts"], view["counts"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
+        is_first = True
         for i, tile in enumerate(self.tiles):
             if any(n * group <= smaller.rows for smaller in self.tiles[i + 1 :]):
                 # so few queries go into a smaller tile, whatever they share, in any plan that a graph will replay
                 assert self._class_items[i] == 0, f"a plan for {n} queries has tiles of {tile.rows} rows"
                 continue
-            grid, heads = (self._sms * tile.programs,), (i, i + 1, self.kv_heads, n_heads)
-            kind = {
-                "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_N": tile.tokens, "PAGE": page_size,
-                "SOFT_CAP": logits_soft_cap > 0, "STAGES": tile.stages,
+            grid = (self._sms * tile.programs,)
+            launch = {
+                "first_count": i, "last_count": i + 1, "BLOCK_N": tile.tokens, "STAGES": tile.stages,
                 # the first launch needs all that came before it on the stream
                 "launch_pdl": self._pdl and not is_first,
             }  # fmt: skip
-            if tile.rows > 64:
+            if tile.kernel == "hopper_extend":
                 packed_attention_extend_kernel[grid](
-                    *tensors, view["win_lo"], view["win_hi"], *numbers, *heads, **kind,
-                    MULTIPLY_REGISTERS=tile.multiply_registers, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
-                    maxnreg=tile.registers,
+                    **arguments, **windows, **launch, CONSUMER_REGISTERS=tile.consumer_registers,
+                    PRODUCER_REGISTERS=tile.producer_registers, num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
-            elif self._is_hopper and tile.gather_registers and not windowed and mask is None:
+            elif tile.kernel == "hopper_decode" and self._is_hopper and not windowed and mask is None:
                 packed_attention_hopper_kernel[grid](
-                    *tensors, *numbers, *heads, **kind, GATHER_REGISTERS=tile.gather_registers, num_warps=4,
+                    **arguments, **launch, PRODUCER_REGISTERS=tile.producer_registers, num_warps=4,
                     maxnreg=tile.registers,
                 )  # fmt: skip
             else:
                 packed_attention_kernel[grid](
-                    *tensors, view["win_lo"], view["win_hi"], kv_lens, *flags, *numbers, *heads, **kind,
-                    BLOCK_M=tile.rows, WINDOW=windowed, CUSTOM_MASK=mask is not None, PDL=self._pdl,
+                    **arguments, **windows, **launch, kv_lens_ptr=kv_lens, mask_ptr=flags, mask_rows_ptr=flags_from,
+                    BLOCK_M=tile.rows, RUN_B=windowed, CUSTOM_MASK=mask is not None, PDL=self._pdl,
                     num_warps=tile.warps, num_stages=tile.stages,
                     # full blocks apart from the rest pay where they are many; tails are short, and flags spill
-                    PEEL=i == 0 and mask is None, maxnreg=255 if tile.gather_registers else tile.registers,
+                    PEEL=i == 0 and mask is None, maxnreg=tile.registers if tile.kernel == "triton" else 255,
                 )  # fmt: skip
             is_first = False
-        # a multiprocessor holds 32 programs at once: where there are more, each merges several heads
+
+    def _merge(self, out: torch.Tensor, lse2: torch.Tensor, windowed: bool) -> None:
+        """Launch the merge of partial results, and of queries past the plan's."""
+        n, n_heads, head_dim = out.shape
+        # an SM holds 32 CTAs at once: where there are more, each merges several heads
         crowded = n * n_heads > 32 * self._sms
         heads = next(h for h in (4, 2, 1) if n_heads % h == 0 and (crowded or h == 1))
-        partials = (self._part_out, self._part_lse2, view["merge_indptr"])
-        results = (out, lse2, out.stride(0), out.stride(1), n_heads)
         at_once, warps = MERGE_FEW if n * n_heads <= self._sms else MERGE_MANY
-        kind = {
+        arguments = {
+            "part_out_ptr": self._part_out, "part_lse2_ptr": self._part_lse2,
+            "merge_indptr_ptr": self._view["merge_indptr"], "counts_ptr": self._view["counts"], "out_ptr": out,
+            "lse2_ptr": lse2, "stride_out_token": out.stride(0), "stride_out_head": out.stride(1), "n_heads": n_heads,
             "HEAD_DIM": head_dim, "HEADS": heads, "BLOCK_P": at_once, "PDL": self._pdl, "num_warps": warps,
             "launch_pdl": self._pdl,
         }  # fmt: skip
-        if windowed:
-            many = n if self.replayed else self._n_merged + n - self._n_queries
-            if many:
-                grid = (min(many, max(1, 32 * self._sms * heads // n_heads)), n_heads // heads)
-                merge_listed_kernel[grid](*partials, view["merged"], view["counts"], *results, n, **kind)
-        else:
-            merge_kernel[(n, n_heads // heads)](*partials, view["counts"], *results, self.capacity.queries, **kind)
-        return out, lse2
+        if not windowed:
+            merge_kernel[n, n_heads // heads](**arguments, most_queries=self.capacity.queries)
+        elif many := n if self.replayed else self._n_merged + n - self._n_queries:
+            grid = (min(many, max(1, 32 * self._sms * heads // n_heads)), n_heads // heads)
+            merge_listed_kernel[grid](**arguments, merged_ptr=self._view["merged"], n_rows=n)
 
 
 def _aligned(x: torch.Tensor) -> bool:

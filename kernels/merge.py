@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from packinfer_sgl.kernels.attention_triton import N_MERGED, N_QUERIES
+from packinfer_sgl.kernels.columns import N_MERGED, N_QUERIES
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -12,49 +13,71 @@ from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.profiles import H200, profile_for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tile:
     """One tile class.
 
     Attributes:
+        kernel: which kernel runs it. "hopper_decode": on Hopper, for plans without run B and without a custom mask;
+            the Triton kernel runs all others. "hopper_extend": on Hopper only.
         rows: query rows, that is tokens times query heads of a KV head.
         tokens: KV tokens of a block.
-        warps: of a program of the plain kernel; 0 where there is none.
         stages: blocks in flight.
-        registers: most of a thread; so few that programs of both classes fit a multiprocessor together. Of the
-            warp-specialised kernels, which run on Hopper in place of the plain one: the mean of all threads.
-        gather_registers: of a gathering thread of the warp-specialised kernel; 0 for the plain one everywhere.
-        resident: programs of a multiprocessor at once, by which pieces are cut.
-        programs: programs launched for each multiprocessor.
-        shares: programs of a multiprocessor among which a class that runs alone is divided; 0 for never.
+        warps: of a CTA of the Triton kernel; 0 where that never runs the class.
+        registers: ``maxnreg``, low enough for CTAs of both tile classes to be co-resident. Of the Hopper kernels: the
+            mean of all threads.
+        producer_registers: of a thread of the Hopper kernels' producer warpgroup; 0 for the Triton kernel.
+        resident: CTAs of an SM at once, by which KV is split.
+        programs: CTAs launched for each SM.
+        shares: CTAs of an SM among which a class that runs alone is divided (Stream-K); 0 for never.
     """
 
+    kernel: Literal["triton", "hopper_decode", "hopper_extend"]
     rows: int
     tokens: int
-    warps: int
     stages: int
+    warps: int
     registers: int
-    gather_registers: int
+    producer_registers: int = 0
     resident: int
     programs: int
-    shares: int
+    shares: int = 0
 
     @property
-    def multiply_registers(self) -> int:
-        """Of a multiplying thread of the extend kernel, with two such warpgroups for each that gathers."""
-        return (3 * self.registers - self.gather_registers) // 2
+    def consumer_registers(self) -> int:
+        """Of a thread of the extend kernel's two consumer warpgroups, beside one producer warpgroup."""
+        return (3 * self.registers - self.producer_registers) // 2
 
 
+# Large tiles of decode plans, and of all plans where no Hopper kernel takes them.
+_LARGE = Tile(
+    kernel="hopper_decode", rows=64, tokens=64, stages=3, warps=4, registers=96, producer_registers=64,
+    resident=1, programs=1,
+)  # fmt: skip
 # Largest class first. Those of head_dim 128 were measured with scripts/tune_kernels.py on an H200; 64 and 256 are
 # right by test, but their speed is unmeasured.
 TILES = {
-    64: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 0), Tile(16, 64, 4, 3, 128, 0, 4, 8, 5)),
-    128: (Tile(64, 64, 4, 3, 96, 64, 1, 1, 0), Tile(16, 32, 4, 3, 96, 0, 4, 8, 5)),
-    256: (Tile(64, 32, 4, 2, 255, 0, 1, 1, 0), Tile(16, 32, 4, 2, 255, 0, 2, 4, 2)),
-}
-
-# Of extend plans on Hopper, which run on kernels/attention_hopper_extend.py. Unmeasured at head_dim 64.
-EXTEND_TILES = {64: (Tile(128, 128, 0, 2, 168, 56, 1, 1, 0),), 128: (Tile(128, 128, 0, 2, 168, 56, 1, 1, 0),)}
+    64: (
+        _LARGE,
+        Tile(
+            kernel="triton", rows=16, tokens=64, stages=3, warps=4, registers=128, resident=4, programs=8, shares=5
+        ),
+    ),
+    128: (
+        _LARGE,
+        Tile(kernel="triton", rows=16, tokens=32, stages=3, warps=4, registers=96, resident=4, programs=8, shares=5),
+    ),
+    256: (
+        Tile(kernel="triton", rows=64, tokens=32, stages=2, warps=4, registers=255, resident=1, programs=1),
+        Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=255, resident=2, programs=4, shares=2),
+    ),
+}  # fmt: skip
+# Of plans with run B on Hopper. Unmeasured at head_dim 64.
+_EXTEND = Tile(
+    kernel="hopper_extend", rows=128, tokens=128, stages=2, warps=0, registers=168, producer_registers=56,
+    resident=1, programs=1,
+)  # fmt: skip
+EXTEND_TILES = {64: (_EXTEND,), 128: (_EXTEND,)}
 
 
 def tiles_for(head_dim: int, device: torch.device, extend: bool = False) -> tuple[Tile, ...]:
@@ -96,7 +119,7 @@ def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int, profile:
     """The same by the times of ``profile`` on a GPU of ``sms`` multiprocessors."""
     timings = [
         profile.extend_timing(shape, sms, rows=tile.rows, block=tile.tokens)
-        if tile.rows > 64  # the extend kernel
+        if tile.kernel == "hopper_extend"
         else profile.decode_timing(
             shape, sms, rows=tile.rows, resident=tile.resident, launched=tile.programs, stream_k=tile.shares
         )

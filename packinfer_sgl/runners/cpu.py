@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from packinfer_sgl.kernels.reference import MaskRows, PackedReference
+from packinfer_sgl.kernels.cpu_attention import PackedReference
+from packinfer_sgl.kernels.reference import MaskRows
 from packinfer_sgl.planning.batch import SlotTable
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU

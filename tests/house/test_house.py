@@ -33,8 +33,9 @@ ORDER = {
         "audit", "prefix_hold",
     ],
     "kernels": [
-        "copy_slots", "reference", "tiles", "attention_triton", "merge", "attention_hopper_decode",
-        "attention_hopper_extend", "device_plan",
+        "copy_slots", "reference", "cpu_attention", "tiles", "columns", "slot_list_triton", "attention_triton", "merge",
+        "hopper_common", "attention_hopper_decode", "hopper_extend_pipeline", "hopper_extend_producer",
+        "hopper_extend_consumer", "attention_hopper_extend", "device_plan",
     ],
     "runners": ["base", "cpu", "cuda", "slots", "arena"],
     "paged": ["checks", "graph_buffers", "kernels", "batch", "wrapper"],

@@ -23,11 +23,11 @@ EXTENDS = {
     "suffixes": {"shared": [300] * 7, "tails": [20, 1, 64, 90, 5, 33, 7, 128], "new": [20, 1, 60, 90, 5, 33, 7, 100]},
     "suffixes of whole blocks": {"shared": [256] * 3, "tails": [128, 64, 128, 64], "new": [128, 64, 64, 1]},
     "riding tails": {"shared": [300] * 7, "tails": [20, 1, 6, 9, 5, 3, 7, 12], "new": [20, 1, 6, 9, 5, 3, 7, 12],
-                     "chunk_tokens": 1 << 30, "ride_tokens": 200},
+                     "max_split_tokens": 1 << 30, "max_inline_tail_tokens": 200},
     "riding on a prefix in pieces": {"shared": [500, 500, 0, 200], "tails": [20, 8, 3, 9, 30], "new": [20, 8, 3, 9, 3],
-                                     "chunk_tokens": 150, "ride_tokens": 200},
-    "a chunk": {"shared": [], "tails": [700], "new": [300], "chunk_tokens": 1 << 30},
-    "a chunk in pieces": {"shared": [], "tails": [700], "new": [150], "chunk_tokens": 100},
+                                     "max_split_tokens": 150, "max_inline_tail_tokens": 200},
+    "a chunk": {"shared": [], "tails": [700], "new": [300], "max_split_tokens": 1 << 30},
+    "a chunk in pieces": {"shared": [], "tails": [700], "new": [150], "max_split_tokens": 100},
     "two levels": {"shared": [200, 90, 200, 0, 200], "tails": [40, 9, 70, 2, 5, 33], "new": [40, 9, 70, 2, 5, 33]},
     "queries of shared tokens": {"shared": [100, 60, 100], "tails": [0, 0, 0, 5], "new": [20, 30, 99, 100]},
     "window": {"shared": [150] * 4, "tails": [200, 40, 90, 1, 60], "new": [150, 40, 60, 1, 60], "window_left": 70},
@@ -66,13 +66,13 @@ def random_case(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     page_size: int = 1,
-    chunk_tokens: int = 48,
+    max_split_tokens: int = 48,
     shares: int = 0,
     room_tokens: int = 8,
     soft_cap: float = 0.0,
     new: list[int] | None = None,
     window_left: int = -1,
-    ride_tokens: int = 0,
+    max_inline_tail_tokens: int = 0,
     tiles: tuple[Tile, ...] | None = None,
 ) -> Case:
     """Rows of which neighbours ``i`` and ``i + 1`` share ``shared[i]`` tokens, each with a tail of its own.
@@ -122,7 +122,7 @@ def random_case(
         timings = [SplitTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]
         policy = TilePolicy(tile_queries, 1 << 30, tuple(timings))
     else:
-        policy = TilePolicy(tile_queries, chunk_tokens, max_inline_tail_tokens=ride_tokens)
+        policy = TilePolicy(tile_queries, max_split_tokens, max_inline_tail_tokens=max_inline_tail_tokens)
     qo_indptr = np.cumsum([0, *q_lens]).astype(np.int32)
     room_tokens = room_tokens if new is None else 0
     plan = make_plan(

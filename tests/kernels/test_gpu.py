@@ -102,7 +102,7 @@ EXTEND_SHAPES = [
 @pytest.mark.parametrize(("group", "head_dim", "dtype", "page_size", "soft_cap"), EXTEND_SHAPES)
 def test_extends(name: str, group: int, head_dim: int, dtype: torch.dtype, page_size: int, soft_cap: float) -> None:
     shape = {"group": group, "head_dim": head_dim, "dtype": dtype, "page_size": page_size, "soft_cap": soft_cap}
-    case = random_case(1, device="cuda", **shape, **{"chunk_tokens": 300, **EXTENDS[name]})
+    case = random_case(1, device="cuda", **shape, **{"max_split_tokens": 300, **EXTENDS[name]})
     check(case, *run_packed(case))
 
 
@@ -136,11 +136,11 @@ def test_random_extends(group: int, head_dim: int, dtype: torch.dtype, page_size
     [([], [7000], [1000]), ([4096] * 15, [130] * 16, [120] * 16), ([0] * 299, [40] * 300, [40] * 300)],
     ids=["a long chunk", "a long prefix", "300 prompts"],
 )
-@pytest.mark.parametrize("chunk_tokens", [1024, 1 << 30])
-def test_large_extends(shared: list[int], tails: list[int], new: list[int], chunk_tokens: int) -> None:
+@pytest.mark.parametrize("max_split_tokens", [1024, 1 << 30])
+def test_large_extends(shared: list[int], tails: list[int], new: list[int], max_split_tokens: int) -> None:
     case = random_case(
         1, shared=shared, tails=tails, new=new, head_dim=128, dtype=torch.bfloat16, device="cuda",
-        max_split_tokens=chunk_tokens,
+        max_split_tokens=max_split_tokens,
     )  # fmt: skip
     check(case, *run_packed(case))
 

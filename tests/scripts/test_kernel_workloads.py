@@ -9,7 +9,7 @@ import pytest
 import torch
 from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, ragged, workloads
 
-from packinfer_sgl.kernels.reference import PackedReference
+from packinfer_sgl.kernels.cpu_attention import PackedReference
 from packinfer_sgl.kernels.tiles import tile_policy
 from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.policy import TilePolicy

@@ -1,4 +1,5 @@
-"""The reference kernels against attention in float64, query by query; unwritten memory and foreign KV are NaN."""
+"""The reference and the CPU kernels against attention in float64, query by query; unwritten memory and foreign KV are
+NaN."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 from strategies import DECODE, PREFILL, Case, attention64, cases, kv_pool, pool_size, ragged, slot_list, tree_of
 from test_plan import some_see_nothing
 
-from packinfer_sgl.kernels import reference
-from packinfer_sgl.kernels.reference import MaskRows, PackedReference, merge_states
+from packinfer_sgl.kernels import cpu_attention, reference
+from packinfer_sgl.kernels.cpu_attention import PackedReference
+from packinfer_sgl.kernels.reference import MaskRows, packed_attention
 from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.policy import TilePolicy
 
@@ -46,6 +49,13 @@ def packed(case: Case, plan: Plan) -> PackedReference:
     return ready
 
 
+def meant(case: Case, plan: Plan, *qkv: torch.Tensor, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the reference, at the planned lengths."""
+    return packed_attention(
+        plan, *qkv, slot_list(plan, case.rows), kv_lens=torch.tensor(case.kv_lens).long(), **how
+    )  # fmt: skip
+
+
 def seen_slots(case: Case) -> list[list[int]]:
     return [[case.rows[row][p] for p in case.seen(query)] for query, row in enumerate(case.query_row)]
 
@@ -60,8 +70,10 @@ def inputs(case: Case, kv_heads: int, group: int, head_dim: int, seed: int) -> t
 
 def check(case: Case, heads: tuple[int, int], head_dim: int, seed: int, cap: float = 0.0) -> None:
     q, k, v = inputs(case, *heads, head_dim, seed)
-    ready = packed(case, case.plan())
+    plan = case.plan()
+    ready = packed(case, plan)
     want = attention64(q, k, v, seen_slots(case), head_dim**-0.5, cap)
+    assert_close(meant(case, plan, q, k, v, sm_scale=head_dim**-0.5, logits_soft_cap=cap), want, 1e-5)
     with poisoned_empty():
         assert_close(ready.run(q, k, v, sm_scale=head_dim**-0.5, logits_soft_cap=cap), want, 1e-5)
         out = torch.empty_like(q)
@@ -147,7 +159,9 @@ def test_custom_mask(case: Case, heads: tuple[int, int], seed: int, share: float
     flat = torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
     with poisoned_empty():
         got = packed(case, case.plan()).run(q, k, v, sm_scale=0.125, mask=MaskRows(flat, starts))
-    assert_close(got, attention64(q, k, v, seen, 0.125), 1e-5)
+    want = attention64(q, k, v, seen, 0.125)
+    assert_close(got, want, 1e-5)
+    assert_close(meant(case, case.plan(), q, k, v, sm_scale=0.125, mask=MaskRows(flat, starts)), want, 1e-5)
 
 
 @settings(max_examples=80)
@@ -169,7 +183,9 @@ def test_rows_that_grow(case: Case, heads: tuple[int, int], seed: int) -> None:
         ready.bind(kv_slots, kv_lens)
         seen = [rows[row] for row in case.query_row]
         with poisoned_empty():
-            assert_close(ready.run(q, k, v, sm_scale=0.125), attention64(q, k, v, seen, 0.125), 1e-5)
+            want = attention64(q, k, v, seen, 0.125)
+            assert_close(ready.run(q, k, v, sm_scale=0.125), want, 1e-5)
+        assert_close(packed_attention(plan, q, k, v, kv_slots, kv_lens=kv_lens, sm_scale=0.125), want, 1e-5)
         if step < case.room:
             for r in growing:
                 kv_slots[plan.append_base[r] + len(rows[r])] = used
@@ -181,7 +197,7 @@ def test_rows_that_grow(case: Case, heads: tuple[int, int], seed: int) -> None:
 @given(cases(PREFILL), HEADS, st.integers(0, 999), st.integers(0, 2048))
 def test_the_cut_into_slabs_does_not_matter(case: Case, heads: tuple[int, int], seed: int, slab_bytes: int) -> None:
     q, k, v = inputs(case, *heads, 64, seed)
-    with mock.patch.object(reference, "SLAB_BYTES", slab_bytes):
+    with mock.patch.object(cpu_attention, "SLAB_BYTES", slab_bytes):
         ready = packed(case, case.plan())
     assert all(len(c.entry) == 1 or c.entry.numel() * 256 <= slab_bytes for c in ready.classes)
     assert_close(ready.run(q, k, v, sm_scale=0.125), attention64(q, k, v, seen_slots(case), 0.125), 1e-5)
@@ -229,6 +245,13 @@ def states(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
 def merge(o: torch.Tensor, lse2: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     indptr = torch.tensor([0, *sizes]).cumsum(0)
     return merge_states(o, lse2, torch.arange(len(o)), indptr)
+
+
+def merge_states(*arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the CPU kernel, which agrees with the reference."""
+    fast, meant = cpu_attention.merge_states(*arguments), reference.merge_states(*arguments)
+    assert_close(fast, tuple(x.double() for x in meant), 2e-5)
+    return fast
 
 
 def merge64(o: torch.Tensor, lse2: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,48 @@
+"""What both Hopper kernels are made of: layouts, barriers and the parity that a wait asks for, the soft cap."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+ROWS = gl.constexpr(64)  # query rows of one consumer warpgroup: those of one product
+# Arrivals that complete a phase of a "full" barrier that copies fill: each thread of the producer warpgroup arrives
+# when its own copies have landed.
+COPY_ARRIVALS = gl.constexpr(128)
+_TANH_FACTOR = gl.constexpr(2.0 * 1.4426950408889634)
+
+
+@gluon.constexpr_function
+def row_layout(head_dim):  # type: ignore[no-untyped-def]
+    """[rows, head_dim] over a warpgroup: each thread moves 8 neighbouring elements, 16 bytes."""
+    threads = head_dim // 8  # of a row
+    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+
+
+@gluon.jit
+def allocate_barriers(N: gl.constexpr):
+    """N barriers, not yet initialised: [N, 1] in shared memory."""
+    return gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+
+
+# The ``n``th use of a ring of STAGES is in stage n % STAGES. A wait returns when the phase of the given parity is
+# complete; on a fresh barrier the phase "before the first" counts as complete and has parity 1.
+
+
+@gluon.jit
+def full_phase(n, STAGES: gl.constexpr):
+    """Parity for a consumer's wait: the stage has been filled for its ``n``th use."""
+    return (n // STAGES) & 1
+
+
+@gluon.jit
+def empty_phase(n, STAGES: gl.constexpr):
+    """Parity for the producer's wait: the use before the ``n``th is over; the first STAGES waits return at once."""
+    return (n // STAGES) & 1 ^ 1
+
+
+@gluon.jit
+def soft_capped(s, scale2, cap2):
+    """``cap * tanh(scale * s / cap)`` in base 2, by exp2: exact at both ends."""
+    return cap2 * (1.0 - 2.0 / (1.0 + gl.exp2(s * scale2 * _TANH_FACTOR / cap2)))
