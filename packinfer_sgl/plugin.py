@@ -55,8 +55,8 @@ def register() -> None:
     register_attention_backend(NAME)(create_backend)
     if ENV in os.environ:  # for everybody else the stock factories stay as they are
         for name, factory in ATTENTION_BACKENDS.items():
-            if name != NAME and not isinstance(factory, Over):
-                ATTENTION_BACKENDS[name] = Over(name, factory)
+            if name != NAME and not isinstance(factory, WrappedFactory):
+                ATTENTION_BACKENDS[name] = WrappedFactory(name, factory)
     for hook in hooks():
         hook.register()
 
@@ -68,7 +68,7 @@ def check() -> list[Check]:
     ]
 
 
-class Over:
+class WrappedFactory:
     """The factory of a stock backend, which packinfer wraps if the setting ``wrap`` says so.
 
     SGLang checks the backend's name for some models; with a stock name they run on packinfer all the same.
@@ -107,8 +107,12 @@ def create_backend(runner: Any) -> Any:
 
 
 def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]) -> Any:
+    import torch
+
+    from packinfer_sgl.kernels.tiles import device_profile
     from packinfer_sgl.patches import hold
     from packinfer_sgl.patches.arena import carve, drop_when_flushed
+    from packinfer_sgl.planning.cpu_profile import CPU
     from packinfer_sgl.serving.backend import wrap
     from packinfer_sgl.serving.batch_rows import want_rows
     from packinfer_sgl.serving.build import build_router
@@ -157,6 +161,16 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     if config.hold_siblings:
         STATS.sections["held"] = hold.start(runner).as_dict
     slots = carve(runner, config.arena_tokens) if config.arena_tokens else None
+    profile = CPU if runner.device == "cpu" else device_profile(torch.device(runner.device))
+    if not profile.is_measured:
+        logger.warning(
+            "packinfer %s: no times are known of %s: shared prefixes are read once where that saves much, prefill stays "
+            "on %s",
+            __version__,
+            profile.name,
+            base,
+        )
+    STATS.details["device"] = {"record": profile.name, "measured": profile.is_measured}
     router = build_router(stock, runner, config, packable[0], slots, STATS)
     backend = wrap(stock, router)
     if router.arena is not None:

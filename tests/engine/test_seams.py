@@ -87,7 +87,7 @@ def test_deterministic_mode_is_refused(flag, model, monkeypatch):
     from sglang.srt import runtime_context
     from sglang.srt.server_args import ServerArgs
 
-    from packinfer_sgl.plugin import Over, PluginError
+    from packinfer_sgl.plugin import PluginError, WrappedFactory
 
     monkeypatch.setenv("PACKINFER_CONFIG", '{"wrap": true}')
     args = ServerArgs(model_path=model, attention_backend="triton", **flag)
@@ -96,7 +96,7 @@ def test_deterministic_mode_is_refused(flag, model, monkeypatch):
     runner = SimpleNamespace(is_draft_worker=True)  # else it is looked at further
 
     def wrapped() -> object:
-        return Over("triton", lambda runner: built.append(runner))(runner)
+        return WrappedFactory("triton", lambda runner: built.append(runner))(runner)
 
     try:
         if flag:
