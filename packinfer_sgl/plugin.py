@@ -164,8 +164,8 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     profile = CPU if runner.device == "cpu" else device_profile(torch.device(runner.device))
     if not profile.is_measured:
         logger.warning(
-            "packinfer %s: no times are known of %s: shared prefixes are read once where that saves much, prefill stays "
-            "on %s",
+            "packinfer %s: there is no record of times of %s: prefixes are grouped where that saves much, and prefill "
+            "stays on %s",
             __version__,
             profile.name,
             base,
