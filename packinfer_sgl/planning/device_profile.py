@@ -24,10 +24,10 @@ EXTEND_ROWS, WARPGROUP_ROWS, EXTEND_BLOCK, EXTEND_HEAD_DIM = 128, 64, 128, 128
 class DeviceProfile:
     """Measured times of one kind of GPU, of bf16 KV in random slots. All other models of time are derived from it.
 
-    ``scripts/fit_extend.py`` measures the fields ``extend_*`` and ``stock_*``, ``scripts/fit_costs.py`` all others, except
-    those that were chosen by hand. The times of items count different things: ``grouping_item_us`` is what one more item
-    adds to a layer while all multiprocessors are busy; ``large_item_us``, ``small_item_us`` and ``extend_item_us`` are
-    what an item takes in its own program, while hundreds of others run beside it.
+    ``scripts/fit_extend.py`` measures the fields ``extend_*`` and ``stock_*``, ``scripts/fit_costs.py`` all others,
+    except those that were chosen by hand. The times of items count different things: ``grouping_item_us`` is what one
+    more item adds to a layer while all multiprocessors are busy; ``large_item_us``, ``small_item_us`` and
+    ``extend_item_us`` are what an item takes in its own program, while hundreds of others run beside it.
 
     Attributes:
         name: as in the name that CUDA gives the GPU.
