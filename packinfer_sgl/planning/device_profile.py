@@ -24,10 +24,10 @@ EXTEND_ROWS, WARPGROUP_ROWS, EXTEND_BLOCK, EXTEND_HEAD_DIM = 128, 64, 128, 128
 class DeviceProfile:
     """Measured times of one kind of GPU, of bf16 KV in random slots. All other models of time are derived from it.
 
-    ``scripts/fit_costs.py`` measures the times of decode, ``scripts/fit_extend.py`` those of extend; where neither is
-    named below, a value was chosen by hand. Times of items differ by what they count: ``grouping_item_us`` is what one
-    more item adds to a layer while all multiprocessors are busy; the other ``*_item_us`` are what it takes on its own
-    multiprocessor, next to hundreds of others.
+    ``scripts/fit_extend.py`` measures the fields ``extend_*`` and ``stock_*``, ``scripts/fit_costs.py`` all others,
+    except those that were chosen by hand. The times of items count different things: ``grouping_item_us`` is what one
+    more item adds to a layer while all multiprocessors are busy; ``large_item_us``, ``small_item_us`` and
+    ``extend_item_us`` are what an item takes in its own program, while hundreds of others run beside it.
 
     Attributes:
         name: as in the name that CUDA gives the GPU.
@@ -39,8 +39,8 @@ class DeviceProfile:
         large_item_us, small_item_us: an item of the large or small decode tiles besides its tokens.
         saturating_programs: small decode programs of a multiprocessor that together draw 1 - 1/e = 63 % of the
             bandwidth; twice as many draw 86 %.
-        extend_block_us: ``EXTEND_BLOCK`` KV tokens of each ``EXTEND_ROWS`` rows of a full packed extend tile, of one KV
-            head, on one multiprocessor, at head dimension ``EXTEND_HEAD_DIM``.
+        extend_block_us: ``EXTEND_BLOCK`` KV tokens of ``EXTEND_ROWS`` rows of a full packed extend tile, of one KV head
+            of ``EXTEND_HEAD_DIM`` elements, on one multiprocessor.
         extend_half_block_us: the same of a tile whose rows fit one of its two warpgroups.
         extend_item_us: a packed extend tile besides its blocks.
         extend_partial_factor: part of ``CostModel.partials_us`` by which a partial result delays an extend layer.

@@ -35,7 +35,7 @@ def split_tiles(tiles: np.ndarray, policy: np.ndarray) -> tuple[np.ndarray, np.n
     """
     n_splits, n_ctas, share = _choose(tiles, policy)
     if n_ctas > 0:
-        return stream_k(tiles, n_ctas, share, policy[tiles[0]["tile_class"]])  # type: ignore[no-any-return]
+        return stream_k(tiles, n_ctas, share, policy)  # type: ignore[no-any-return]
     return even_splits(tiles, n_splits, policy), n_splits
 
 

@@ -44,7 +44,7 @@ def even_splits(tiles, n_splits, policy):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def stream_k(tiles, n_ctas, share, timing):  # type: ignore[no-untyped-def]
+def stream_k(tiles, n_ctas, share, policy):  # type: ignore[no-untyped-def]
     """All tiles' KV divided into equal shares, one for each CTA (Stream-K, https://arxiv.org/abs/2301.03598).
 
     Invariant: the tiles' work lies on one line in their order, each split with its tokens and an item's fixed time
@@ -56,14 +56,16 @@ def stream_k(tiles, n_ctas, share, timing):  # type: ignore[no-untyped-def]
     or ``(fixed + least) / 2`` early.
 
     Args:
+        tiles: all of one class.
         share: length of a share on that line.
-        timing: the tiles' class in ``TilePolicy.table``.
+        policy: ``TilePolicy.table``.
 
     Returns:
         The splits, and how many each tile has.
     """
     splits = np.empty(len(tiles) + n_ctas, SPLIT)
     n_splits = np.zeros(len(tiles), np.int64)
+    timing = policy[tiles[0].tile_class]
     fixed = timing.fixed_us / timing.token_us
     least = int(3 * fixed)  # tokens; a shorter split costs more than it balances
     done, at_share, n = 0.0, 0, 0
