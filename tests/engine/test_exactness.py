@@ -28,18 +28,19 @@ class Case(NamedTuple):
 
 CASES = {
     "default": Case({}, rounds=["tree", "cold", "samples", *BEAMS, "abort", "flush", "tree"], contract=True),
-    # fewer places than requests; held-back requests find their prefix one pass earlier than with overlap
+    # memory and places are short; held-back requests find their prefix one pass earlier than with overlap
     "no-overlap": Case(
-        {"disable_overlap_schedule": True, "max_running_requests": 4, "schedule_policy": "lpm"},
+        {"disable_overlap_schedule": True, "max_total_tokens": 2600, "max_running_requests": 4,
+         "schedule_policy": "lpm"},
         {"extend": "off", "hold_siblings": True},
-        ["tree", "cold", "family", "samples", "abort", "flush", "tree"],
+        ["busy", "family", "tree", "cold", "samples", "abort", "flush", "tree"],
     ),
     "mixed-chunk": Case({"chunked_prefill_size": 128, "enable_mixed_chunk": True}, {"extend": "on"}, contract=True),
     "no-radix-cache": Case({"disable_radix_cache": True}, {"extend": "on"}, contract=True),
     # slots are freed and used again all the time, and NaN while they belong to no request
     "retraction": Case(
-        {"max_total_tokens": 2600}, {"hold_siblings": True},
-        ["busy", "family", "cold", "flush", "tree", "abort"], ("poison",), contract=True,
+        {"max_total_tokens": 2600}, rounds=["busy", "cold", "flush", "tree", "abort"], faults=("poison",),
+        contract=True,
     ),
 }  # fmt: skip
 if SGLANG != "0.5.17":  # its paged allocator needs a GPU
