@@ -3,4 +3,4 @@ from pathlib import Path
 
 # the scripts are no package: they import their neighbours by name
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "tune"), str(SCRIPTS / "bench")]
+sys.path.insert(0, str(SCRIPTS))

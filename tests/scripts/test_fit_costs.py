@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fit_costs import key_of, profile_of
+from tune.fit_costs import key_of, profile_of
 
 from packinfer_sgl.planning.profiles import H200
 

@@ -10,12 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import fit_extend
 import pytest
-from fit_extend import PACKED, STOCK, STOCK_TIMES, TILES, Case, cases, fit_all
-from kernel_report import OURS
-from kernel_workloads import workloads
-from write_constants import SOURCE, write_profile
+from bench.kernel_report import OURS
+from bench.kernel_workloads import workloads
+from tune import fit_extend
+from tune.fit_extend import PACKED, STOCK, STOCK_TIMES, TILES, Case, cases, fit_all
+from tune.write_constants import SOURCE, write_profile
 
 from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.profiles import H200, PROFILES

@@ -1,0 +1,79 @@
+"""What ``PackedCuda`` refuses, and the constants that the kernels share with plans."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from cases import EXTENDS, make_packed, random_case
+
+from packinfer_sgl.kernels import columns
+from packinfer_sgl.kernels.device_plan import PackedCuda
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, TILES
+from packinfer_sgl.planning.fitting import Capacity
+from packinfer_sgl.planning.plan import Col, Plan
+
+
+def test_columns_mirror_those_of_plans() -> None:
+    mirrored = {name: int(getattr(columns, name)) for name in dir(columns) if name in Col.__members__}
+    assert mirrored == {name: int(Col[name]) for name in mirrored} and len(mirrored) == len(Col)
+    others = [int(x) for x in (columns.SPLIT, columns.NEXT_ITEM)]
+    assert sorted({*mirrored.values(), *others}) == list(range(len(Col))) == list(range(int(columns.N_COLS)))
+    case = random_case(0, shared=[40], tails=[3, 5])
+    assert case.plan.spans.shape[1] == columns.N_SPAN_COLS
+    assert columns.MAX_CLASSES + 1 <= columns.NEXT_TICKET < columns.N_COUNTS
+
+
+def changed(plan: Plan, item: int, column: int, value: int) -> Plan:
+    items = plan.items.copy()
+    items[item, column] = value
+    return dataclasses.replace(plan, items=items)
+
+
+def extend_buffers() -> tuple[Plan, PackedCuda]:
+    case = random_case(
+        0, **EXTENDS["suffixes"], kv_heads=1, head_dim=64, dtype=torch.float16, tiles=EXTEND_TILES[64]
+    )  # fmt: skip
+    return case.plan, make_packed(case, Capacity.of(case.plan))
+
+
+@pytest.mark.parametrize(("column", "message"), [(columns.OPEN_ROW, "grow"), (columns.NEXT_ITEM, "followed")])
+def test_items_that_the_extend_kernel_cannot_run_are_refused(column: int, message: str) -> None:
+    plan, packed = extend_buffers()
+    packed.load(plan)
+    with pytest.raises(ValueError, match=f"hopper_extend kernel runs no items that .*{message}"):
+        packed.load(changed(plan, len(plan.items) - 1, int(column), 0))
+
+
+def test_items_that_the_hopper_decode_kernel_cannot_run_are_refused() -> None:
+    case = random_case(0, shared=[40] * 40, tails=[5] * 41)
+    assert case.plan.class_indptr[1] > 0
+    packed, plan = make_packed(case, Capacity.of(case.plan)), changed(case.plan, 0, int(columns.OPEN_ROW), 0)
+    packed.load(plan)  # the Triton kernel runs them
+    packed._is_hopper = True
+    packed.load(case.plan)
+    with pytest.raises(ValueError, match="hopper_decode kernel runs no items that grow"):
+        packed.load(plan)
+
+
+def test_other_tile_classes_are_refused() -> None:
+    plan, packed = extend_buffers()
+    with pytest.raises(ValueError, match="a plan of 2 tile classes for 1 tiles"):
+        packed.load(dataclasses.replace(plan, class_indptr=np.append(plan.class_indptr, plan.class_indptr[-1])))
+    with pytest.raises(ValueError, match="4 tile classes: at most 3"):
+        PackedCuda(
+            Capacity.of(plan), TILES[64] * 2, qo_heads=4, kv_heads=1, head_dim=64, device=torch.device("cpu")
+        )  # fmt: skip
+
+
+def test_a_plan_with_run_b_does_not_run_as_one_without() -> None:
+    plan, packed = extend_buffers()
+    packed.load(plan)
+    q = torch.zeros(len(plan.merge_indptr) - 1, 4, 64, dtype=torch.float16)
+    k = torch.zeros(8, 1, 64, dtype=torch.float16)
+    with pytest.raises(AssertionError, match="run B"):
+        packed.run(q, k, k, torch.zeros(1), sm_scale=1.0)
+    with pytest.raises(ValueError, match="custom mask"):
+        packed.run(q, k, k, torch.zeros(1), sm_scale=1.0, windowed=True, mask=(torch.ones(1).bool(), torch.zeros(1)))
