@@ -8,7 +8,7 @@ from pathlib import Path
 
 from packinfer_sgl.planning.device_profile import DeviceProfile
 
-SOURCE = Path(__file__).resolve().parents[1] / "packinfer_sgl" / "planning" / "profiles.py"
+SOURCE = Path(__file__).resolve().parents[2] / "packinfer_sgl" / "planning" / "profiles.py"
 
 
 def write_profile(path: Path, profile: DeviceProfile, names: list[str]) -> None:

@@ -90,7 +90,6 @@ def test_mypy_is_strict_on_the_floors_below_torchs_users() -> None:
     assert {Path(name).stem for name in mypy["files"]} == wanted
 
 
-@pytest.mark.xfail(strict=True, reason="the arena's and the hold's patches look their object up in STATS")
 def test_nobody_looks_anything_up_in_the_metrics() -> None:
     """STATS counts; whoever needs the arena or the hold's state is given it."""
     found = [

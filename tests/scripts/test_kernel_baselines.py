@@ -19,7 +19,7 @@ FAMILIES = {"fa3", "fi", "cascade", "batch", "pod"}
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     real = pytest.importorskip("flashinfer", reason="FlashInfer is not installed")
-    monkeypatch.setattr("kernel_baselines.workspace", lambda x: None)
+    monkeypatch.setattr("bench.kernel_baselines.workspace", lambda x: None)
     monkeypatch.setattr(fake_attention.Wrapper, "flashinfer", real, raising=False)
     wrappers = {wrapper.name: wrapper for wrapper in fake_attention.WRAPPERS}
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(**wrappers))
