@@ -321,7 +321,8 @@ def main() -> None:
     drafts = {SCENARIOS[name].engine.get("speculative_draft_model_path") for name in names} - {None}
     for model in sorted({SCENARIOS[name].model for name in names} | drafts):
         write_model(model, out / "models")
-    ports = {name: 21000 + 1500 * i for i, name in enumerate(SCENARIOS)}  # SGLang takes some above each
+    step = 44_000 // len(SCENARIOS)  # SGLang takes some above each
+    ports = {name: 21_000 + step * i for i, name in enumerate(SCENARIOS)}
     ran: dict[str, Ran] = {}
     for many in (False, True):  # engines on two GPUs apart: SGLang wants their memory balanced
         todo = [name for name in names if (SCENARIOS[name].gpus > 1) == many]

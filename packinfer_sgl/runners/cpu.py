@@ -25,10 +25,8 @@ def decode_planner(
     shape: AttentionShape, *, grouping: str, room_tokens: int = ROOM_TOKENS, policy: TilePolicy = CPU.decode_policy
 ) -> DecodePlanner:
     """Plans for batches whose queries see all of their row."""
-    cost = CPU.extend_cost(policy.tile_queries[0] * shape.group_size)
-    return DecodePlanner(
-        shape, cost, policy, grouping=grouping, limits=Capacity.unlimited(), room_tokens=room_tokens
-    )  # fmt: skip
+    cost, limits = CPU.extend_cost(policy.tile_queries[0] * shape.group_size), Capacity.unlimited()
+    return DecodePlanner(shape, cost, policy, grouping=grouping, limits=limits, room_tokens=room_tokens)
 
 
 def extend_planner(shape: AttentionShape, *, grouping: str, always: bool) -> ExtendPlanner:

@@ -109,7 +109,7 @@ def run(name: str, scenario: Scenario, defaults: dict[str, Any], port: int, out:
 
     Args:
         defaults: arguments of ``sglang.Engine`` for all scenarios.
-        port: SGLang takes some of the 1,500 above.
+        port: SGLang takes some of those above.
     """
     engine = {**defaults, "model_path": str(out / "models" / scenario.model), "port": port, **scenario.engine}
     if "speculative_draft_model_path" in engine:

@@ -53,7 +53,7 @@ def test_chains_of_drafts(topk, drafts):
     """With one branch each draft sees those before it; more branches are a tree."""
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
-    from packinfer_sgl.serving.router import chain_drafts
+    from packinfer_sgl.serving.batch_reasons import chain_drafts
 
     class Other(EagleVerifyInput):
         pass

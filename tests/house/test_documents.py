@@ -33,7 +33,7 @@ def table(path: str, first: str) -> list[list[str]]:
 
 
 def test_flags_of_the_readme() -> None:
-    defaults = {flag(f.name): "off" if f.default is False else str(f.default) for f in dataclasses.fields(Config)}
+    defaults = {flag(f.name): str(f.default).lower() for f in dataclasses.fields(Config)}
     assert {row[0]: row[1] for row in table("README.md", "flag")} == defaults
 
 

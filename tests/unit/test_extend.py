@@ -21,9 +21,9 @@ from packinfer_sgl.planning.plan import Col
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.reasons import BatchReason
 from packinfer_sgl.runners import cuda
+from packinfer_sgl.serving.batch_reasons import extend_reason
 from packinfer_sgl.serving.batch_rows import BatchRows
 from packinfer_sgl.serving.metrics import Stats
-from packinfer_sgl.serving.router import extend_reason
 
 SHAPE = AttentionShape(qo_heads=4, kv_heads=2, head_dim=64, kv_bytes=4)
 
