@@ -23,6 +23,7 @@ class Case(NamedTuple):
     config: dict[str, Any] = {}
     rounds: list[str] = ALL
     faults: tuple[str, ...] = ()
+    env: dict[str, str] = {}
     contract: bool = False  # also on the oldest release
 
 
@@ -40,7 +41,7 @@ CASES = {
     # slots are freed and used again all the time, and NaN while they belong to no request
     "retraction": Case(
         {"max_total_tokens": 2600}, rounds=["busy", "cold", "flush", "tree", "abort"], faults=("poison",),
-        contract=True,
+        env={"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "25"}, contract=True,
     ),
 }  # fmt: skip
 if SGLANG != "0.5.17":  # its paged allocator needs a GPU
@@ -54,7 +55,7 @@ def test_outputs_equal_stock(name, model, stock, tmp_path):
     case = CASES[name]
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL, **case.flags}
     env = faults.install(tmp_path, *case.faults) if case.faults else {}
-    ran = run_engine({"engine": engine, "rounds": case.rounds}, {"check": True, **case.config}, env)
+    ran = run_engine({"engine": engine, "rounds": case.rounds}, {"check": True, **case.config}, {**env, **case.env})
     check(ran.said, stock)
     state = ran.state
     assert state["active"] and state["packed_steps"] > 30

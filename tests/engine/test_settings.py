@@ -52,8 +52,8 @@ def cached(said: dict[str, list[dict]], name: str) -> list[int]:
 
 @pytest.mark.parametrize("case", ["default", "small pool"])
 def test_arena_and_held_requests(case, model, stock):
-    """With ``check`` every shared span is copied before every step, and what it was copied from is NaN for the packed
-    kernels: nothing runs but through the arena, and SGLang's check for leaks raises when it is idle.
+    """With ``check`` every shared span is copied in its first step and again before each that reads the copy, and what
+    it was copied from is NaN for the packed kernels; SGLang's check for leaks raises when it is idle.
 
     With overlap, where what a pass computes enters the tree one pass later; `family` takes two chunks.
     """
@@ -66,7 +66,9 @@ def test_arena_and_held_requests(case, model, stock):
     arena, held = ran.state["arena"], ran.state["held"]
     assert ran.state["packed_steps"] > 100 and arena["tokens"] == 2000
     assert arena["hits"] > 10 and arena["copies"] > 10 and arena["refused"] == 0
-    assert arena["contiguous_tokens_read"] == arena["shared_tokens_read"] > 10000
+    # but for the step that makes a copy, which the next one reads
+    assert 0.9 * arena["shared_tokens_read"] < arena["contiguous_tokens_read"] < arena["shared_tokens_read"]
+    assert arena["shared_tokens_read"] > 10000
     assert 0 < arena["used_tokens"] <= 2000 and arena["spans"] <= arena["copies"]
 
     first, *others = cached(ran.said, "0-cold")

@@ -142,7 +142,7 @@ def test_server_says_what_it_does(model):
             assert values[f"packinfer:{name}_total"] == state[name]
         assert values["packinfer:rows_grouped"] == 4
         arena = state["arena"]
-        assert arena["tokens"] == 1000 and arena["contiguous_tokens_read"] == arena["shared_tokens_read"] > 0
+        assert arena["tokens"] == 1000 and 0 < arena["contiguous_tokens_read"] < arena["shared_tokens_read"]
         for name in ("copies", "copied_bytes", "hits", "refused", "replaced", "contiguous_tokens_read"):
             assert values[f"packinfer:arena_{name}_total"] == arena[name]
         for name in ("requests", "passes", "prefix_tokens"):
