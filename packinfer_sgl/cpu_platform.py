@@ -1,7 +1,7 @@
 """``packinfer_cpu``: SGLang's out-of-tree platform for machines without an accelerator (torch on the CPU).
 
 SGLang's own CPU engine (``SGLANG_USE_CPU_ENGINE=1``) is built around its AMX kernels. This platform needs no compiled
-kernels: the stock ``torch_native`` backend and packinfer's reference kernels run on it. The demo, tests and CI use it.
+kernels: the stock ``torch_native`` backend and packinfer's CPU kernels run on it. The demo, tests and CI use it.
 """
 
 from __future__ import annotations

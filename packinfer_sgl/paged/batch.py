@@ -180,6 +180,7 @@ class PagedWrapper:
         Args:
             mask: [sum of qo_len * kv_len] bool, which tokens each query sees; replaces ``causal``.
         """
+        self._plan = None  # if this fails, nothing of it must run
         self._causal, self._window_left = causal, max(window_left, -1)
         windowed = (causal and mask is None) or self._window_left >= 0  # whether a query may see part of its KV
         shape, tables = self._shape, (self._indptr, self._indices, self._last_page_len, self._qo_indptr)
@@ -254,11 +255,13 @@ class PagedWrapper:
         self._kernels.check_call(q, k, v, out, sm_scale)
         if self._page_size == 1:  # the dimension of size 1 has any stride
             k, v = k[:, 0], v[:, 0]
-        lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
         if len(q):
-            lse2 = self._runner.run(
-                q, k, v, sm_scale=sm_scale, logits_soft_cap=self._soft_cap, mask=self._mask, out=out
-            )[1]  # fmt: skip
+            with self._kernels.on_device():
+                lse2 = self._runner.run(
+                    q, k, v, sm_scale=sm_scale, logits_soft_cap=self._soft_cap, mask=self._mask, out=out
+                )[1]  # fmt: skip
+        else:
+            lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
         if v_scale != 1:
             out *= v_scale
         result = lse2 * math.log(2) if lse_base == "ln" else lse2

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from packinfer_sgl.planning.batch import SlotTable
-from packinfer_sgl.planning.fitting import BUFFER_BYTES, Capacity
+from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.prefix_tree import Int32
 
 INT32 = 1 << 31  # tokens of a cache that plans can name
+PARTIAL_BYTES = 1 << 29  # most memory for partial results; a plan that needs more shares less
 
 
 def check_pages(n_pages: int, page_size: int) -> None:
@@ -68,7 +69,7 @@ class GraphBuffers:
                 slots=8 * n_queries,
                 items=8 * sizes[2] + n_queries + 4096,
                 spans=2 * sizes[2],
-                partials=min(8 * n_queries + 65536 // heads, BUFFER_BYTES // (heads * (head_dim + 1) * 4)),
+                partials=min(8 * n_queries + 65536 // heads, PARTIAL_BYTES // (heads * (head_dim + 1) * 4)),
                 kv_slots=sizes[1] * page_size,
             )
             self._baked, self._most_queries = baked, n_queries

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 
 from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, tiles_for
 from packinfer_sgl.paged.checks import check_cuda_call, check_cuda_layer
-from packinfer_sgl.paged.graph_buffers import GraphBuffers, check_pages, pinned
+from packinfer_sgl.paged.graph_buffers import PARTIAL_BYTES, GraphBuffers, check_pages, pinned
 from packinfer_sgl.planning.batch import SlotTable
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
-from packinfer_sgl.planning.fitting import UNLIMITED, Capacity
+from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.planners import Planner
 from packinfer_sgl.planning.prefix_tree import Int32
@@ -27,8 +28,8 @@ class OnCpu:
 
     graph: GraphBuffers | None = None
 
-    def __init__(self) -> None:
-        self._runner: cpu.CpuRunner | None = None
+    def on_device(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def check_layer(self, shape: AttentionShape, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
         """Everything is supported."""
@@ -70,6 +71,10 @@ class OnCuda:
         self._runner: cuda.CudaRunner | None = None
         self._limits: Capacity | None = None
 
+    def on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, whatever the tensors are on."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def check_layer(self, shape: AttentionShape, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
         """Raise NotImplementedError for what the kernels cannot do."""
         check_cuda_layer(shape, q_dtype, kv_dtype)
@@ -89,7 +94,8 @@ class OnCuda:
         Args:
             inlines: whether queries see a part of their row each, by position: tails may ride with their prefix.
         """
-        limits = self._limits or replace(self._cuda.growing_limits(shape), kv_slots=UNLIMITED)
+        row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
+        limits = self._limits or Capacity.unlimited(partials=PARTIAL_BYTES // row_bytes)
         if not inlines:
             return self._cuda.decode_planner(shape, self.device, grouping=GROUPING, limits=limits, room_tokens=0)
         tiles, sms = tiles_for(shape.head_dim, self.device, True), multiprocessors(self.device)
@@ -104,23 +110,26 @@ class OnCuda:
         """Upload the plan and the page tables on the current stream, and look up the slots there."""
         tiles = tiles_for(shape.head_dim, self.device, inlines)
         if self._runner is None or (self._runner.shape, self._runner.tiles) != (shape, tiles):
-            self._runner = None  # the old one makes room first
+            if self._runner is not None:
+                self._runner.free()  # the old one makes room first
             self._runner = self._cuda.CudaRunner(
                 shape, tiles, self.device, capacity=self._limits, replayed=self.graph is not None
             )
-        if self.graph is not None:
-            table = self.graph.write(tables, page_size)
-        else:
-            indptr, indices = (pinned(x, self.device).to(self.device, non_blocking=True) for x in tables[:2])
-            table = SlotTable(indices, indptr, page_size)
-        self._runner.load(plan, table)
+        with self.on_device():
+            if self.graph is not None:
+                table = self.graph.write(tables, page_size)
+            else:
+                indptr, indices = (pinned(x, self.device).to(self.device, non_blocking=True) for x in tables[:2])
+                table = SlotTable(indices, indptr, page_size)
+            self._runner.load(plan, table)
         return self._runner
 
     def check_call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sm_scale: float) -> None:
         check_cuda_call(q, k, v, out, sm_scale)
-        is_captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.graph is not None and is_captured:
-            self.graph.capture(len(q), min(len(k), len(v)))
+        if self.graph is not None and len(q) and self.device.type == "cuda":
+            with self.on_device():
+                if torch.cuda.is_current_stream_capturing():
+                    self.graph.capture(len(q), min(len(k), len(v)))
 
 
 def kernels_on(device: torch.device, graph_buffers: dict[str, torch.Tensor | None] | None) -> OnCpu | OnCuda:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -16,11 +15,11 @@ from packinfer_sgl.planning.prefix_tree import Int32
 
 @dataclass(frozen=True)
 class CpuProfile:
-    """Times of the reference kernels (kernels/reference.py) and of SGLang's ``torch_native``; the methods are those of
+    """Times of the CPU's kernels (kernels/cpu_attention.py) and of SGLang's ``torch_native``; the methods are those of
     ``device_profile.DeviceProfile``.
 
     Attributes:
-        bytes_per_us: rate at which the reference gathers KV, which is what takes time there, however many queries read
+        bytes_per_us: rate at which KV is gathered, which is what takes time there, however many queries read
             it; partial results are as fast.
         item_us: a work item at decode besides its tokens.
         packed_flops_per_us, stock_flops_per_us: rates at extend; ``torch_native`` computes the queries of cached
@@ -44,14 +43,11 @@ class CpuProfile:
     decode_policy: TilePolicy
     extend_policy: TilePolicy
 
-    @cached_property
-    def decode_cost(self) -> CostModel:
-        """By which shared spans are chosen at decode: one tile holds all queries of a span."""
-        return self.extend_cost(1 << 20)
-
     def extend_cost(self, tile_rows: int) -> CostModel:
-        """The same for tiles of so many query rows. Keys and values are copied before they are multiplied: what sharing
-        saves is the copy, whatever the products."""
+        """By which shared spans are chosen, for tiles of so many query rows (at decode one holds all of a span's).
+
+        Keys and values are copied before they are multiplied: what sharing saves is the copy, whatever the products.
+        """
         return CostModel(
             bytes_per_us=self.bytes_per_us,
             reread_bytes_per_us=self.bytes_per_us,

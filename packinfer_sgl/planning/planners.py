@@ -40,7 +40,7 @@ class Planned:
 
 
 class DecodePlanner:
-    """Plans batches whose queries see all of their row, and keeps the plan of the last one.
+    """Plans decode batches, and others whose groups need not know what each query sees; keeps the plan of the last one.
 
     A plan holds while the requests compare equal, every row has grown by exactly one token since the step before, and
     the tails have room.
@@ -151,7 +151,8 @@ class ExtendPlanner:
             grouping: see ``config.Config``.
             limits: what of a plan can be run.
             packed_us: expected time of a plan in one layer, its margin included.
-            stock_us: expected time of the stock backend, by ``q_lens`` and ``kv_lens``; None: every batch is packed.
+            stock_us: expected time of the stock backend, by ``q_lens`` and ``kv_lens``; None: packed is always
+                preferred.
             must_fit: whether batches must be packed, as a captured graph runs them; else the stock backend runs what
                 does not fit.
         """
@@ -165,12 +166,14 @@ class ExtendPlanner:
             DoesNotFit: nothing fits ``limits``, and the batch must be packed.
         """
         started = time.perf_counter()
-        try:
+        if self.must_fit:
             tree, (packed_us, fitted) = _fit_known(batch, self.fastest)
-        except DoesNotFit:
-            if self.must_fit:
-                raise
-            return None
+        else:
+            tree = batch.tree()
+            try:
+                packed_us, fitted = self.fastest(tree, batch)
+            except DoesNotFit:
+                return None
         if self.stock_us is not None and packed_us > self.stock_us(batch.q_lens, batch.kv_lens):
             return None
         return Planned(fitted, tree, (time.perf_counter() - started) * 1e6)

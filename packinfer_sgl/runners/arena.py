@@ -36,7 +36,7 @@ SPANS_PER_ROW = 4  # a plan gets no more spans than this for each row
 
 
 class Paths(Protocol):
-    """The running batch (``radix.BatchRows``)."""
+    """The running batch (``serving.batch_rows.BatchRows``)."""
 
     def paths(self, rows: list[int]) -> Sequence[tuple[int, Sequence[int], Sequence[int]]]: ...
 
@@ -220,7 +220,7 @@ class Arena:
         return parts[::-1]
 
     def work(self) -> bool:
-        """Copy what is due. True if the plan should now be made and pointed again.
+        """Copy what is due. True if the next step should be planned anew, to read new copies.
 
         Ranks of tensor parallelism need not agree: their copies hold what is read without them.
         """

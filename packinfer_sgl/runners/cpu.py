@@ -1,4 +1,4 @@
-"""The CPU: the reference kernels, and how batches are planned for them."""
+"""The CPU: its kernels, and how batches are planned for them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def extend_planner(shape: AttentionShape, *, grouping: str, always: bool) -> Ext
 
 
 class CpuRunner:
-    """Runs plans by ``kernels.reference``; a ``Runner``."""
+    """Runs plans by ``kernels.cpu_attention``; a ``Runner``."""
 
     def __init__(self, shape: AttentionShape, *, room_tokens: int = 0) -> None:
         """``room_tokens``: how many steps a plan may live."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -80,7 +79,7 @@ def extend_planner(
 
 
 class CudaRunner:
-    """Runs plans by the GPU kernels; a ``Runner``. One call at a time."""
+    """Runs plans by the GPU kernels, on the current device; a ``Runner``. One call at a time."""
 
     def __init__(
         self,
@@ -111,15 +110,13 @@ class CudaRunner:
         return self._loaded.kv_slots
 
     def load(self, plan: Plan, table: SlotTable) -> None:
-        with self._on_device():
-            packed = self._buffers(plan)
-            packed.load(plan)
-            packed.snapshot(table.entries, table.rows, table.page_size)
+        packed = self._buffers(plan)
+        packed.load(plan)
+        packed.snapshot(table.entries, table.rows, table.page_size)
         self._page_size, self._windowed = table.page_size, plan.windowed
 
     def append(self, kv_lens: torch.Tensor, out_slots: torch.Tensor) -> None:
-        with self._on_device():
-            self._loaded.append(kv_lens, out_slots)
+        self._loaded.append(kv_lens, out_slots)
 
     def run(
         self,
@@ -134,17 +131,15 @@ class CudaRunner:
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         packed = self._loaded
-        with self._on_device():
-            return packed.run(
-                q, k, v, packed.kv_slots if kv_lens is None else kv_lens, sm_scale=sm_scale,
-                logits_soft_cap=logits_soft_cap, page_size=self._page_size, windowed=self._windowed,
-                mask=None if mask is None else (mask.mask, mask.row_start), out=out,
-            )  # fmt: skip
+        return packed.run(
+            q, k, v, packed.kv_slots if kv_lens is None else kv_lens, sm_scale=sm_scale,
+            logits_soft_cap=logits_soft_cap, page_size=self._page_size, windowed=self._windowed,
+            mask=None if mask is None else (mask.mask, mask.row_start), out=out,
+        )  # fmt: skip
 
     def free(self) -> None:
-        """Give back buffers that grow."""
-        if self.capacity is None:
-            self._packed = None
+        """Give back the buffers; those that grow come back with the next plan."""
+        self._packed = None
 
     @property
     def _loaded(self) -> PackedCuda:
@@ -165,10 +160,6 @@ class CudaRunner:
             capacity, self.tiles, qo_heads=shape.qo_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
             device=self.device, replayed=self.replayed,
         )  # fmt: skip
-
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Triton launches on the current device, whatever the tensors are on."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 
 def warm_up(

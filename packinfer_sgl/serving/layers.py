@@ -88,6 +88,7 @@ def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
     Raises:
         UnsupportedModel: packinfer has nothing for such a model or device, whatever its settings.
     """
+    from sglang.srt.environ import envs
     from sglang.srt.layers.radix_attention import RadixAttention
 
     device, name = torch.device(runner.device).type, type(runner.model).__name__
@@ -119,6 +120,12 @@ def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
         raise UnsupportedModel(
             "packinfer: --enable-two-batch-overlap gives each half of a batch to a backend of its own, for which there "
             "are no plans; leave it out or choose a stock --attention-backend"
+        )
+    glue = getattr(envs, "SGLANG_ENABLE_METADATA_GLUE_GRAPH", None)  # not in 0.5.17
+    if glue is not None and glue.get():
+        raise UnsupportedModel(
+            "packinfer: SGLANG_ENABLE_METADATA_GLUE_GRAPH captures what makes the plan of each step; leave it "
+            "unset or choose a stock --attention-backend"
         )
     if not reasons:
         raise UnsupportedModel(f"packinfer: {name} has no attention layers; choose a stock --attention-backend")

@@ -49,8 +49,8 @@ _HELD_TOTALS = {
 class Stats:
     """Counters since the process started, and the groups of the last packed step.
 
-    Written by ``serving.router`` and ``serving.packed_path``, and at the start by ``plugin``. Side features add a
-    section: what they count stays with them.
+    Written by ``serving.router``, ``serving.packed_path`` and ``serving.layers``, and at the start by ``plugin``. Side
+    features add a section: what they count stays with them.
 
     ``kv_tokens_*`` count the KV tokens of one layer, summed over packed decode and verify steps, ``extend_kv_tokens_*``
     those over packed extend batches. ``fitted_plans`` counts the plans that had to be made smaller, by what of the
@@ -86,7 +86,7 @@ class Stats:
     _errors: set[str] = field(default_factory=set)
 
     def count_decode(self, planned: Planned, grown_tokens: int) -> None:
-        """A decode step ran on a plan whose rows have grown by ``grown_tokens`` together since it was made."""
+        """A decode or verify step runs on a plan whose rows have grown by ``grown_tokens`` since it was made."""
         if planned.is_new:
             self._count_plan(planned)
         plan = planned.plan
@@ -95,10 +95,6 @@ class Stats:
         self.kv_tokens_unique += plan.kv_tokens_unique + grown_tokens
         self.kv_tokens_read += plan.kv_tokens_read + grown_tokens
         self._export()
-
-    def count_verify(self, planned: Planned) -> None:
-        """A verify step of speculative decoding will run on a plan of its own."""
-        self.count_decode(planned, 0)
 
     def count_extend(self, planned: Planned) -> None:
         """An extend batch will run on a plan; its groups are gone with it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,9 +134,9 @@ class Router:
         lens = batch.seq_lens_cpu[:n].numpy().astype(np.int32) if n else np.zeros(0, np.int32)
         if path.kind is Kind.VERIFY:
             lens = lens + np.int32(path.row_tokens)  # SGLang counts the drafts once they are accepted
-        step = self._batch(path, _if_rows(running_rows(), n), batch.req_pool_indices[:n], lens)
+        step = self._batch(path, None, batch.req_pool_indices[:n], lens)
         try:
-            path.step(step)
+            path.step(replace(step, requests=_if_rows(running_rows(), n)))
         except Exception as e:  # it would end the server; of the batch nothing but rows and lengths is needed
             if self.check:
                 raise
@@ -175,7 +176,7 @@ class Router:
         n = int(batch.batch_size if batch._original_batch_size is None else batch._original_batch_size)
         self._tokens = n * path.row_tokens
         lens = (batch.seq_lens_cpu if self._on_gpu else batch.seq_lens)[:n].numpy().astype(np.int32)
-        new: dict[str, Any] = {"kv_lens_device": batch.seq_lens, "out_slots": batch.out_cache_loc}
+        new: dict[str, Any] = {"kv_lens_device": batch.seq_lens[:n], "out_slots": batch.out_cache_loc[:n]}
         if path.kind is Kind.VERIFY:
             lens, new = lens + np.int32(path.row_tokens), {}
         path.step(self._batch(path, _if_rows(rows, n), batch.req_pool_indices[:n], lens, **new))
@@ -221,8 +222,8 @@ class Router:
             save_kv_cache: False if the model has written k and v, together with the rotary embedding.
             more: what SGLang passes on beyond that.
         """
-        path, pool = self.path, backend.token_to_kv_pool
-        if path is None or self.gate.reason(layer, pool) is not None:
+        path = self.path
+        if path is None or self.gate.reason(layer, pool := backend.token_to_kv_pool) is not None:
             return stock(q, k, v, layer, batch, save_kv_cache, **more)
         # Gemma 3 gives SGLang's triton backend a mask after the batch was planned, and this a mask to each verify step
         masked = getattr(getattr(backend, "forward_metadata", None), "custom_mask", None) is not None

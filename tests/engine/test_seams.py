@@ -77,6 +77,22 @@ def test_two_batch_overlap_is_refused():
         layer_reasons(runner)
 
 
+def test_a_graph_around_the_plans_is_refused(monkeypatch):
+    """SGLang can capture the preparation of a step in a graph, too: the plan of the capture would run for ever."""
+    from sglang.srt.environ import envs
+
+    from packinfer_sgl.serving.layers import UnsupportedModel, layer_reasons
+
+    if not hasattr(envs, "SGLANG_ENABLE_METADATA_GLUE_GRAPH"):
+        pytest.skip("this SGLang has no such graph")
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    config = SimpleNamespace(is_encoder_decoder=False)
+    runner = SimpleNamespace(device="cpu", use_mla_backend=False, model=torch.nn.Module(), model_config=config)
+    runner.server_args = SimpleNamespace(dcp_size=1, enable_two_batch_overlap=False)
+    with pytest.raises(UnsupportedModel, match="packinfer: SGLANG_ENABLE_METADATA_GLUE_GRAPH captures"):
+        layer_reasons(runner)
+
+
 @pytest.mark.parametrize(
     "flag",
     [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}, {}],

@@ -17,7 +17,7 @@ from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200 as H200_PROFILE
 
-H200, CPU = H200_PROFILE.decode_cost, CPU_PROFILE.decode_cost
+H200, CPU = H200_PROFILE.decode_cost, CPU_PROFILE.extend_cost(1 << 20)
 LLAMA_8B = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
 
 

@@ -284,7 +284,7 @@ def test_check_passes_rows_that_share() -> None:
         max_size=40,
     ),
     st.sampled_from(["off", "single", "multi"]),
-    st.sampled_from([EAGER, CPU.decode_cost]),
+    st.sampled_from([EAGER, CPU.extend_cost(1 << 20)]),
     st.randoms(use_true_random=False),
 )
 def test_any_history(events: list[str], grouping: str, cost: CostModel, random) -> None:

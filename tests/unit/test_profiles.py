@@ -219,7 +219,7 @@ def test_the_policy_follows_the_record() -> None:
 
 def test_on_a_cpu_only_copies_count() -> None:
     few, many = CPU.extend_cost(64).read_us(SHAPE, 1), CPU.extend_cost(64).read_us(SHAPE, 16)
-    assert few == many and CPU.decode_cost.read_us(SHAPE, 1000) == few
+    assert few == many and CPU.extend_cost(1 << 20).read_us(SHAPE, 1000) == few
     plan = MIXED.planned()
     assert plan is not None
     us = CPU.packed_extend_us(plan, SHAPE)

@@ -15,12 +15,14 @@ from on_table import on_cuda
 from strategies import attention64, kv_pool, tree_of
 from test_planner import EAGER
 
+from packinfer_sgl.config import Config
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners import cuda
 from packinfer_sgl.serving import router as router_module
 from packinfer_sgl.serving.backend import wrap
 from packinfer_sgl.serving.batch_rows import BatchRows, running
+from packinfer_sgl.serving.build import CpuPaths
 from packinfer_sgl.serving.metrics import Stats
 from packinfer_sgl.serving.packed_path import PackedPath
 from packinfer_sgl.serving.router import Router
@@ -204,6 +206,22 @@ def test_an_eager_batch_is_packed() -> None:
     with running(Requests(held, DRAFTS)):
         server.backend.init_forward_metadata(drafted)
     assert server.attend(drafted, held, DRAFTS) < TOLERANCE and server.stats.packed_steps == 2
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_an_eager_batch_may_be_padded(on_gpu: bool) -> None:
+    """Data-parallel attention pads the batches of its ranks to one size."""
+    server, held = Server(), behind(60, 3, 5)
+    if not on_gpu:
+        cpu = CpuPaths(SHAPE, Config(check=True), server.stats).decode()
+        server.router._on_gpu, server.router._make_decode = False, lambda max_rows: cpu
+    batch = server.batch(held, padding=2)
+    del batch.num_padding
+    batch._original_batch_size = 3
+    with running(Requests(held)):
+        server.backend.init_forward_metadata(batch)
+    assert server.attend(batch, held) < TOLERANCE
+    assert server.stats.packed_steps == 1 and not server.stats.fallback_steps
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_forward_replaces_what_was_planned() -> None:
 
 
 def test_a_plan_that_needs_too_many_partial_results_shares_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "BUFFER_BYTES", 0)
+    monkeypatch.setattr(kernels, "PARTIAL_BYTES", 0)
     batch = Batch(16, [[*range(40), 40 + i] for i in range(6)], [3] * 6, [1] * 6, decode=True)
     counted = cases.make_wrapper(batch, HALF).kv_tokens
     assert counted.read == counted.logical > counted.unique
@@ -217,7 +217,7 @@ def test_rows_past_the_plan_come_out_as_zero() -> None:
 
 @pytest.mark.usefixtures("all_shared")
 def test_a_plan_beyond_the_buffers_shares_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_buffers, "BUFFER_BYTES", 0)
+    monkeypatch.setattr(graph_buffers, "PARTIAL_BYTES", 0)
     for batch in batches(True):
         planned = graph_wrapper(True, 3, 40)
         check(batch, HALF, 0, planned)
