@@ -110,7 +110,7 @@ def test_fp8_kv_runs_on_the_stock_backend(model, monkeypatch):
     from sglang.srt.server_args import ServerArgs
 
     from packinfer_sgl.plugin import create_backend
-    from packinfer_sgl.runners.metrics import STATS
+    from packinfer_sgl.serving.metrics import STATS
 
     for name in ("base_backend", "details", "reason"):
         monkeypatch.setattr(STATS, name, getattr(STATS, name))
