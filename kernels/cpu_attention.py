@@ -221,7 +221,8 @@ def _mask_index(mask: MaskRows, c: ItemClass) -> torch.Tensor:
 
 def _rows(cache: torch.Tensor, slots: torch.Tensor, first_slot: int | None) -> torch.Tensor:
     """[n, L, kv_heads, head_dim] float32 from a pool of slots or of pages; a run of slots is not copied."""
-    if cache.dim() == 3 and first_slot is not None:
+    # torch 2.11's fused product takes the last dimension for contiguous, whatever its stride
+    if cache.dim() == 3 and first_slot is not None and cache.stride(2) == 1:
         rows = cache[None, first_slot : first_slot + slots.shape[1]]
     elif cache.dim() == 3:
         rows = cache.index_select(0, slots.view(-1)).view(*slots.shape, *cache.shape[1:])

@@ -247,6 +247,26 @@ def test_rows_that_know_no_tree_are_grouped_by_equal_slots() -> None:
     assert engine.stats.kv_tokens_read == engine.stats.kv_tokens_logical - 3 * 12
 
 
+@pytest.mark.contract
+@pytest.mark.parametrize("head_dim", [8, 64])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_run_of_slots_is_read_as_it_lies(head_dim: int, stride: int) -> None:
+    """Slots that follow each other are not copied; what lies around and between belongs to nobody, and is NaN."""
+    shape = AttentionShape(2, 1, head_dim, 4)
+    k, v = (torch.full((40, 1, stride * head_dim), math.nan)[..., ::stride] for _ in "kv")
+    slots = list(range(11, 26))
+    k[slots], v[slots] = torch.randn(2, len(slots), 1, head_dim)
+    planner = DecodePlanner(
+        shape, EAGER, TilePolicy((8, 1), 1 << 20), grouping="multi", limits=Capacity.unlimited(), room_tokens=0
+    )
+    batch = StepBatch(np.ones(1, np.int32), np.array([len(slots)], np.int32))
+    runner, q = CpuRunner(shape), torch.randn(1, 2, head_dim)
+    runner.load(planner.plan(batch).plan, SlotTable(torch.tensor([slots], dtype=torch.int32), torch.zeros(1)))
+    got = runner.run(q, k, v, sm_scale=0.25, logits_soft_cap=0.0)
+    for a, b in zip(got, attention64(q, k, v, [slots], 0.25), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("grouping", "saved"), [("off", 0), ("single", 2 * 12), ("multi", 3 * 4 + 2 * 8)])
 def test_modes(grouping: str, saved: int) -> None:
     """Four rows share 4 tokens, three of them 8 more."""
