@@ -7,8 +7,12 @@ import math
 
 import pytest
 from check import models as check_models
+from check import rounds
 from check import runs as check_runs
-from check.runs import Ran, compare, last_error
+from check.areas import AREAS, CHECKS, ROUNDS, SCENARIOS
+from check.compare import Ran, compare
+from check.runs import last_error
+from check.scenarios import Scenario
 
 
 def said(ids: list[int], top: list[dict[str, float]]) -> Ran:
@@ -50,11 +54,11 @@ def test_a_worker_that_ends_early_leaves_its_reason(tmp_path, monkeypatch):
     fake = tmp_path / "worker.py"
     fake.write_text("print('READY')\nraise ValueError('no such luck')\n")
     monkeypatch.setattr(check_runs, "__file__", str(fake))
-    ran = check_runs.run("x", check_runs.Scenario("m", {}), {}, 21000, tmp_path)
+    ran = check_runs.run("x", Scenario("m", {}), 21000, tmp_path)
     assert ran.problem == "while serving: ValueError: no such luck"
     fake.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(check_runs, "LIMIT_S", 1)
-    ran = check_runs.run("x", check_runs.Scenario("m", {}), {}, 21000, tmp_path)
+    ran = check_runs.run("x", Scenario("m", {}), 21000, tmp_path)
     assert ran.problem == "while starting: nothing after 1 s"
 
 
@@ -63,3 +67,19 @@ def test_every_model_is_written(kind, tmp_path):
     path = check_models.write_model(kind, tmp_path)
     config = json.loads((path / "config.json").read_text())
     assert config["architectures"] and config["model_type"] and (path / "tokenizer.json").exists()
+
+
+def test_every_check_has_its_scenarios_and_every_scenario_its_rounds_and_model():
+    asked = {name for check in CHECKS.values() for name in check.scenarios}
+    assert asked == set(SCENARIOS)
+    for scenario in SCENARIOS.values():
+        assert set(scenario.rounds) <= set(ROUNDS)
+        assert scenario.model in {"llama", "llama128", *check_models.KINDS}
+    for check in CHECKS.values():
+        assert check.gpus >= max(SCENARIOS[name].gpus > 1 for name in check.scenarios)
+
+
+def test_no_area_hides_what_another_has():
+    for kind in ("SCENARIOS", "CHECKS", "ROUNDS"):
+        names = [name for area in (*AREAS, rounds) for name in getattr(area, kind, {})]
+        assert len(names) == len(set(names))

@@ -1,0 +1,63 @@
+"""The kernels in engines: each layer against stock, whole outputs, and every step's slots."""
+
+from __future__ import annotations
+
+from check.judge import Judge, account, packs
+from check.scenarios import CHAIN, CHECK, EAGER, FA3, OURS, TRITON, Check, Scenario
+
+TURNS = {"cuda_graph_max_bs_decode": 96, "max_running_requests": 96}
+TALK = ("turns", "turns")
+
+SCENARIOS = {
+    "fa3": Scenario("llama", FA3),
+    "triton": Scenario("llama", TRITON),
+    "packinfer": Scenario("llama", OURS, rounds=("tree", "tree", "samples")),
+    "verify-bf16": Scenario("llama", {**OURS, **EAGER}, CHECK),
+    "verify-fp16": Scenario("llama", {**OURS, **EAGER, "dtype": "float16"}, CHECK),
+    # graphs are replayed, and each plan compared with SGLang's table before
+    "audit": Scenario("llama", OURS, CHECK, rounds=("tree", "tree", "samples")),
+    "turns-fa3": Scenario("llama128", {**FA3, **TURNS}, rounds=TALK),
+    "turns-triton": Scenario("llama128", {**TRITON, **TURNS}, rounds=TALK),
+    "turns-packinfer": Scenario("llama128", {**OURS, **TURNS}, rounds=TALK),
+    "turns-audit": Scenario("llama128", {**OURS, **TURNS}, CHECK, rounds=TALK),
+    "turns-chain": Scenario("llama128", {**OURS, **TURNS, **CHAIN}, CHECK, rounds=TALK, logprobs=False),
+}
+
+
+def verify(judge: Judge) -> None:
+    for name in ("verify-bf16", "verify-fp16"):
+        if judge.started(name, name):
+            ran = judge.ran[name]
+            error = ran.state.get("check_error", 0.0)
+            judge.add(name, packs(ran) and error > 0, f"worst relative error of a row {error:.2g}; {account(ran)}")
+
+
+def logits(judge: Judge) -> None:
+    if judge.started("logits", "packinfer", stock=("fa3", "triton")):
+        judge.same("logits", "packinfer", "fa3", control="triton")
+        own = judge.ran["packinfer"].said["2-samples"]
+        groups = [own[i : i + 4] for i in range(0, len(own), 4)]
+        equal = sum(sample["ids"] == group[0]["ids"] for group in groups for sample in group)
+        judge.add("samples", len(own) == 12, f"{equal}/12 greedy samples equal the first of their prompt")
+
+    if judge.started("audit", "audit", stock=("fa3", "triton")):
+        judge.same("audit", "audit", "fa3", control="triton")
+        judge.audited("audit")
+
+
+def turns(judge: Judge) -> None:
+    names = ("turns-packinfer", "turns-audit")
+    if judge.started("turns", *names, stock=("turns-fa3", "turns-triton")):
+        for name in names:
+            judge.same(name, name, "turns-fa3", control="turns-triton", stock="turns-")
+        judge.audited("turns-audit")
+    if judge.started("turns-chain", "turns-chain", stock=("turns-fa3", "turns-triton", "chain-fa3")):
+        judge.same("turns-chain", "turns-chain", "turns-fa3", control="turns-triton", stock="turns-")
+        judge.audited("turns-chain")
+
+
+CHECKS = {
+    "verify": Check(verify, ("verify-bf16", "verify-fp16")),
+    "logits": Check(logits, ("fa3", "triton", "packinfer", "audit"), gpus=0),
+    "turns": Check(turns, ("turns-fa3", "turns-triton", "turns-packinfer", "turns-audit", "turns-chain", "chain-fa3")),
+}
