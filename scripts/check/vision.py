@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from typing import Any
 
 import numpy as np
 from check.judge import Judge
 from check.qwen2_vl import MERGE, PATCH
-from check.rounds import TOKENS, Answers, Talk, answer
+from check.rounds import Answers, Talk, answer
 from check.scenarios import CHECK, FA3, OURS, Check, Scenario
 from drive import greedy
 from PIL import Image
@@ -17,11 +19,12 @@ from packinfer_sgl.tools.tiny_model import WORDS
 BEFORE, SIDE, BEHIND = 200, 168, 200  # words, the sides of an image, words
 IMAGE_TOKENS = (SIDE // PATCH // MERGE) ** 2
 ROWS = 4  # requests behind each of two images
+TOKENS = 200  # of each answer: images take a while, and all requests have to run at once
 
 
 def images(talk: Talk) -> Answers:
     """Pairs of requests that differ in the image only, between words that all of them have; last come words of their
-    own."""
+    own. ``tree``: who shares what while all of them run."""
     rng = random.Random(4)
 
     def words(n: int) -> str:
@@ -33,13 +36,31 @@ def images(talk: Talk) -> Answers:
     before, behind = words(BEFORE), words(BEHIND)
     own = [words(1 + i) for i in range(ROWS)]
     prompts = [f"{before}<|vision_start|><|image_pad|><|vision_end|>{behind}{last}" for last in own for _ in range(2)]
-    outs = talk.engine.generate(
-        prompt=prompts,
-        image_data=[[image(i % 2)] for i in range(2 * ROWS)],  # each request has an image of its own
-        sampling_params=greedy(TOKENS),
-        **talk.asked,
-    )
-    return [answer(out) for out in outs]
+    parts, states = [0] * len(prompts), []
+
+    async def one(i: int) -> dict[str, Any]:
+        stream = await talk.engine.async_generate(
+            prompt=prompts[i],
+            image_data=[image(i % 2)],
+            sampling_params=greedy(TOKENS),
+            stream=True,
+            **talk.asked,
+        )
+        last: dict[str, Any] = {}
+        async for out in stream:
+            last = out
+            parts[i] += 1
+            if min(parts) > 4 and not states:
+                states.append([])
+                states[0] = await talk.engine.tokenizer_manager.get_internal_state()
+        return last
+
+    async def all_of_them() -> list[dict[str, Any]]:
+        return await asyncio.gather(*(one(i) for i in range(len(prompts))))
+
+    outs = talk.engine.loop.run_until_complete(all_of_them())
+    tree = (states[0][0].get("packinfer") or {}).get("tree")
+    return [{**answer(out), "tree": tree} for out in outs]
 
 
 ROUNDS = {"images": images}
@@ -63,7 +84,7 @@ def shared(judge: Judge) -> None:
     first, last = BEFORE + 1, BEFORE + 1 + IMAGE_TOKENS  # behind the mark where an image starts
     for name in ours:
         judge.same(name, name, "images-fa3")
-        tree = judge.ran[name].state["tree"]
+        tree = judge.ran[name].said["1-images"][0]["tree"]
         apart = all(node["rows"] <= ROWS for node in tree if node["end"] > first)
         same = sum(node["rows"] > 1 and node["start"] <= first and node["end"] >= last for node in tree)
         spans = [f"{node['rows']} rows {node['start']} to {node['end']}" for node in tree]
