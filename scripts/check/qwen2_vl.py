@@ -24,6 +24,8 @@ def write_qwen2_vl(path: Path) -> Path:
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.add_special_tokens(list(SPECIALS))
     tokenizer.save(str(path / "tokenizer.json"))
+    settings = json.loads((path / "tokenizer_config.json").read_text()) | {"pad_token": "</s>"}  # SGLang asks to pad
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     start, end, image, video = (tokenizer.token_to_id(token) for token in SPECIALS)
     hidden, rng = config["hidden_size"], np.random.default_rng(1)
 
