@@ -180,7 +180,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     STATS.active, STATS.reason = True, None
     STATS.details["packs"] = router.kinds()
     ranks = getattr(runner, "ps", None) or get_parallel()  # 0.5.17 or 0.5.23
-    start_prometheus({"tp_rank": str(ranks.tp_rank), "dp_rank": str(ranks.dp_rank or 0)})
+    start_prometheus({f"{kind}_rank": str(getattr(ranks, f"{kind}_rank") or 0) for kind in ("pp", "tp", "dp")})
     logger.info(
         "packinfer %s: shared prefixes read once, over %s on %s (SGLang %s, %d hooks verified, grouping %s)",
         __version__,

@@ -58,8 +58,8 @@ def play(todo: list[str], gpus: int, at_once: int, out: Path) -> dict[str, Ran]:
     step = 44_000 // len(SCENARIOS)  # SGLang takes some above each
     ports = {name: 21_000 + step * i for i, name in enumerate(SCENARIOS)}
     ran: dict[str, Ran] = {}
-    for many in (False, True):  # engines on two GPUs apart: SGLang wants their memory balanced
-        beside = [name for name in todo if (scenarios[name].gpus > 1) == many and (gpus or name != "triton")]
+    for count in sorted({scenarios[name].gpus for name in todo}):  # apart: SGLang wants its GPUs' memory balanced
+        beside = [name for name in todo if scenarios[name].gpus == count and (gpus or name != "triton")]
         with ThreadPoolExecutor(at_once) as pool:
             started = {name: pool.submit(run, name, scenarios[name], ports[name], out) for name in beside}
             for name, future in started.items():

@@ -57,7 +57,13 @@ def turns(judge: Judge) -> None:
 
 
 CHECKS = {
-    "verify": Check(verify, ("verify-bf16", "verify-fp16")),
-    "logits": Check(logits, ("fa3", "triton", "packinfer", "audit"), gpus=0),
-    "turns": Check(turns, ("turns-fa3", "turns-triton", "turns-packinfer", "turns-audit", "turns-chain", "chain-fa3")),
+    "verify": Check(verify, ("verify-bf16", "verify-fp16"), "each layer against stock, bf16 and fp16"),
+    "logits": Check(
+        logits, ("fa3", "triton", "packinfer", "audit"), "16 requests in a tree of prefixes, n samples", gpus=0
+    ),
+    "turns": Check(
+        turns,
+        ("turns-fa3", "turns-triton", "turns-packinfer", "turns-audit", "turns-chain", "chain-fa3"),
+        "96 requests at all turns of a conversation",
+    ),
 }

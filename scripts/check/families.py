@@ -47,6 +47,7 @@ CHECKS = {
         wrap,
         ("fa3", "triton", "gemma2-fa3", "gemma2-packinfer", "gemma3-fa3", "gemma3-packinfer", "llama4-wrap",
          "gpt_oss-wrap", "gemma4-wrap"),
+        "`--packinfer-wrap`, and models with sliding windows",
     ),
-    "fp8": Check(fp8, ("fa3", "triton", "fp8-fa3", "fp8-packinfer")),
+    "fp8": Check(fp8, ("fa3", "triton", "fp8-fa3", "fp8-packinfer"), "FP8 KV cache"),
 }  # fmt: skip

@@ -7,12 +7,14 @@ Those whose outputs are compared get real weights, in which attention decides ev
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from check.qwen2_vl import write_qwen2_vl
 from safetensors.numpy import load_file, save_file
 
 from packinfer_sgl.tools.tiny_model import write_tiny_model
@@ -23,14 +25,12 @@ SHARP = 1.9  # gain of normed queries and keys, as of the tiny Llama's projectio
 
 
 def write_model(kind: str, folder: Path) -> Path:
-    """Writes the model ``kind`` (a key of KINDS) below ``folder``; returns its own folder."""
+    """Writes the model ``kind`` (a key of WRITERS or KINDS) below ``folder``; returns its own folder."""
     path = folder / kind
+    if kind in WRITERS:
+        return WRITERS[kind](path)
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 256} if kind == "gemma2" else {}
-    if kind == "llama128":
-        return write_tiny_model(path, heads=8, kv_heads=2, head_dim=128)
     llama = write_tiny_model(folder / ("llama-256" if shape else "llama"), **shape)
-    if kind == "llama":
-        return llama
     path.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(llama / name, path)
@@ -172,6 +172,13 @@ def _gemma4(config: dict, _: Weights) -> tuple[dict, Weights]:
     return config, {}
 
 
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "llama": write_tiny_model,  # 16 query heads, 4 KV heads
+    "llama-kv8": functools.partial(write_tiny_model, kv_heads=8),
+    "llama128": functools.partial(write_tiny_model, heads=8, kv_heads=2, head_dim=128),
+    "qwen2_vl": write_qwen2_vl,
+}
+# made of the tiny Llama's configuration and weights
 KINDS: dict[str, Callable[[dict, Weights], tuple[dict, Weights]]] = {
     "qwen3": _qwen3,
     "eagle": _eagle,

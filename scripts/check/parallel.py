@@ -1,11 +1,12 @@
-"""Several GPUs, and prefill and decode apart."""
+"""Several GPUs: tensor, pipeline and data parallelism; and prefill and decode apart."""
 
 from __future__ import annotations
 
 from check.judge import Judge, account
-from check.scenarios import CHECK, DP2, EAGER, FA3, OURS, TP2, Check, Scenario
+from check.scenarios import CHECK, DP2, DP4, EAGER, FA3, OURS, PP2, TP2, TP4, Check, Scenario
 
 DP_ATTENTION = {**TP2, **DP2, "enable_dp_attention": True}
+DP_ATTENTION4 = {**TP4, **DP4, "enable_dp_attention": True}
 UNEVEN = ("tree", "tree", "three", "one")
 
 SCENARIOS = {
@@ -16,6 +17,21 @@ SCENARIOS = {
     "dpa-fa3": Scenario("qwen3", {**FA3, **DP_ATTENTION}, rounds=UNEVEN, gpus=2),
     "dpa-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION}, rounds=UNEVEN, gpus=2),
     "dpa-eager-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION, **EAGER}, CHECK, rounds=UNEVEN, gpus=2),
+    "pp2-fa3": Scenario("llama", {**FA3, **PP2}, gpus=2),
+    "pp2-packinfer": Scenario("llama", {**OURS, **PP2}, gpus=2),
+    "pp2-eager-packinfer": Scenario("llama", {**OURS, **PP2, **EAGER}, CHECK, gpus=2),
+    # one KV head a rank, and two
+    "kv8-fa3": Scenario("llama-kv8", FA3),
+    "tp4-fa3": Scenario("llama", {**FA3, **TP4}, gpus=4),
+    "tp4-packinfer": Scenario("llama", {**OURS, **TP4}, gpus=4),
+    "tp4-eager-packinfer": Scenario("llama", {**OURS, **TP4, **EAGER}, CHECK, gpus=4),
+    "tp4-kv8-fa3": Scenario("llama-kv8", {**FA3, **TP4}, gpus=4),
+    "tp4-kv8-packinfer": Scenario("llama-kv8", {**OURS, **TP4}, gpus=4),
+    "pp2tp2-fa3": Scenario("llama", {**FA3, **PP2, **TP2}, gpus=4),
+    "pp2tp2-packinfer": Scenario("llama", {**OURS, **PP2, **TP2}, gpus=4),
+    "dpa4-fa3": Scenario("qwen3", {**FA3, **DP_ATTENTION4}, rounds=UNEVEN, gpus=4),
+    "dpa4-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION4}, rounds=UNEVEN, gpus=4),
+    "dpa4-eager-packinfer": Scenario("qwen3", {**OURS, **DP_ATTENTION4, **EAGER}, CHECK, rounds=UNEVEN, gpus=4),
     "pd-decode": Scenario(
         "llama",
         {**OURS, "disaggregation_mode": "decode", "disaggregation_transfer_backend": "fake"},
@@ -30,19 +46,50 @@ SCENARIOS = {
 }
 
 
+def together(judge: Judge, kind: str, ranks: int, *more: str, alone: str = "fa3") -> None:
+    """Rows: engines whose ranks compute each step together say what the stock engine of that ``kind`` says, and what
+    one GPU says; and all ranks pack the same steps. ``more``: other packinfer engines of it; ``alone``: on one GPU."""
+    stock, ours = f"{kind}-fa3", (f"{kind}-packinfer", *more)
+    if not judge.started(kind, *ours, stock=("fa3", "triton", *dict.fromkeys((alone, stock)))):
+        return
+    judge.same(f"{kind} against one GPU", ours[0], alone, control=stock)
+    for name in ours:
+        judge.same(name, name, stock)
+        steps = judge.ran[name].ranks
+        judge.add(f"{name} ranks", len(steps) == ranks and len(set(steps.values())) == 1, f"packed steps {steps}")
+
+
 def tp(judge: Judge) -> None:
-    if judge.started("tp", "tp2-packinfer", stock=("fa3", "triton", "tp2-fa3")):
-        judge.same("tp 2 against 1", "tp2-packinfer", "fa3", control="tp2-fa3")
-        judge.same("tp 2", "tp2-packinfer", "tp2-fa3")
-        judge.add("tp ranks", len(judge.ran["tp2-packinfer"].ranks) == 2, str(judge.ran["tp2-packinfer"].ranks))
+    together(judge, "tp2", 2)
+
+
+def pp(judge: Judge) -> None:
+    together(judge, "pp2", 2, "pp2-eager-packinfer")
+
+
+def tp4(judge: Judge) -> None:
+    together(judge, "tp4", 4, "tp4-eager-packinfer")
+    together(judge, "tp4-kv8", 4, alone="kv8-fa3")
+
+
+def pp_tp(judge: Judge) -> None:
+    together(judge, "pp2tp2", 4)
 
 
 def dp(judge: Judge) -> None:
     if judge.started("dp 2", "dp2-packinfer", stock=("fa3", "triton")):
         judge.same("dp 2", "dp2-packinfer", "fa3")
-    for name in ("dpa-packinfer", "dpa-eager-packinfer"):
-        if judge.started(name, name, stock=("dpa-fa3",)):
-            judge.same(name, name, "dpa-fa3")
+    dp_attention(judge, "dpa")
+
+
+def dp4(judge: Judge) -> None:
+    dp_attention(judge, "dpa4")
+
+
+def dp_attention(judge: Judge, kind: str) -> None:
+    for name in (f"{kind}-packinfer", f"{kind}-eager-packinfer"):
+        if judge.started(name, name, stock=("fa3", "triton", f"{kind}-fa3")):
+            judge.same(name, name, f"{kind}-fa3")
 
 
 def pd(judge: Judge) -> None:
@@ -58,7 +105,31 @@ def pd(judge: Judge) -> None:
 
 
 CHECKS = {
-    "tp": Check(tp, ("fa3", "triton", "tp2-fa3", "tp2-packinfer"), gpus=2),
-    "dp": Check(dp, ("fa3", "triton", "dp2-packinfer", "dpa-fa3", "dpa-packinfer", "dpa-eager-packinfer"), gpus=2),
-    "pd": Check(pd, ("pd-decode", "pd-prefill")),
-}
+    "tp": Check(tp, ("fa3", "triton", "tp2-fa3", "tp2-packinfer"), "tensor parallelism 2", gpus=2),
+    "pp": Check(
+        pp, ("fa3", "triton", "pp2-fa3", "pp2-packinfer", "pp2-eager-packinfer"), "pipeline parallelism 2", gpus=2
+    ),
+    "dp": Check(
+        dp,
+        ("fa3", "triton", "dp2-packinfer", "dpa-fa3", "dpa-packinfer", "dpa-eager-packinfer"),
+        "data parallelism 2, data-parallel attention over 2 ranks",
+        gpus=2,
+    ),
+    "tp4": Check(
+        tp4,
+        ("fa3", "triton", "tp4-fa3", "tp4-packinfer", "tp4-eager-packinfer", "kv8-fa3", "tp4-kv8-fa3",
+         "tp4-kv8-packinfer"),
+        "tensor parallelism 4, 1 and 2 KV heads a rank",
+        gpus=4,
+    ),
+    "pp-tp": Check(
+        pp_tp, ("fa3", "triton", "pp2tp2-fa3", "pp2tp2-packinfer"), "pipeline x tensor parallelism 2 x 2", gpus=4
+    ),
+    "dp4": Check(
+        dp4,
+        ("fa3", "triton", "dpa4-fa3", "dpa4-packinfer", "dpa4-eager-packinfer"),
+        "data-parallel attention over 4 ranks",
+        gpus=4,
+    ),
+    "pd": Check(pd, ("pd-decode", "pd-prefill"), "prefill and decode apart, without a transfer"),
+}  # fmt: skip

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def worker(spec: dict[str, Any]) -> None:
         asked = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
     talk = Talk(engine, spec["logprobs"], asked)
     said = {f"{i}-{name}": ROUNDS[name](talk) for i, name in enumerate(spec["rounds"])}
+    if spec["engine"].get("tp_size", 1) * spec["engine"].get("pp_size", 1) > 1:
+        time.sleep(1.5)  # longer than the metrics stay as they are: then all ranks write them at the same step
+        engine.generate(input_ids=[300, 301], sampling_params={"max_new_tokens": 2})
     info = engine.get_server_info()["internal_states"]
     states = [s.get("packinfer") or {} for s in info]
     for state, s in zip(states, info):
@@ -42,14 +46,14 @@ def worker(spec: dict[str, Any]) -> None:
 
 
 def packed_steps_of_ranks() -> dict[str, float]:
-    """Packed steps by "tp rank / dp rank", which /server_info has for one rank of each group only."""
+    """Packed steps by pipeline, tensor and data rank; /server_info has one rank of each data rank only."""
     from prometheus_client import CollectorRegistry
     from prometheus_client.multiprocess import MultiProcessCollector
 
     registry = CollectorRegistry()
     MultiProcessCollector(registry)
     return {
-        f"tp{sample.labels['tp_rank']} dp{sample.labels['dp_rank']}": sample.value
+        " ".join(f"{kind}{sample.labels[f'{kind}_rank']}" for kind in ("pp", "tp", "dp")): sample.value
         for metric in registry.collect()
         for sample in metric.samples
         if sample.name == "packinfer:packed_steps_total"

@@ -24,7 +24,8 @@ EAGLE = {
 }
 CHAIN = {**EAGLE, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
 # SGLang's own all-reduce may use NVLink multicast, which not every host allows
-TP2, DP2 = {"tp_size": 2, "disable_custom_all_reduce": True}, {"dp_size": 2}
+TP2, TP4 = ({"tp_size": size, "disable_custom_all_reduce": True} for size in (2, 4))
+DP2, DP4, PP2 = {"dp_size": 2}, {"dp_size": 4}, {"pp_size": 2}
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,13 @@ class Check:
     """``judge`` turns what the ``scenarios`` said into rows.
 
     Attributes:
+        feature: what is checked, in the words of docs/support.md.
         gpus: how many it needs; 0 where it runs on a CPU, too.
         since: the SGLang release that brought what is checked.
     """
 
     judge: Callable[[Judge], None]
     scenarios: tuple[str, ...]
+    feature: str
     gpus: int = 1
     since: str = "0.5.17"

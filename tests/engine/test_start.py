@@ -133,11 +133,9 @@ def test_server_says_what_it_does(model):
         assert state["rows_grouped"] == 4 and state["tree"][0]["rows"] == 4 and state["tree"][0]["end"] >= 300
         assert state["kv_tokens_unique"] <= state["kv_tokens_read"] < state["kv_tokens_logical"] / 2
         metrics = requests.get(f"{url}/metrics", timeout=30).text
-        values = {
-            line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-            for line in metrics.splitlines()
-            if line.startswith("packinfer:") and "reason=" not in line
-        }
+        own = [line for line in metrics.splitlines() if line.startswith("packinfer:")]
+        assert all(f'{kind}_rank="0"' in line for kind in ("pp", "tp", "dp") for line in own)  # ranks are told apart
+        values = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in own if "reason=" not in line}
         for name in ("packed_steps", "packed_extends", "kv_tokens_read", "kv_tokens_logical", "kv_tokens_unique"):
             assert values[f"packinfer:{name}_total"] == state[name]
         assert values["packinfer:rows_grouped"] == 4
