@@ -31,7 +31,7 @@ from packaging.version import Version
 
 ENGINE = {"mem_fraction_static": 0.8, "max_total_tokens": 40000, "random_seed": 0, "log_level": "info"}
 CUDA = {"dtype": "bfloat16", "cuda_graph_max_bs_decode": 32, "cuda_graph_backend_prefill": "disabled"}
-CPU = {"dtype": "float32", "disable_cuda_graph": True}
+CPU = {"dtype": "float32", "disable_cuda_graph": True, "lora_backend": "torch_native"}
 
 
 def for_device(scenario: Scenario, gpus: int) -> Scenario:
@@ -53,20 +53,20 @@ def untested(check: Check, gpus: int) -> str:
 
 
 def play(todo: list[str], gpus: int, at_once: int, out: Path) -> dict[str, Ran]:
-    """Run the scenarios; on a CPU "triton" would be "fa3" once more."""
+    """Run the scenarios; on a CPU "triton" would be "fa3" once more, and "x-triton" "x-fa3"."""
     scenarios = {name: for_device(SCENARIOS[name], gpus) for name in todo}
     step = 44_000 // len(SCENARIOS)  # SGLang takes some above each
     ports = {name: 21_000 + step * i for i, name in enumerate(SCENARIOS)}
     ran: dict[str, Ran] = {}
     for many in (False, True):  # engines on two GPUs apart: SGLang wants their memory balanced
-        beside = [name for name in todo if (scenarios[name].gpus > 1) == many and (gpus or name != "triton")]
+        beside = [name for name in todo if (scenarios[name].gpus > 1) == many and (gpus or not name.endswith("triton"))]
         with ThreadPoolExecutor(at_once) as pool:
             started = {name: pool.submit(run, name, scenarios[name], ports[name], out) for name in beside}
             for name, future in started.items():
                 ran[name] = future.result()
                 print(f"{name}: {ran[name].problem or 'served'}", flush=True)
-    if not gpus and "triton" in todo:
-        ran["triton"] = ran["fa3"]
+    for name in [name for name in todo if name not in ran]:
+        ran[name] = ran[name.removesuffix("triton") + "fa3"]
     for name in [name for name in todo if ran[name].problem and scenarios[name].config.get("wrap")]:
         unwrapped = dataclasses.replace(scenarios[name], config={})
         ran[name + STOCK] = run(name + STOCK, unwrapped, ports[name], out)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from check import attention, families, parallel, rounds, speculation
+from check import asking, attention, copies, families, parallel, rounds, scheduling, speculation
 
-AREAS = (attention, speculation, families, parallel)
+AREAS = (attention, speculation, families, parallel, scheduling, asking, copies)
 SCENARIOS = {name: scenario for area in AREAS for name, scenario in area.SCENARIOS.items()}
 CHECKS = {name: check for area in AREAS for name, check in area.CHECKS.items()}
 ROUNDS = rounds.ROUNDS | {name: ask for area in AREAS for name, ask in getattr(area, "ROUNDS", {}).items()}
