@@ -31,7 +31,7 @@ from packaging.version import Version
 
 ENGINE = {"mem_fraction_static": 0.8, "max_total_tokens": 40000, "random_seed": 0, "log_level": "info"}
 CUDA = {"dtype": "bfloat16", "cuda_graph_max_bs_decode": 32, "cuda_graph_backend_prefill": "disabled"}
-CPU = {"dtype": "float32", "disable_cuda_graph": True, "lora_backend": "torch_native"}
+CPU = {"dtype": "float32", "disable_cuda_graph": True}
 
 
 def for_device(scenario: Scenario, gpus: int) -> Scenario:
@@ -67,7 +67,8 @@ def play(todo: list[str], gpus: int, at_once: int, out: Path) -> dict[str, Ran]:
                 print(f"{name}: {ran[name].problem or 'served'}", flush=True)
     for name in [name for name in todo if name not in ran]:
         ran[name] = ran[name.removesuffix("triton") + "fa3"]
-    for name in [name for name in todo if ran[name].problem and scenarios[name].config.get("wrap")]:
+    unclear = [name for name in todo if ran[name].problem and "packinfer:" not in ran[name].problem]
+    for name in [name for name in unclear if scenarios[name].config.get("wrap")]:
         unwrapped = dataclasses.replace(scenarios[name], config={})
         ran[name + STOCK] = run(name + STOCK, unwrapped, ports[name], out)
     return ran

@@ -27,10 +27,11 @@ START = 200  # in the tokens that all prompts share
 SAMPLED = 32
 ASKED = ("tree", "grammar", "free", "spans", "sampled", *KEYED, *(("beams",) if "cache_salt" in FIELDS else ()))
 PACKED = {**CHECK, "extend": "on"}
+SHORT = {"constrained_json_disable_any_whitespace": True}
 SCENARIOS = {
-    "asked": Scenario("llama", OURS, PACKED, rounds=ASKED),
-    "asked-fa3": Scenario("llama", FA3, rounds=ASKED),
-    "asked-triton": Scenario("llama", TRITON, rounds=ASKED),
+    "asked": Scenario("llama", {**OURS, **SHORT}, PACKED, rounds=ASKED),
+    "asked-fa3": Scenario("llama", {**FA3, **SHORT}, rounds=ASKED),
+    "asked-triton": Scenario("llama", {**TRITON, **SHORT}, rounds=ASKED),
 }
 
 
