@@ -34,10 +34,11 @@ CUDA = {"dtype": "bfloat16", "cuda_graph_max_bs_decode": 32, "cuda_graph_backend
 CPU = {"dtype": "float32", "disable_cuda_graph": True}
 
 
-def for_device(scenario: Scenario, gpus: int) -> Scenario:
-    """On a CPU torch_native is the only stock backend."""
+def for_device(scenario: Scenario, gpus: int, turn: int) -> Scenario:
+    """Engines on one GPU take the GPUs by turns. On a CPU torch_native is the only stock backend."""
     if gpus:
-        return dataclasses.replace(scenario, engine={**ENGINE, **CUDA, **scenario.engine})
+        place = {"base_gpu_id": turn % gpus} if scenario.gpus == 1 else {}
+        return dataclasses.replace(scenario, engine={**ENGINE, **CUDA, **place, **scenario.engine})
     backend = scenario.engine["attention_backend"]
     backend = {"fa3": "torch_native", "triton": "torch_native"}.get(backend, backend)
     return dataclasses.replace(scenario, engine={**ENGINE, **scenario.engine, **CPU, "attention_backend": backend})
@@ -52,22 +53,23 @@ def untested(check: Check, gpus: int) -> str:
     return ""
 
 
-def play(todo: list[str], gpus: int, at_once: int, out: Path) -> dict[str, Ran]:
-    """Run the scenarios; on a CPU "triton" would be "fa3" once more."""
-    scenarios = {name: for_device(SCENARIOS[name], gpus) for name in todo}
-    step = 44_000 // len(SCENARIOS)  # SGLang takes some above each
-    ports = {name: 21_000 + step * i for i, name in enumerate(SCENARIOS)}
+def play(todo: list[str], gpus: int, at_once: int, first_port: int, out: Path) -> dict[str, Ran]:
+    """Run the scenarios; on a CPU "triton" would be "fa3" once more, and "x-triton" "x-fa3"."""
+    scenarios = {name: for_device(SCENARIOS[name], gpus, i) for i, name in enumerate(todo)}
+    step = (65_000 - first_port) // len(SCENARIOS)  # SGLang takes some above each
+    ports = {name: first_port + step * i for i, name in enumerate(SCENARIOS)}
     ran: dict[str, Ran] = {}
     for count in sorted({scenarios[name].gpus for name in todo}):  # apart: SGLang wants its GPUs' memory balanced
-        beside = [name for name in todo if scenarios[name].gpus == count and (gpus or name != "triton")]
+        beside = [name for name in todo if scenarios[name].gpus == count and (gpus or not name.endswith("triton"))]
         with ThreadPoolExecutor(at_once) as pool:
             started = {name: pool.submit(run, name, scenarios[name], ports[name], out) for name in beside}
             for name, future in started.items():
                 ran[name] = future.result()
                 print(f"{name}: {ran[name].problem or 'served'}", flush=True)
-    if not gpus and "triton" in todo:
-        ran["triton"] = ran["fa3"]
-    for name in [name for name in todo if ran[name].problem and scenarios[name].config.get("wrap")]:
+    for name in [name for name in todo if name not in ran]:
+        ran[name] = ran[name.removesuffix("triton") + "fa3"]
+    unclear = [name for name in todo if ran[name].problem and "packinfer:" not in ran[name].problem]
+    for name in [name for name in unclear if scenarios[name].config.get("wrap")]:
         unwrapped = dataclasses.replace(scenarios[name], config={})
         ran[name + STOCK] = run(name + STOCK, unwrapped, ports[name], out)
     return ran
@@ -78,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=names(CHECKS), default=list(CHECKS), help="checks, comma-separated")
     parser.add_argument("--at-once", type=int, default=4 if gpus else 1, help="engines at once")
+    parser.add_argument("--first-port", type=int, default=21_000, help="to run beside another check_engine.py")
     parser.add_argument("--out", type=Path, default=Path("."), help="models, logs and check_engine.json")
     args = parser.parse_args()
     lacking = {name: untested(CHECKS[name], gpus) for name in args.only}
@@ -88,7 +91,7 @@ def main() -> None:
     drafts = {SCENARIOS[name].engine.get("speculative_draft_model_path") for name in needed} - {None}
     for model in sorted({SCENARIOS[name].model for name in needed} | drafts):
         write_model(model, out / "models")
-    judge = Judge(play(needed, gpus, args.at_once, out), near_tie=0.0 if gpus else NEAR_TIE)
+    judge = Judge(play(needed, gpus, args.at_once, args.first_port, out), near_tie=0.0 if gpus else NEAR_TIE)
     for check in args.only:
         if lacking[check]:
             judge.rows.append(Row(check, check, "UNTESTED", lacking[check]))

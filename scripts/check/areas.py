@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from check import attention, cache, families, parallel, rounds, speculation, vision
+from check import (
+    asking,
+    attention,
+    cache,
+    copies,
+    families,
+    parallel,
+    rounds,
+    scheduling,
+    speculation,
+    vision,
+)
 
-AREAS = (attention, speculation, families, parallel, cache, vision)
+AREAS = (attention, scheduling, asking, copies, cache, speculation, families, vision, parallel)
 SCENARIOS = {name: scenario for area in AREAS for name, scenario in area.SCENARIOS.items()}
 CHECKS = {name: check for area in AREAS for name, check in area.CHECKS.items()}
 ROUNDS = rounds.ROUNDS | {name: ask for area in AREAS for name, ask in getattr(area, "ROUNDS", {}).items()}

@@ -8,9 +8,17 @@ from typing import Any
 
 @dataclass
 class Ran:
-    """What became of a scenario: its result, or the line that says why there is none."""
+    """What became of a scenario: its result, or the line that says why there is none.
+
+    Attributes:
+        said: answers of each round, by "<nth>-<round>".
+        after: state of the first rank after each round, by the round's name (of its last time).
+        states: of each rank at the end.
+        ranks: packed steps by rank.
+    """
 
     said: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    after: dict[str, dict[str, Any]] = field(default_factory=dict)
     states: list[dict[str, Any]] = field(default_factory=list)
     ranks: dict[str, float] = field(default_factory=dict)
     problem: str = ""
@@ -18,6 +26,17 @@ class Ran:
     @property
     def state(self) -> dict[str, Any]:
         return (self.states or [{}])[0]
+
+    def answers(self, name: str) -> list[dict[str, Any]]:
+        """Of the only round of this name."""
+        (found,) = (said for key, said in self.said.items() if key.partition("-")[2] == name)
+        return found
+
+    def counted(self, name: str, counter: str) -> int:
+        """How much ``counter`` grew in a round, the only one of this name and of the one before it."""
+        names = [key.partition("-")[2] for key in self.said]
+        at = names.index(name)
+        return self.after[name][counter] - (self.after[names[at - 1]][counter] if at else 0)
 
 
 @dataclass
@@ -48,9 +67,12 @@ class Diff:
         return text + (f", largest gap at a first difference {self.gap:.3g}" if self.gaps else "")
 
 
-def compare(ours: Ran, theirs: Ran) -> Diff:
+def compare(ours: Ran, theirs: Ran, rounds: tuple[str, ...] = ()) -> Diff:
+    """``rounds``: only these, by their names."""
     diff = Diff()
     for name in sorted(set(ours.said) & set(theirs.said)):
+        if rounds and name.partition("-")[2] not in rounds:
+            continue
         for a, b in zip(ours.said[name], theirs.said[name], strict=True):
             diff.of += 1
             at = next((i for i, (x, y) in enumerate(zip(a["ids"], b["ids"])) if x != y), None)

@@ -83,17 +83,28 @@ class Judge:
                 return False
         return True
 
+    def limit(self, stock: str = "") -> float:
+        """How far apart log-probabilities of two correct kernels may be: twice as far as those of two stock backends,
+        the engines ``stock`` + "triton" and ``stock`` + "fa3"."""
+        return max(2 * compare(self.ran[f"{stock}triton"], self.ran[f"{stock}fa3"]).drift, self.near_tie)
+
     def same(
-        self, what: str, name: str, reference: str, *, packed: bool = True, control: str = "", stock: str = ""
+        self,
+        what: str,
+        name: str,
+        reference: str,
+        *,
+        packed: bool = True,
+        control: str = "",
+        stock: str = "",
+        rounds: tuple[str, ...] = (),
     ) -> None:
         """A row: ``name`` says what ``reference`` says, but for near ties. ``control`` is a stock engine that differs
-        from ``reference`` in more than its kernels; then what it deviates is allowed, too.
-
-        Log-probabilities of two correct kernels may be twice as far apart as those of two stock backends, the engines
-        ``stock`` + "triton" and ``stock`` + "fa3".
+        from ``reference`` in more than its kernels; then what it deviates is allowed, too. ``stock``: see ``limit``.
+        ``rounds``: only these are compared.
         """
-        ours, diff = self.ran[name], compare(self.ran[name], self.ran[reference])
-        drift = max(2 * compare(self.ran[f"{stock}triton"], self.ran[f"{stock}fa3"]).drift, self.near_tie)
+        ours, diff = self.ran[name], compare(self.ran[name], self.ran[reference], rounds)
+        drift = self.limit(stock)
         gap = 2 * drift  # each of two tokens may have moved by the limit
         if control and self.ran[control] is not self.ran[reference]:
             other = compare(self.ran[control], self.ran[reference])

@@ -22,18 +22,29 @@ class Talk:
         self.engine = engine
         self.asked = {**({"return_logprob": True, "top_logprobs_num": TOP} if logprobs else {}), **asked}
 
+    def outs(self, prompts: list[list[int]], params: dict[str, Any] | None = None, **more: Any) -> Any:
+        """SGLang's outputs of TOKENS greedy tokens, or as the sampling parameters ``params`` say; ``more`` are fields
+        of SGLang's request, of which ``engine.generate`` does not take all."""
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        fields = {"input_ids": prompts, "sampling_params": {**greedy(TOKENS), **(params or {})}, **self.asked, **more}
+        request = self.engine.tokenizer_manager.generate_request(GenerateReqInput(**fields), None)
+        return self.engine.loop.run_until_complete(anext(request))
+
     def ask(self, prompts: list[list[int]], params: dict[str, Any] | None = None, **more: Any) -> Answers:
-        """Greedy answers of TOKENS tokens; ``params`` are sampling parameters, ``more`` arguments of ``generate``."""
-        outs = self.engine.generate(
-            input_ids=prompts, sampling_params=greedy(TOKENS, **(params or {})), **{**self.asked, **more}
-        )
-        return [answer(out) for out in outs]
+        return [answer(out) for out in self.outs(prompts, params, **more)]
 
 
 def answer(out: dict[str, Any]) -> dict[str, Any]:
-    """The ids of an output, and of each the likeliest tokens with their log-probabilities."""
-    top = out["meta_info"].get("output_top_logprobs") or []
-    return {"ids": out["output_ids"], "top": [{str(token): lp for lp, token, _ in position} for position in top]}
+    """The ids of an output, of each the likeliest tokens with their log-probabilities, and what became of its KV."""
+    about = out["meta_info"]
+    top = about.get("output_top_logprobs") or []
+    return {
+        "ids": out["output_ids"],
+        "top": [{str(token): lp for lp, token, _ in position} for position in top],
+        "cached": about["cached_tokens"],
+        "retracted": about["num_retractions"],
+    }
 
 
 def tree(talk: Talk) -> Answers:

@@ -33,7 +33,10 @@ def worker(spec: dict[str, Any]) -> None:
     if "disaggregation_mode" in spec["engine"]:  # SGLang's own stand-in for a prefill server
         asked = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
     talk = Talk(engine, spec["logprobs"], asked)
-    said = {f"{i}-{name}": ROUNDS[name](talk) for i, name in enumerate(spec["rounds"])}
+    said, after = {}, {}
+    for i, name in enumerate(spec["rounds"]):
+        said[f"{i}-{name}"] = ROUNDS[name](talk)
+        after[name] = engine.get_server_info()["internal_states"][0].get("packinfer") or {}
     if spec["engine"].get("tp_size", 1) * spec["engine"].get("pp_size", 1) > 1:
         time.sleep(1.5)  # longer than the metrics stay as they are: then all ranks write them at the same step
         engine.generate(input_ids=[300, 301], sampling_params={"max_new_tokens": 2})
@@ -41,7 +44,8 @@ def worker(spec: dict[str, Any]) -> None:
     states = [s.get("packinfer") or {} for s in info]
     for state, s in zip(states, info):
         state["accept_length"] = s.get("avg_spec_accept_length")
-    print("RESULT " + json.dumps({"said": said, "states": states, "ranks": packed_steps_of_ranks()}), flush=True)
+    result = {"said": said, "after": after, "states": states, "ranks": packed_steps_of_ranks()}
+    print("RESULT " + json.dumps(result), flush=True)
     engine.shutdown()
 
 

@@ -11,6 +11,8 @@ from check import rounds
 from check import runs as check_runs
 from check.areas import AREAS, CHECKS, ROUNDS, SCENARIOS
 from check.compare import Ran, compare
+from check.copies import PROMPT, apart
+from check.judge import Judge
 from check.runs import last_error
 from check.scenarios import Scenario
 
@@ -32,6 +34,36 @@ def test_a_near_tie_has_a_gap_and_a_wrong_token_an_infinite_one():
 def test_only_rounds_of_both_are_compared():
     more = Ran(said={"0-tree": [{"ids": [1], "top": []}], "1-samples": [{"ids": [1], "top": []}]})
     assert compare(more, Ran(said={"0-tree": [{"ids": [1], "top": []}]})).of == 1
+    assert compare(more, more, ("samples",)).of == 1 and compare(more, more).of == 2
+
+
+def test_what_a_round_counted():
+    said = {"0-tree": [], "1-keys": [{"ids": [1]}]}
+    ran = Ran(said=said, after={"tree": {"steps": 3}, "keys": {"steps": 10}})
+    assert (ran.counted("tree", "steps"), ran.counted("keys", "steps")) == (3, 7)
+    assert ran.answers("keys") == [{"ids": [1]}]
+
+
+@pytest.mark.parametrize(
+    ("groups", "found", "copies", "share", "verdict"),
+    [
+        (2, 2, 2, 0.3, "PASS"),
+        (2, 1, 1, 0.2, "FAIL"),  # both keys in one group
+        (2, 2, 1, 0.3, "FAIL"),  # two groups that read the same copy
+        (2, 0, 2, 1.0, "FAIL"),  # nobody shares
+        (8, 0, 8, 1.0, "PASS"),
+        (8, 1, 8, 0.9, "FAIL"),  # two of eight keys in one group
+    ],
+)
+def test_copies_of_a_prompt_are_never_one_group(groups, found, copies, share, verdict):
+    state = {
+        "groups": found, "rows": 8, "rows_grouped": 8 if found else 0, "packed_steps": 10,
+        "kv_tokens_logical": 80 * len(PROMPT), "kv_tokens_read": int(80 * len(PROMPT) * share),
+        "kv_tokens_unique": 10 * copies * len(PROMPT),
+    }  # fmt: skip
+    judge = Judge({"x": Ran(said={"0-keys": []}, after={"keys": state})}, 0.0)
+    apart(judge, "x", "keys", groups, 8)
+    assert [row.verdict for row in judge.rows] == [verdict]
 
 
 def test_the_line_that_says_why():
