@@ -100,6 +100,8 @@ def run_pair(name: str, scenario: Scenario, transfer: str, gpus: int, out: Path)
     decode = {**engine, "disaggregation_mode": "decode"} | (RADIX if radix else {})
     if gpus > 1:
         decode["base_gpu_id"] = 1
+    if not gpus:  # what it sends while another batch runs waits for a CUDA event
+        prefill["disable_overlap_schedule"] = True
     env = HERE if gpus else HERE | CPU
     servers: list[Server] = []
     console = Console(stderr=True, highlight=False)
