@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -226,6 +227,9 @@ def main() -> None:
     try:
         said = asyncio.run(verl(scenario)) if framework == "verl" else over_http(scenario, globals()[framework])
         print("RESULT " + json.dumps(said), flush=True)
+    except BaseException:
+        traceback.print_exc()  # now: when its children end, SGLang ends this process
+        raise
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

@@ -46,8 +46,8 @@ def test_verl_asks_for_packinfer_before_it_is_registered(model, other_model):
     first = ids(ran, "first")
     assert [state["active"] for state in ran.states.values()] == [True] * (4 + SLEEPS)
     assert ran.state["base_backend"] == "torch_native" and 0 < ran.state["check_error"] < 1e-5
-    for before, now in zip([0, *steps(ran)], steps(ran)):
-        assert now >= before + TOKENS - 1
+    for name in ran.states:  # the first token is a prefill's, and so is the first after a retraction
+        assert ran.counted(name, "packed_steps") >= TOKENS - 2
     assert ran.state["kv_tokens_read"] < 0.3 * ran.state["kv_tokens_logical"]
     assert ran.state["arena"]["hits"] > 0
     for name, retracted in (("in_place", 0), ("retract", 1)):
@@ -57,10 +57,6 @@ def test_verl_asks_for_packinfer_before_it_is_registered(model, other_model):
     assert ids(ran, "again") == first
     if SLEEPS:
         assert ids(ran, "slept") == first
-
-
-def steps(ran: Ran) -> list[int]:
-    return [state["packed_steps"] for state in ran.states.values()]
 
 
 @pytest.mark.parametrize("framework", [pytest.param("slime", marks=pytest.mark.contract), "miles"])
