@@ -116,8 +116,9 @@ async def verl(scenario: dict) -> dict:
     await note("first", await engine.roll_out())
     await note("in_place", await engine.interrupted("in_place", other))
     await note("retract", await engine.interrupted("retract", model))
-    await engine.load(model, flush=True)
-    await note("again", await engine.roll_out())
+    for name, weights in {"other": other, "again": model}.items():
+        await engine.load(weights, flush=True)
+        await note(name, await engine.roll_out())
     if scenario["sleeps"]:
         await engine.sleep()
         await note("slept", await engine.roll_out())
