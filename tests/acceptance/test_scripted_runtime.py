@@ -9,7 +9,7 @@ import pytest
 from group_scripts import CHUNK, POOL
 from lib.servers import START_LIMIT_S
 
-pytestmark = [pytest.mark.engine, pytest.mark.contract]
+pytestmark = pytest.mark.engine
 
 SCRIPTS = {
     "retraction": (group_scripts.retraction,),
