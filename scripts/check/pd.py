@@ -153,13 +153,13 @@ def judge_pairs(judge: Judge) -> None:
 
 def pd_check(out: Path, gpus: int, transfer: str) -> list[Row]:
     """Rows for pairs of servers with ``transfer``, a key of TRANSFERS."""
-    from check_engine import for_device, play
+    from check_engine import FIRST_PORT, for_device, play
 
     (out / "models").mkdir(parents=True, exist_ok=True)
     write_model("llama", out / "models")
-    ran = play(["fa3", "triton"], gpus, 2 if gpus else 1, out)
+    ran = play(["fa3", "triton"], gpus, 2 if gpus else 1, FIRST_PORT, out)
     with ThreadPoolExecutor(len(SCENARIOS) if gpus else 1) as pool:
-        pairs = {name: for_device(scenario, gpus) for name, scenario in SCENARIOS.items()}
+        pairs = {name: for_device(scenario, gpus, 0) for name, scenario in SCENARIOS.items()}
         for result in pool.map(lambda name: run_pair(name, pairs[name], transfer, gpus, out), pairs):
             ran |= result
     judge = Judge(ran, near_tie=0.0 if gpus else NEAR_TIE)
