@@ -67,7 +67,7 @@ class DenseKit:
             self.patch.setattr(sys.modules[run.__module__], name, value)
         self.stats.__init__()
         # SGLang sets the ranks when it starts; 0.5.17 has that of data parallelism elsewhere
-        ranks = {name: 0 for name in ("tp_rank", "dp_rank") if hasattr(type(get_parallel()), name)}
+        ranks = {name: 0 for name in ("pp_rank", "tp_rank", "dp_rank") if hasattr(type(get_parallel()), name)}
         with get_parallel().override(**ranks), torch.no_grad():
             run(TestCase(), case, **{**SIZES, **self.kind, **more})
         return self.stats.as_dict()
