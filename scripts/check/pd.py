@@ -98,9 +98,9 @@ def run_pair(name: str, scenario: Scenario, transfer: str, gpus: int, out: Path)
     bootstrap = free_port()
     prefill = {**engine, "disaggregation_mode": "prefill", "disaggregation_bootstrap_port": bootstrap}
     decode = {**engine, "disaggregation_mode": "decode"} | (RADIX if radix else {})
-    if gpus > 1:
-        decode["base_gpu_id"] = 1
-    if not gpus:  # what it sends while another batch runs waits for a CUDA event
+    if gpus:
+        decode["base_gpu_id"] = (engine["base_gpu_id"] + 1) % gpus
+    else:  # what is sent while another batch runs waits for a CUDA event
         prefill["disable_overlap_schedule"] = True
     env = HERE if gpus else HERE | CPU
     servers: list[Server] = []
@@ -159,7 +159,7 @@ def pd_check(out: Path, gpus: int, transfer: str) -> list[Row]:
     write_model("llama", out / "models")
     ran = play(["fa3", "triton"], gpus, 2 if gpus else 1, FIRST_PORT, out)
     with ThreadPoolExecutor(len(SCENARIOS) if gpus else 1) as pool:
-        pairs = {name: for_device(scenario, gpus, 0) for name, scenario in SCENARIOS.items()}
+        pairs = {name: for_device(scenario, gpus, 2 * i) for i, (name, scenario) in enumerate(SCENARIOS.items())}
         for result in pool.map(lambda name: run_pair(name, pairs[name], transfer, gpus, out), pairs):
             ran |= result
     judge = Judge(ran, near_tie=0.0 if gpus else NEAR_TIE)

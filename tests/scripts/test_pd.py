@@ -25,7 +25,7 @@ def test_flags_are_those_of_the_command_line():
 def test_a_server_that_cannot_start_leaves_its_reason(tmp_path, monkeypatch):
     fail = "print('[2026-01-01] ImportError: Please install mooncake', flush=True); raise SystemExit(1)"
     monkeypatch.setattr(pd.Server, "command", (sys.executable, "-c", fail))
-    ran = pd.run_pair("x", for_device(pd.SCENARIOS["pd-fa3"], 0), "mooncake", 0, tmp_path)
+    ran = pd.run_pair("x", for_device(pd.SCENARIOS["pd-fa3"], 0, 0), "mooncake", 0, tmp_path)
     assert set(ran) == {"x"}
     assert ran["x"].problem.startswith("while starting: the x-prefill server ended with code 1")
     assert ran["x"].problem.endswith("; [2026-01-01] ImportError: Please install mooncake")
@@ -44,8 +44,8 @@ def test_a_pair_says_what_one_engine_says(tmp_path):
     for package in ("mooncake.engine", "sglang_router"):
         pytest.importorskip(package, reason=f"{package} is no dependency of the tests", exc_type=ImportError)
     write_model("llama", tmp_path / "models")
-    alone = run("torch_native", for_device(SCENARIOS["fa3"], 0), 21_000, tmp_path)
-    ran = pd.run_pair("pd", for_device(pd.SCENARIOS["pd-packinfer"], 0), "mooncake", 0, tmp_path)
+    alone = run("torch_native", for_device(SCENARIOS["fa3"], 0, 0), 21_000, tmp_path)
+    ran = pd.run_pair("pd", for_device(pd.SCENARIOS["pd-packinfer"], 0, 0), "mooncake", 0, tmp_path)
     assert not alone.problem and not ran["pd"].problem
     diff = compare(ran["pd"], alone)
     assert diff.of == 32 and diff.drift <= NEAR_TIE and diff.gap <= NEAR_TIE, str(diff)
