@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +19,7 @@ from pathlib import Path
 import torch
 from check.areas import CHECKS, SCENARIOS
 from check.compare import Ran
-from check.judge import STOCK, Judge, Row
+from check.judge import STOCK, Judge, Row, report
 from check.models import write_model
 from check.runs import run
 from check.scenarios import Check, Scenario
@@ -98,20 +96,7 @@ def main() -> None:
             judge.rows.append(Row(check, check, "UNTESTED", lacking[check]))
         else:
             judge.judge(check, CHECKS[check].judge)
-    width = max(len(row.what) for row in judge.rows)
-    print()
-    for row in judge.rows:
-        print(f"{row.verdict:9}{row.what:{width}}  {row.note}")
-    environment = {
-        "sglang": version("sglang"),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if gpus else "CPU",
-        "gpus": gpus,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    result = {"environment": environment, "rows": [vars(row) for row in judge.rows]}
-    (out / "check_engine.json").write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(any(row.verdict == "FAIL" for row in judge.rows))
+    sys.exit(report(judge.rows, gpus, out))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
+import torch
 from check.compare import Ran, compare
 
 STOCK = "-unwrapped"  # a wrapped engine that failed, once more without packinfer
@@ -118,3 +123,21 @@ class Judge:
         """A row: each step's slots were compared with SGLang's table."""
         state = self.ran[name].state
         self.add(f"{name} steps", state["audited_steps"] == state["packed_steps"] > 0, account(self.ran[name]))
+
+
+def report(rows: list[Row], gpus: int, out: Path) -> bool:
+    """Print the rows and write ``out``/check_engine.json; whether one FAILs."""
+    width = max(len(row.what) for row in rows)
+    print()
+    for row in rows:
+        print(f"{row.verdict:9}{row.what:{width}}  {row.note}")
+    environment = {
+        "sglang": version("sglang"),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if gpus else "CPU",
+        "gpus": gpus,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    result = {"environment": environment, "rows": [vars(row) for row in rows]}
+    (out / "check_engine.json").write_text(json.dumps(result, indent=1) + "\n")
+    return any(row.verdict == "FAIL" for row in rows)

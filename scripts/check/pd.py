@@ -25,11 +25,11 @@ import requests
 import torch
 from check.areas import ROUNDS
 from check.compare import Ran
-from check.judge import Judge, Row, account
+from check.judge import Judge, Row, account, report
 from check.models import write_model
 from check.rounds import Talk
 from check.runs import last_error
-from check.scenarios import FA3, OURS, Scenario
+from check.scenarios import FA3, OURS, Check, Scenario
 from lib.answers import NEAR_TIE
 from lib.servers import Router, Server, ServerError, stop_all, undone_at_end
 from rich.console import Console
@@ -151,6 +151,12 @@ def judge_pairs(judge: Judge) -> None:
         judge.add(f"{name}-prefill", bool(prefill.state.get("active")), account(prefill))
 
 
+CHECKS = {
+    f"pd-{transfer}": Check(judge_pairs, tuple(SCENARIOS), f"prefill and decode apart, KV sent by {transfer}", gpus=0)
+    for transfer in TRANSFERS
+}
+
+
 def pd_check(out: Path, gpus: int, transfer: str) -> list[Row]:
     """Rows for pairs of servers with ``transfer``, a key of TRANSFERS."""
     from check_engine import FIRST_PORT, for_device, play
@@ -163,20 +169,19 @@ def pd_check(out: Path, gpus: int, transfer: str) -> list[Row]:
         for result in pool.map(lambda name: run_pair(name, pairs[name], transfer, gpus, out), pairs):
             ran |= result
     judge = Judge(ran, near_tie=0.0 if gpus else NEAR_TIE)
-    judge.judge(f"pd {transfer}", judge_pairs)
+    judge.judge(f"pd-{transfer}", judge_pairs)
     return judge.rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--transfer", choices=TRANSFERS, required=True)
-    parser.add_argument("--out", type=Path, default=Path("."), help="models and logs")
+    parser.add_argument("--out", type=Path, default=Path("."), help="models, logs and check_engine.json")
     args = parser.parse_args()
+    out, gpus = args.out.resolve(), torch.cuda.device_count()
     with undone_at_end():
-        rows = pd_check(args.out.resolve(), torch.cuda.device_count(), args.transfer)
-    for row in rows:
-        print(f"{row.verdict:9}{row.check}, {row.what}: {row.note}")
-    sys.exit(any(row.verdict == "FAIL" for row in rows))
+        rows = pd_check(out, gpus, args.transfer)
+    sys.exit(report(rows, gpus, out))
 
 
 if __name__ == "__main__":

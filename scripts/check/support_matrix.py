@@ -1,4 +1,4 @@
-"""The support matrix: what ``check_engine.py`` found on each SGLang release and device.
+"""The support matrix: what ``check_engine.py`` and ``pd.py`` found on each SGLang release and device.
 
     python scripts/check/support_matrix.py [DIR/check_engine.json ...]
 
@@ -17,12 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from check.areas import CHECKS
+from check import areas, pd
 from check.scenarios import Check
 from packaging.version import Version
 
 from packinfer_sgl.plugin import TESTED
 
+CHECKS = areas.CHECKS | pd.CHECKS
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = ("CPU", "H100", "H200")
 Result = dict[str, Any]  # verdict, reasons, date
@@ -37,7 +38,7 @@ hand. To add a run:
 
 PASS: answers equal those of stock SGLang but for near ties, and what should be packed was packed. REFUSED: the server
 does not start, and a line says why. A CPU can run a part of the checks, and some need two or four GPUs. The first
-column has the names for `--only`.
+column has the names for `--only`; `scripts/check/pd.py --transfer nixl` (or `mooncake`) writes such a file, too.
 
 """
 

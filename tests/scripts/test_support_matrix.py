@@ -7,9 +7,8 @@ import sys
 from typing import Any
 
 import pytest
-from check.areas import CHECKS
 from check.scenarios import Check
-from check.support_matrix import ROOT, Support, add, device_of, load, result, save, table
+from check.support_matrix import CHECKS, ROOT, Support, add, device_of, load, result, save, table
 
 
 def row(check: str, verdict: str, note: str = "", what: str = "it") -> dict[str, str]:
