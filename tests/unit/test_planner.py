@@ -286,6 +286,7 @@ def test_modes(grouping: str, saved: int) -> None:
         ("multi", {}, 12, None),
         ("off", {}, 12, "off"),
         ("multi", {}, 0, "nothing_shared"),
+        ("multi", {"least_saving": 1.3}, 0, "nothing_shared"),
         ("multi", {"item_us": 1e9}, 12, "short_spans"),
         ("multi", {"least_saving": 1.3}, 12, "small_saving"),
         ("multi", {"least_saving": 1.2}, 12, None),
