@@ -58,7 +58,8 @@ class Config:
     )
     wrap: bool = _setting(
         False,
-        "pack over the server's stock --attention-backend, for models for which SGLang checks the backend's name",
+        "pack over the server's stock --attention-backend, for models for which SGLang checks the backend's name, and "
+        "for frameworks that know stock names only",
         unit="true or false",
         choices=("true", "false"),
     )

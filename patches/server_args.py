@@ -44,6 +44,8 @@ def check_flags(cls: type, args: argparse.Namespace) -> None:
         sys.exit(f"packinfer: {flag(next(iter(given)))} needs --attention-backend packinfer, or {flag('wrap')}")
     if named and config.wrap:
         sys.exit(f"packinfer: {flag('wrap')} is for a stock --attention-backend, not for packinfer itself")
+    if (named or config.wrap) and getattr(args, "use_ray", False):
+        sys.exit("packinfer: the schedulers of --use-ray load no plugins; leave out the flag or packinfer")
     os.environ[ENV] = config.to_json()
 
 

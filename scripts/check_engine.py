@@ -32,6 +32,7 @@ from packaging.version import Version
 ENGINE = {"mem_fraction_static": 0.8, "max_total_tokens": 40000, "random_seed": 0, "log_level": "info"}
 CUDA = {"dtype": "bfloat16", "cuda_graph_max_bs_decode": 32, "cuda_graph_backend_prefill": "disabled"}
 CPU = {"dtype": "float32", "disable_cuda_graph": True}
+FIRST_PORT = 21_000
 
 
 def for_device(scenario: Scenario, gpus: int, turn: int) -> Scenario:
@@ -80,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=names(CHECKS), default=list(CHECKS), help="checks, comma-separated")
     parser.add_argument("--at-once", type=int, default=4 if gpus else 1, help="engines at once")
-    parser.add_argument("--first-port", type=int, default=21_000, help="to run beside another check_engine.py")
+    parser.add_argument("--first-port", type=int, default=FIRST_PORT, help="to run beside another check_engine.py")
     parser.add_argument("--out", type=Path, default=Path("."), help="models, logs and check_engine.json")
     args = parser.parse_args()
     lacking = {name: untested(CHECKS[name], gpus) for name in args.only}

@@ -108,6 +108,8 @@ def _paths(tree_cache: Any, nodes: list[Any]) -> dict[Any, Path] | None:
     # 0.5.17 with sliding windows: requests hold ids of nodes
     lowest = {node: core.node_by_id(node) if isinstance(node, int) else node for node in nodes}
     for node in lowest.values():
+        if not hasattr(node, "parent"):  # a streaming session's
+            walked[node] = ((), ())
         above = []
         while node not in walked:
             above.append(node)

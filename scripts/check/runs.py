@@ -110,16 +110,18 @@ def run(name: str, scenario: Scenario, port: int, out: Path) -> Ran:
 ERROR = re.compile(r"^(?:\[.*?\] )?[\w.]*(?:Error|Exception|UnsupportedModel)(?:: ?.*)?$")
 
 
+CUDA_ERROR = re.compile(r"CUDA error[^\r\n]*")
 # what other processes say once one has ended
 AFTER = re.compile(r"EOFError|scheduler died|child process")
 
 
 def last_error(log: str) -> str:
-    """The line of ``log`` that says why: packinfer's own if there is one, else that of the last exception."""
+    """The line of ``log`` that says why: packinfer's own if there is one, else that of the last exception, else what a
+    kernel said that ended the process."""
     lines = [line.strip() for line in log.splitlines()]
     errors = [line for line in lines if ERROR.match(line) and not AFTER.search(line)]
     ours = [line for line in errors if "packinfer:" in line]
-    return (ours or errors or [""])[-1][:300]
+    return (ours or errors or CUDA_ERROR.findall(log) or [""])[-1][:300]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from safetensors.numpy import load_file, save_file
 RECENT = Version(version("sglang")) >= Version("0.5.23")
 PREEMPT = {"at_once": 2, "tokens": 300}
 TWO_AT_ONCE = {"enable_priority_scheduling": True, "max_running_requests": 2, "max_total_tokens": 1000}
-CHUNKS = {"chunked_prefill_size": 256, "enable_mixed_chunk": True}
+CHUNK = 256  # tokens
+CHUNKS = {"chunked_prefill_size": CHUNK, "enable_mixed_chunk": True}
 SMALL = {"max_total_tokens": 2600}
 RETRACT = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "25"}
 SEEDS = {"enable_deterministic_inference": True}  # without it SGLang does not look at a request's seed
@@ -143,8 +145,13 @@ def chunks(judge: Judge) -> None:
         judge.same("chunks", "chunks", "fa3")
         judge.audited("chunks")
         state = judge.ran["chunks"].state
-        ok = state["packed_extends"] > 10 and not state["fallback_steps"]
-        judge.add("chunks packed", ok, f"{state['packed_extends']} prefills, chunks and mixed batches were packed")
+        prompts = tree_prompts(2)
+        least = len({(*prompt[: i + 1],) for prompt in prompts for i in range(len(prompt))}) // CHUNK
+        ok = state["packed_extends"] >= least and not state["fallback_steps"]
+        note = (
+            f"{state['packed_extends']} prefills, chunks and mixed batches were packed, at least {least} chunks in them"
+        )
+        judge.add("chunks packed", ok, note)
 
 
 def retracted(judge: Judge) -> None:
@@ -185,13 +192,11 @@ def between(judge: Judge) -> None:
     judge.add("weights changed: other answers", other == n, f"{other}/{n}")
 
 
-def seeds(judge: Judge) -> None:
+def refused(name: str, judge: Judge) -> None:
     """Whether the start ends with a line that says why."""
-    for name in ("seeds", "seeds-wrapped"):
-        if name in judge.ran:
-            problem = judge.ran[name].problem
-            said = "deterministic" in problem and problem.startswith("while starting")
-            judge.row(name, "REFUSED" if said else "FAIL", problem or "started")
+    problem = judge.ran[name].problem
+    said = "deterministic" in problem and problem.startswith("while starting")
+    judge.row(name, "REFUSED" if said else "FAIL", problem or "started")
 
 
 CHECKS = {
@@ -202,6 +207,6 @@ CHECKS = {
     "between": Check(
         between, ("fa3", "triton", "between-fa3", "between"), "aborts, flushes, pauses and new weights", gpus=0
     ),
-    "seeds": Check(seeds, ("seeds",), "sampling seeds", gpus=0),
-    "seeds-wrapped": Check(seeds, ("seeds-wrapped",), "sampling seeds, wrapped"),
+    "seeds": Check(partial(refused, "seeds"), ("seeds",), "sampling seeds", gpus=0),
+    "seeds-wrapped": Check(partial(refused, "seeds-wrapped"), ("seeds-wrapped",), "sampling seeds, wrapped"),
 }

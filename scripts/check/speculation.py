@@ -42,6 +42,6 @@ CHECKS = {
     "eagle": Check(
         eagle,
         ("fa3", "triton", "eagle-fa3", "eagle-packinfer", "fa3-128", "chain-fa3", "chain-packinfer", "chain-eager"),
-        "EAGLE, trees and chains of drafts",
+        "EAGLE: chains of drafts packed, trees left to the stock backend",
     ),
 }

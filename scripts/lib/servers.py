@@ -76,16 +76,18 @@ def stop_all(children: Iterable[Child]) -> None:
 
 
 class Server(Child):
-    """``flags`` go to SGLang's command line; host and port are chosen here."""
+    """``flags`` go to the command line; host and port are chosen here."""
 
     kind = "server"
+    command: tuple[str, ...] = SGLANG_SERVE
+    ready_path = "/health"
 
     def __init__(self, name: str, flags: list[str], log: Path, env: dict[str, str] | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        super().__init__(name, [*SGLANG_SERVE, *flags, "--host", "127.0.0.1", "--port", str(port)], log, env)
+        super().__init__(name, [*self.command, *flags, "--host", "127.0.0.1", "--port", str(port)], log, env)
 
     def wait(self, console: Console) -> None:
         """Until the server is healthy; raises ServerError if it ends or takes too long."""
@@ -107,9 +109,17 @@ class Server(Child):
 
     def healthy(self) -> bool:
         try:
-            return requests.get(f"{self.url}/health", timeout=10).ok
+            return requests.get(f"{self.url}{self.ready_path}", timeout=10).ok
         except requests.RequestException:
             return False
+
+
+class Router(Server):
+    """SGLang's router, which is ready once it knows its servers."""
+
+    kind = "router"
+    command = (sys.executable, "-m", "sglang_router.launch_router")
+    ready_path = "/readiness"
 
 
 @contextlib.contextmanager

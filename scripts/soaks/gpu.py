@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from check.compare import Diff, Ran, compare
 from check.models import write_model
-from check.runs import Diff, Ran, compare
 from soaks.cpu import NEAR_TIE, RETRACT
 from soaks.load import Load
 from soaks.player import Play, played

@@ -35,11 +35,13 @@ class Ran(NamedTuple):
         return self.states[name][counter] - (self.states[names[before]][counter] if before >= 0 else 0)
 
 
-def run_engine(scenario: dict, config: dict | None = None, env: dict[str, str] | None = None) -> Ran:
-    """Run ``drive.py`` on ``scenario`` with the plugin's settings ``config``; fails with the engine's last words."""
+def run_engine(
+    scenario: dict, config: dict | None = None, env: dict[str, str] | None = None, script: str = "drive.py", *words: str
+) -> Ran:
+    """Run ``script`` on ``scenario`` with the plugin's settings ``config``; fails with the engine's last words."""
     env = {**({"PACKINFER_CONFIG": json.dumps(config)} if config else {}), **(env or {})}
     run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("drive.py")), json.dumps(scenario)],
+        [sys.executable, str(Path(__file__).with_name(script)), *words, json.dumps(scenario)],
         env={**os.environ, **env},
         capture_output=True,
         text=True,

@@ -45,6 +45,8 @@ def no_settings(monkeypatch) -> None:
             "packinfer: grouping is 'some'; allowed: off, single, multi",
         ),
         ((*PACKINFER, "--packinfer-wrap"), None, "packinfer: --packinfer-wrap is for a stock --attention-backend"),
+        ((*PACKINFER, "--use-ray"), None, "packinfer: the schedulers of --use-ray load no plugins"),
+        (("--use-ray",), '{"wrap": true}', "packinfer: the schedulers of --use-ray load no plugins"),
         (PACKINFER, "{", "packinfer: PACKINFER_CONFIG is not valid JSON"),
         (PACKINFER, '{"groping": "off"}', "packinfer: unknown setting 'groping'"),
     ],

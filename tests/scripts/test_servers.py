@@ -55,7 +55,7 @@ def test_an_interrupt_leaves_nothing_running(number: signal.Signals, tmp_path: P
 
 
 def test_a_server_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "SGLANG_SERVE", (sys.executable, "-c", "import sys; print(sys.argv[1]); sys.exit(2)"))
+    monkeypatch.setattr(Server, "command", (sys.executable, "-c", "import sys; print(sys.argv[1]); sys.exit(2)"))
     server = Server("packinfer", ["--no-such-flag"], tmp_path / "log")
     with pytest.raises(ServerError, match="^the packinfer server ended with code 2 while starting$"):
         server.wait(Console(file=io.StringIO()))

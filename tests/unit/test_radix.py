@@ -102,3 +102,15 @@ def test_a_tree_that_is_walked(by_id: bool) -> None:
     reqs[2].kv.cache_protected_len = 39  # that row's slots are its own where the tree does not own them all
     rows = BatchRows.of(SimpleNamespace(reqs=reqs, tree_cache=tree))
     assert spans(rows) == {(0, 30, frozenset({0, 1, 2}))}
+
+
+@pytest.mark.contract
+def test_a_streaming_session_shares_nothing() -> None:
+    """Its requests hold an object of its own in the place of a node, whatever the tree is."""
+    from sglang.srt.session.streaming_session import _VirtualNode
+
+    root = Node(0, None, range(0))
+    prefix = Node(1, root, range(30))
+    for tree, node in ((SimpleNamespace(root_node=root), prefix), (rust_tree({1: [(1, 30)]}), 1)):
+        reqs = [request(0, node, 30), request(1, _VirtualNode(), 30), request(2, node, 30)]
+        assert spans(BatchRows.of(SimpleNamespace(reqs=reqs, tree_cache=tree))) == {(0, 30, frozenset({0, 2}))}
