@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     doctor = commands.add_parser("doctor", help="versions, device, hooks and settings; exit code 0 = healthy")
+    doctor.add_argument("--json", action="store_true", help="the same as JSON, for a bug report")
     doctor.set_defaults(run=_doctor)
 
     inspect = commands.add_parser("inspect", help="live view of the groups of a running server")
@@ -36,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--interval", type=_seconds, default=1.0, help="seconds between two looks (default 1)")
     inspect.add_argument("--api-key", help="the server's --api-key")
     inspect.set_defaults(run=_inspect)
+
+    explain = commands.add_parser("explain", help="why a running server is as fast as without packinfer, in words")
+    explain.add_argument("url", help="the server, for example http://127.0.0.1:30000")
+    explain.add_argument("--api-key", help="the server's --api-key")
+    explain.set_defaults(run=_explain)
 
     tiny = commands.add_parser("tiny-model", help="write a tiny random Llama that SGLang loads without a download")
     tiny.add_argument("dir", type=Path)
@@ -48,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(args: argparse.Namespace) -> int:
     from packinfer_sgl.tools.doctor import examine
 
-    return examine()
+    return examine(as_json=args.json)
 
 
 def _tiny_model(args: argparse.Namespace) -> int:
@@ -69,7 +75,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from packinfer_sgl.tools.inspect_view import view
 
     def look() -> Group:
-        return Group(*map(view, server_states(args.url, args.api_key)))
+        return Group(*map(view, active_states(args.url, args.api_key)))
 
     console = Console()
     if args.once:
@@ -81,10 +87,30 @@ def _inspect(args: argparse.Namespace) -> int:
             live.update(look(), refresh=True)
 
 
+def _explain(args: argparse.Namespace) -> int:
+    from packinfer_sgl.tools.explain import explain
+
+    states = server_states(args.url, args.api_key)
+    for i, state in enumerate(states):
+        if len(states) > 1:
+            print(f"data-parallel rank {i}:")
+        print(*(f"- {sentence}" for sentence in explain(state)), sep="\n")
+    return 0
+
+
+def active_states(url: str, api_key: str | None = None) -> list[dict]:
+    """``server_states``; raises CommandError if packinfer is not active in one of them, too."""
+    states = server_states(url, api_key)
+    for state in states:
+        if not state["active"]:
+            raise CommandError(f"packinfer is not active at {url}: {state['reason']}")
+    return states
+
+
 def server_states(url: str, api_key: str | None = None) -> list[dict]:
     """What packinfer reports of itself in a running server, one dict per data-parallel rank.
 
-    Raises CommandError if the server does not answer or does not run packinfer.
+    Raises CommandError if the server does not answer or does not have packinfer.
     """
     import requests
 
@@ -106,9 +132,6 @@ def server_states(url: str, api_key: str | None = None) -> list[dict]:
     states = [rank["packinfer"] for rank in ranks if "packinfer" in rank]
     if not states:
         raise CommandError(f"packinfer-sgl is not installed in the server at {url}")
-    for state in states:
-        if not state["active"]:
-            raise CommandError(f"packinfer is not active at {url}: {state['reason']}")
     return states
 
 

@@ -170,7 +170,9 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
             profile.name,
             base,
         )
-    STATS.details["device"] = {"record": profile.name, "measured": profile.is_measured}
+    STATS.details["device"] = {
+        "record": profile.name, "measured": profile.is_measured, "least_saving": profile.least_saving,
+    }  # fmt: skip
     router = build_router(stock, runner, config, packable[0], slots, STATS)
     backend = wrap(stock, router)
     if router.arena is not None:

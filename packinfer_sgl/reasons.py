@@ -1,4 +1,4 @@
-"""Why a batch or a layer runs on the stock backend instead of the packed kernels."""
+"""Why a batch or a layer runs on the stock backend instead of the packed kernels, or is packed without groups."""
 
 from __future__ import annotations
 
@@ -34,3 +34,13 @@ class LayerReason(str, Enum):
     SINKS = "sinks"
     KV_DTYPE = "kv_dtype"
     KV_POOL = "kv_pool"  # KV that does not lie in one [slots, heads, head_dim] buffer per layer
+
+
+class UngroupedReason(str, Enum):
+    """Why a packed step reads nothing once for several requests."""
+
+    OFF = "off"  # by the setting
+    NOTHING_SHARED = "nothing_shared"  # as far as is known of the requests
+    SHORT_SPANS = "short_spans"  # no shared span is worth a read of its own
+    SMALL_SAVING = "small_saving"  # those that are would save less, all together, than the gate asks for
+    FULL_BUFFERS = "full_buffers"  # a plan with groups does not fit

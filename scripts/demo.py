@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from packinfer_sgl.cli import CommandError, server_states
+from packinfer_sgl.cli import CommandError, active_states
 from packinfer_sgl.tools.inspect_view import group_tree, totals
 from packinfer_sgl.tools.tiny_model import build_tokenizer, write_tiny_model
 
@@ -72,7 +72,7 @@ class Snapshots(threading.Thread):
     def run(self) -> None:
         while not self.done.wait(0.2):
             try:
-                state = server_states(self.server.url)[0]
+                state = active_states(self.server.url)[0]
             except CommandError:
                 continue  # whether the server is well is for others to say
             if self.best is None or _grouped(state) >= _grouped(self.best):
@@ -207,7 +207,7 @@ def demo(keep: bool, undo: ExitStack) -> bool:
 
     program_counts, best = run_frontend(stock, packed)
     batch_counts, speeds = run_batch(stock, packed)
-    passed = report(program_counts + batch_counts, best, server_states(packed.url)[0], speeds)
+    passed = report(program_counts + batch_counts, best, active_states(packed.url)[0], speeds)
     if keep:
         stock.stop()
         undo.pop_all()

@@ -27,6 +27,7 @@ class CpuProfile:
         extend_layer_us, extend_item_us: a packed extend layer, and an item of it, besides its products.
         stock_request_us: a request of ``torch_native`` besides its products.
         extend_margin: how many times faster packed must be expected to be: the fit is off by a fifth.
+        least_saving: see ``CostModel``.
         decode_policy, extend_policy: how plans are cut.
     """
 
@@ -40,6 +41,7 @@ class CpuProfile:
     extend_item_us: float
     stock_request_us: float
     extend_margin: float
+    least_saving: float
     decode_policy: TilePolicy
     extend_policy: TilePolicy
 
@@ -58,7 +60,7 @@ class CpuProfile:
             large_rows=tile_rows,
             small_rows=1,
             small_as_rows=1,
-            least_saving=1.0,
+            least_saving=self.least_saving,
         )
 
     def packed_extend_us(self, plan: Plan, shape: AttentionShape) -> float:
@@ -95,6 +97,7 @@ CPU = CpuProfile(
     extend_item_us=200.0,
     stock_request_us=250.0,
     extend_margin=1.25,
+    least_saving=1.0,
     # one tile holds all queries of a node; splits bound the memory of a batched product
     decode_policy=TilePolicy(tile_queries=(1 << 20, 1), max_split_tokens=4096),
     # with more queries to a tile the logits leave the cache: 64 measured best from 8 to 64 queries a request

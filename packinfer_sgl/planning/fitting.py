@@ -16,11 +16,12 @@ import numpy as np
 
 from packinfer_sgl.planning.batch import StepBatch
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
-from packinfer_sgl.planning.groups import prune
+from packinfer_sgl.planning.groups import prune, save_enough
 from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.reasons import UngroupedReason
 
 BUFFER_BYTES = 1 << 27  # most memory for the partial results of verify steps, if they fit in it, and of extends
 DEAREST = 1 << 24  # times the price of a partial result: nothing is kept
@@ -153,12 +154,14 @@ class Fitted:
         listed: the spans with which its slot list begins: ``kept``, or none where it has each token once
             (``slot_list``), for then its spans are not those that it reads.
         overflowed: what overflowed on the way to it.
+        ungrouped: why ``kept`` has no span, if it has none.
     """
 
     plan: Plan
     kept: PrefixTree
     listed: PrefixTree
     overflowed: tuple[str, ...]
+    ungrouped: UngroupedReason | None
 
 
 def _members(kept: PrefixTree, q_lens: Int32 | None) -> int:
@@ -198,9 +201,15 @@ def fit(
     Raises:
         DoesNotFit: with the sizes; not for buffers of this module's sizes, if the tree shows what the rows share.
     """
+    ungrouped: UngroupedReason | None = None
     once: PrefixTree | None = None  # or ``tree``, to list each of its tokens once
     if kept is None:
-        kept = prune(tree, shape, cost, grouping, q_lens, saving_lens)
+        kept = prune(tree, shape, cost, grouping, q_lens)
+        if saving_lens is not None and kept.n_nodes and not save_enough(kept, shape, cost, saving_lens):
+            kept, ungrouped = prune(tree, shape, cost, "off"), UngroupedReason.SMALL_SAVING
+    if ungrouped is None and not kept.n_nodes:
+        ungrouped = UngroupedReason.SHORT_SPANS if tree.n_nodes else UngroupedReason.NOTHING_SHARED
+        ungrouped = UngroupedReason.OFF if grouping == "off" else ungrouped
     # a partial result then costs at least as much as a KV token that a row reads alone: some costs have it for nothing
     dear_us = max(cost.partials_us(shape), cost.read_us(shape, 1)[0])
     price_us, overflowed = dear_us, dict[str, str]()
@@ -213,7 +222,9 @@ def fit(
         over = limits.overflow(plan)
         if not over:
             listed = kept if once is None else prune(tree, shape, cost, "off")
-            return Fitted(plan, kept, listed, tuple(overflowed))
+            if ungrouped is None and not kept.n_nodes:
+                ungrouped = UngroupedReason.FULL_BUFFERS
+            return Fitted(plan, kept, listed, tuple(overflowed), ungrouped)
         overflowed |= over
         is_cut = policy.timings is not None or policy.max_split_tokens < UNCUT_TOKENS
         if once is None and over.keys() & {"kv_slots", "spans"}:

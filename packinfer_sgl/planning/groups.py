@@ -27,8 +27,8 @@ def prune(
         tree: who shares what.
         mode: ``multi`` keeps any set of nodes, ``single`` at most one on each row's path, ``off`` none.
         q_lens: [n_rows] int32 query tokens of each row; default: one each (decode).
-        kv_lens: [n_rows] int32 KV tokens of each row: if all kept nodes together save less than
-            ``CostModel.least_saving``, none is kept. Default: no such test.
+        kv_lens: [n_rows] int32 KV tokens of each row: if all kept nodes together do not ``save_enough``, none is kept.
+            Default: no such test.
         partials_us: price of one partial result of one query; default: its time by ``cost``.
     """
     if mode == "off" or tree.n_nodes == 0:
@@ -55,12 +55,17 @@ def prune(
     )
     nodes = _keep(tree.parent, tree.row_lo, tree.row_hi, tree.end, tree.n_rows, kept, begin)
     pruned = PrefixTree(tree.row_order, *nodes)
-    if kv_lens is not None:
-        tiles = [cost.tiles(shape, rows)[0] for rows in (pruned.row_hi - pruned.row_lo).tolist()]
-        read = (pruned.end - pruned.start) @ np.array(tiles, np.int64) + (kv_lens - pruned.tail_start).sum()
-        if kv_lens.sum() < cost.least_saving * read:
-            return _without_nodes(tree)
+    if kv_lens is not None and not save_enough(pruned, shape, cost, kv_lens):
+        return _without_nodes(tree)
     return pruned
+
+
+def save_enough(kept: PrefixTree, shape: AttentionShape, cost: CostModel, kv_lens: Int32) -> bool:
+    """Whether the nodes of ``kept``, all together, make a decode step read ``CostModel.least_saving`` times fewer KV
+    tokens."""
+    tiles = [cost.tiles(shape, rows)[0] for rows in (kept.row_hi - kept.row_lo).tolist()]
+    read = (kept.end - kept.start) @ np.array(tiles, np.int64) + (kv_lens - kept.tail_start).sum()
+    return bool(kv_lens.sum() >= cost.least_saving * read)
 
 
 def _without_nodes(tree: PrefixTree) -> PrefixTree:

@@ -53,10 +53,10 @@ class Stats:
     features add a section: what they count stays with them.
 
     ``kv_tokens_*`` count the KV tokens of one layer, summed over packed decode and verify steps, ``extend_kv_tokens_*``
-    those over packed extend batches. ``fitted_plans`` counts the plans that had to be made smaller, by what of the
-    buffers they overflowed (``fitting.Capacity``). ``check_error`` is the largest relative difference of a row from
-    the stock backend that the setting ``check`` saw, ``audited_steps`` the decode and verify steps whose slots it
-    compared with SGLang's table.
+    those over packed extend batches. ``ungrouped_steps`` counts the packed decode and verify steps without groups.
+    ``fitted_plans`` counts the plans that had to be made smaller, by what of the buffers they overflowed
+    (``fitting.Capacity``). ``check_error`` is the largest relative difference of a row from the stock backend that the
+    setting ``check`` saw, ``audited_steps`` the decode and verify steps whose slots it compared with SGLang's table.
     """
 
     active: bool = False
@@ -66,6 +66,7 @@ class Stats:
     packed_steps: int = 0
     fallback_steps: Counter[str] = field(default_factory=Counter)
     fallback_layers: dict[int, str] = field(default_factory=dict)
+    ungrouped_steps: Counter[str] = field(default_factory=Counter)
     kv_tokens_logical: int = 0
     kv_tokens_unique: int = 0
     kv_tokens_read: int = 0
@@ -91,6 +92,8 @@ class Stats:
             self._count_plan(planned)
         plan = planned.plan
         self.packed_steps += 1
+        if planned.fitted.ungrouped is not None:
+            self.ungrouped_steps[planned.fitted.ungrouped.value] += 1
         self.kv_tokens_logical += plan.kv_tokens_logical + grown_tokens
         self.kv_tokens_unique += plan.kv_tokens_unique + grown_tokens
         self.kv_tokens_read += plan.kv_tokens_read + grown_tokens
@@ -144,6 +147,7 @@ class Stats:
             "packed_steps": self.packed_steps,
             "fallback_steps": dict(self.fallback_steps),
             "fallback_layers": dict(Counter(self.fallback_layers.values())),
+            "ungrouped_steps": dict(self.ungrouped_steps),
             "groups": 0 if tree is None else tree.n_nodes,
             "rows": 0 if tree is None else tree.n_rows,
             "rows_grouped": 0 if tree is None else int((tree.tail_start > 0).sum()),
@@ -182,6 +186,10 @@ _ALL_TOTALS = {
     **{f"arena_{name}": text for name, text in _ARENA_TOTALS.items()},
     **{f"held_{name}": text for name, text in _HELD_TOTALS.items()},
 }
+_BY_REASON = {
+    "fallback_steps": "forward passes that ran on the stock backend",
+    "ungrouped_steps": "packed decode and verify steps in which nothing was read once for several requests",
+}
 _prometheus: dict[str, Any] | None = None
 _exported: Counter[str] = Counter()
 
@@ -198,9 +206,8 @@ def start_prometheus(labels: dict[str, str]) -> None:
     _prometheus = {"labels": labels}
     for name, text in _ALL_TOTALS.items():
         _prometheus[name] = PromCounter(f"packinfer:{name}", text, names)
-    _prometheus["fallback_steps"] = PromCounter(
-        "packinfer:fallback_steps", "forward passes that ran on the stock backend", [*names, "reason"]
-    )
+    for name, text in _BY_REASON.items():
+        _prometheus[name] = PromCounter(f"packinfer:{name}", text, [*names, "reason"])
     for name, text in (
         ("groups", "groups of the last packed step"),
         ("rows_grouped", "requests of the last packed step that share a prefix read"),
@@ -226,10 +233,11 @@ def export(stats: Stats) -> None:
     for name in _ALL_TOTALS:
         _prometheus[name].labels(**labels).inc(values.get(name, 0) - _exported[name])
         _exported[name] = values.get(name, 0)
-    for reason, count in stats.fallback_steps.items():
-        key = f"fallback_steps.{reason}"
-        _prometheus["fallback_steps"].labels(**labels, reason=reason).inc(count - _exported[key])
-        _exported[key] = count
+    for name in _BY_REASON:
+        for reason, count in values[name].items():
+            key = f"{name}.{reason}"
+            _prometheus[name].labels(**labels, reason=reason).inc(count - _exported[key])
+            _exported[key] = count
     for name in ("groups", "rows_grouped", "plan_us_p50", "arena_used_tokens"):
         _prometheus[name].labels(**labels).set(values.get(name) or 0)
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
+import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 from warnings import catch_warnings, simplefilter
 
 from rich.console import Console
@@ -15,33 +20,47 @@ from rich.text import Text
 from packinfer_sgl.config import ENV, Config, ConfigError, flag
 
 PACKAGES = ("packinfer-sgl", "sglang", "torch", "triton", "flashinfer-python")
+HOOKED = "hooked"  # what plugin.check says of a hook that took
 
 
-def examine() -> int:
+def examine(as_json: bool = False) -> int:
     """Prints what it finds; 0 = healthy, 1 = not, with one line for each reason."""
-    console = Console(highlight=False)
-    troubles: list[str] = []
-    warnings: list[str] = []
-    console.print(_versions(), "")
+    with contextlib.redirect_stdout(sys.stderr):  # whatever SGLang says while it is imported is no part of the report
+        found = report()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(found)
+    return 0 if found["healthy"] else 1
+
+
+def report() -> dict[str, Any]:
+    """Plain numbers, strings, lists and dicts; no path and no host name, so that it can be published."""
+    found: dict[str, Any] = {
+        "healthy": False,
+        "troubles": [],
+        "warnings": [],
+        "versions": _versions(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "platform": None,
+        "gpus": [],
+        "hooks": {},
+        "settings": None,
+    }
     try:
-        _look_at_sglang(console, troubles, warnings)
+        _look_at_sglang(found)
     except ImportError as e:
-        troubles.append(f"SGLang cannot be imported: {e}")
-    console.print(_settings())
+        found["troubles"].append(f"SGLang cannot be imported: {e}")
     try:
-        Config.load()
+        found["settings"] = dataclasses.asdict(Config.load())
     except ConfigError as e:
-        troubles.append(str(e))
-    for text in warnings:
-        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
-    for text in troubles:
-        console.print(f"[red]not healthy:[/] {escape(text)}", soft_wrap=True)
-    if not troubles:
-        console.print("[green]healthy[/]")
-    return 1 if troubles else 0
+        found["troubles"].append(str(e))
+    found["healthy"] = not found["troubles"]
+    return found
 
 
-def _look_at_sglang(console: Console, troubles: list[str], warnings: list[str]) -> None:
+def _look_at_sglang(found: dict[str, Any]) -> None:
     with catch_warnings():  # of SGLang's own optional parts
         simplefilter("ignore")
         import torch
@@ -51,30 +70,51 @@ def _look_at_sglang(console: Console, troubles: list[str], warnings: list[str]) 
         from packinfer_sgl import plugin
 
         load_plugins()
-    console.print(f"platform  {type(current_platform).__name__}")
-    console.print(f"GPU       {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}\n")
+    found["platform"] = type(current_platform).__name__
+    found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     checks = plugin.check()
-    hooks = Table.grid(padding=(0, 2))
-    for check in checks:
-        hooks.add_row("[green]hooked[/]" if check.ok else "[red]missing[/]", Text(check.target, overflow="fold"))
-    console.print(hooks, "")
+    found["hooks"] = {check.target: check.detail for check in checks}
     allowed = os.environ.get("SGLANG_PLUGINS")
     if allowed and "packinfer" not in [name.strip() for name in allowed.split(",")]:
-        troubles.append(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading packinfer")
+        found["troubles"].append(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading packinfer")
     else:
-        troubles += [f"{check.target}: {check.detail}" for check in checks if not check.ok]
+        found["troubles"] += [f"{check.target}: {check.detail}" for check in checks if not check.ok]
     if version("sglang") not in plugin.TESTED:
-        warnings.append(f"SGLang {version('sglang')} is not tested; tested are {', '.join(plugin.TESTED)}")
+        tested = ", ".join(plugin.TESTED)
+        found["warnings"].append(f"SGLang {version('sglang')} is not tested; tested are {tested}")
 
 
-def _versions() -> Table:
-    table = Table.grid(padding=(0, 2))
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
-            table.add_row(package, version(package))
+            found[package] = version(package)
         except PackageNotFoundError:
-            table.add_row(package, "not installed")
-    return table
+            found[package] = None
+    return found
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    versions = Table.grid(padding=(0, 2))
+    for package, its in found["versions"].items():
+        versions.add_row(package, its or "not installed")
+    console.print(versions, "")
+    if found["platform"] is not None:
+        console.print(f"platform  {found['platform']}")
+        console.print(f"GPU       {', '.join(found['gpus']) or 'none'}\n")
+        hooks = Table.grid(padding=(0, 2))
+        for target, detail in found["hooks"].items():
+            state = "[green]hooked[/]" if detail == HOOKED else "[red]missing[/]"
+            hooks.add_row(state, Text(target, overflow="fold"))
+        console.print(hooks, "")
+    console.print(_settings())
+    for text in found["warnings"]:
+        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+    for text in found["troubles"]:
+        console.print(f"[red]not healthy:[/] {escape(text)}", soft_wrap=True)
+    if found["healthy"]:
+        console.print("[green]healthy[/]")
 
 
 def _settings() -> Table:

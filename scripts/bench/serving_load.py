@@ -22,7 +22,7 @@ from lib.counters import totals
 from lib.servers import Server, ServerError
 from lib.token_traces import choose, token_ids
 
-from packinfer_sgl.cli import CommandError, server_states
+from packinfer_sgl.cli import CommandError, active_states
 
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 64, 8
 RUN_LIMIT_S = 900  # and twice the time in which all requests arrive
@@ -157,7 +157,7 @@ def packed_counts(server: Server) -> Counter[str]:
     if server.name != "packinfer":
         return counts
     try:
-        states = server_states(server.url)
+        states = active_states(server.url)
     except CommandError as e:
         raise ServerError(server, f"does not tell its state ({e})") from None
     for state in states:

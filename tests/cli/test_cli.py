@@ -80,6 +80,17 @@ def test_inspect_explains_in_one_line(serve, capsys, status, text, says):
     assert out == "" and err.count("\n") == 1
 
 
+def test_explain(serve, capsys):
+    url = serve(200, info(active=False, reason="no graph", base_backend="fa3"), key=KEY)
+    assert main(["explain", url, "--api-key", KEY]) == 0
+    assert capsys.readouterr().out == "- packinfer is not active: no graph.\n"
+    assert main(["explain", url]) == 1
+    assert capsys.readouterr().err.startswith("packinfer-sgl explain: ")
+    rank = json.loads(info())["internal_states"][0]
+    assert main(["explain", serve(200, json.dumps({"internal_states": [rank, rank]}))]) == 0
+    assert "data-parallel rank 1:\n- packinfer is not active" in capsys.readouterr().out
+
+
 def test_inspect_nobody_there(capsys):
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
@@ -121,10 +132,20 @@ def test_doctor(monkeypatch, capsys):
     assert "--packinfer-grouping" in report and "PackInferCpuPlatform" in report
     assert report.rstrip().endswith("healthy")
 
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["healthy"] and found["platform"] == "PackInferCpuPlatform" and set(found["hooks"].values()) == {"hooked"}
+    )
+    assert found["versions"]["packinfer-sgl"] and found["settings"]["grouping"] == "multi"
+
     # a seam that this SGLang does not have
     monkeypatch.setattr(plugin, "check", lambda: [plugin.Check("sglang.srt.nowhere", False, "not found")])
     assert main(["doctor"]) == 1
     assert "not healthy: sglang.srt.nowhere: not found" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["healthy"] and found["hooks"] == {"sglang.srt.nowhere": "not found"}
     monkeypatch.undo()
 
     monkeypatch.setattr(plugin, "TESTED", ("0.0.1",))

@@ -19,6 +19,8 @@ import pytest
 import requests
 from engines import START_S
 
+from packinfer_sgl.tools.explain import explain
+
 pytestmark = pytest.mark.engine
 
 SERVE = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--dtype", "float32"]
@@ -132,6 +134,11 @@ def test_server_says_what_it_does(model):
         assert state["extend_kv_tokens_unique"] <= state["extend_kv_tokens_read"] < state["extend_kv_tokens_logical"]
         assert state["rows_grouped"] == 4 and state["tree"][0]["rows"] == 4 and state["tree"][0]["end"] >= 300
         assert state["kv_tokens_unique"] <= state["kv_tokens_read"] < state["kv_tokens_logical"] / 2
+        alone = state["ungrouped_steps"]  # the warm-up, and steps before all four ran
+        assert [*alone] == ["nothing_shared"] and 0 < alone["nothing_shared"] < state["packed_steps"] / 2
+        words = "\n".join(explain(state))
+        assert "active over torch_native" in words and "a shared prefix was read once" in words
+        assert "--packinfer-check is on" in words and f"{state['kv_tokens_read']:,} KV tokens" in words
         metrics = requests.get(f"{url}/metrics", timeout=30).text
         own = [line for line in metrics.splitlines() if line.startswith("packinfer:")]
         assert all(f'{kind}_rank="0"' in line for kind in ("pp", "tp", "dp") for line in own)  # ranks are told apart
@@ -146,7 +153,12 @@ def test_server_says_what_it_does(model):
         for name in ("requests", "passes", "prefix_tokens"):
             assert values[f"packinfer:held_{name}_total"] == state["held"][name]
         assert values["packinfer:arena_used_tokens"] == arena["used_tokens"] > 0
-        assert "packinfer:fallback_steps_total" in metrics
+        for name in ("fallback_steps", "ungrouped_steps"):
+            counted = {}
+            for line in own:
+                if line.startswith(f"packinfer:{name}_total"):
+                    counted[line.split('reason="')[1].split('"')[0]] = float(line.rsplit(" ", 1)[1])
+            assert counted == state[name]
     finally:
         stop(server)
     lines = [line for line in said(server).splitlines() if "packinfer 0." in line]

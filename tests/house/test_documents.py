@@ -11,6 +11,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+import yaml
 from test_house import FLOORS, ROOT, imports, rooms
 
 from packinfer_sgl.config import ENV, Config, flag
@@ -100,3 +101,33 @@ def test_nobody_looks_anything_up_in_the_metrics() -> None:
         and node.attr in ("arena", "held")
     ]  # fmt: skip
     assert found == []
+
+
+def test_no_listener_and_no_pickle() -> None:
+    """SECURITY.md says so."""
+    found = [
+        f"{room}: {name}"
+        for room, path in rooms(ROOT).items()
+        for name in imports(path.read_text(), "ours.x")
+        if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "marshal", "shelve", "socket", "http")
+    ]
+    loads = [room for room, path in rooms(ROOT).items() if re.search(r"torch\.load|allow_pickle", path.read_text())]
+    assert found == loads == []
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+    newest = re.search(r"^PACKINFER_SGLANG=(\S+)", (ROOT / "scripts/env.sh").read_text(), re.M)[1]
+    job = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]["test"]
+    (command,) = [step["run"] for step in job["steps"] if "scripts/test.sh" in step.get("run", "")]
+    runs = set()
+    for cell in job["strategy"]["matrix"]["include"]:
+        filled = re.sub(r"\$\{\{ matrix\.(\w+) \}\}", lambda name, cell=cell: cell.get(name[1], ""), command)
+        runs.add(filled.replace(f" --sglang {newest}", "").strip())
+    assert runs == set(re.findall(r"^(bash scripts/test\.sh.*?) \|\|", (ROOT / ".ci/run").read_text(), re.M))
+
+
+def test_a_bug_report_asks_for_the_doctor() -> None:
+    forms = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")}
+    for name in ("bug", "request"):
+        fields = {field["attributes"]["label"]: field for field in forms[name]["body"]}
+        assert fields["packinfer-sgl doctor --json"]["validations"] == {"required": True}

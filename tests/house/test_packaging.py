@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
-from pathlib import Path
+import zipfile
+from pathlib import Path, PurePosixPath
 
 import pytest
+
+from packinfer_sgl import __version__
 
 ROOT = Path(__file__).parents[2]
 WHERE = """
@@ -35,7 +39,7 @@ def modules(folder: Path) -> list[str]:
 
 def shipped() -> list[Path]:
     """What a source distribution must hold, relative to the checkout."""
-    files = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
+    files = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE", "packinfer_sgl/py.typed")]
     for folder in ("packinfer_sgl", "kernels", "patches"):
         files += [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.md")]
     return [path.relative_to(ROOT) for path in files if path.exists()]
@@ -84,9 +88,17 @@ def test_wheel_metadata(site: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert [r for r in metadata.requires or [] if "extra" not in r] == project["dependencies"]
     assert metadata.metadata["Requires-Python"] == project["requires-python"]
-    files = [file.parts for file in metadata.files or []]
-    assert {parts[0].split("-")[0] for parts in files} - {".."} == {"packinfer_sgl"}
-    assert any(parts[-1] == "LICENSE" for parts in files)
+
+
+def test_wheel_holds_nothing_else(checkout: Path, site: Path) -> None:
+    """But the package, its licence and what wheels are made of."""
+    (wheel,) = checkout.with_name("wheels").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = PurePosixPath("packinfer_sgl")
+    package = {path if path.parts[0] == top.name else top / path for path in shipped() if len(path.parts) > 1}
+    about = f"packinfer_sgl-{__version__}.dist-info"
+    files = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
+    assert sorted(names) == sorted([*(path.as_posix() for path in package), *(f"{about}/{name}" for name in files)])
 
 
 def test_imports(cwd: Path, checkout: Path, site: Path) -> None:
@@ -114,4 +126,17 @@ def test_source_distribution(checkout: Path, tmp_path: Path) -> None:
     (archive,) = tmp_path.iterdir()
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    assert {path.as_posix() for path in shipped()} <= names
+    made = {"PKG-INFO", "setup.cfg", *(name for name in names if name.startswith("packinfer_sgl.egg-info"))}
+    folders = {path.as_posix() for file in shipped() for path in file.parents} | {""}
+    assert names - made - folders == {path.as_posix() for path in shipped()}
+
+
+def test_the_release_says_the_same_everywhere() -> None:
+    """Version and date in the package, the changelog and the citation; tested Pythons among the classifiers."""
+    head = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## [0"))
+    citation = dict(re.findall(r"^([\w-]+): (.+)$", (ROOT / "CITATION.cff").read_text(), re.M))
+    assert head == f"## [{__version__}] - {citation['date-released']}" and citation["version"] == __version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    least = project["requires-python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {least}" in project["classifiers"]
+    assert citation["license"] == project["license"]

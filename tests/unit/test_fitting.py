@@ -16,6 +16,7 @@ from packinfer_sgl.planning.fitting import Capacity, DoesNotFit, decode_capacity
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200
+from packinfer_sgl.reasons import UngroupedReason
 from packinfer_sgl.runners.cuda import extend_planner
 
 SMS = 132
@@ -190,3 +191,15 @@ def test_what_cannot_fit_says_by_how_much() -> None:
         DoesNotFit, match=r"^packinfer: a batch of 6 rows does not fit the buffers \(kv_slots \d+ > \d+\)$"
     ):
         decode_plan(batch, (32, 8), 50)
+
+
+def test_groups_that_do_not_fit_are_said_to() -> None:
+    """Four rows share 4,000 tokens: with a group each has a query slot for it and one for its tail."""
+    batch, shape = served([-1], [4000], [0] * 4, [16] * 4), AttentionShape(32, 8, 128, 2)
+    for slots, why in ((8, None), (4, UngroupedReason.FULL_BUFFERS)):
+        fitted = fit(
+            batch.tree, shape, H200.decode_cost, replace(policy_of(shape, TILES[128], SMS), timings=None),
+            replace(Capacity.unlimited(), slots=slots), grouping="multi", batch=decode_step(batch),
+            saving_lens=batch.kv_lens,
+        )  # fmt: skip
+        assert (fitted.ungrouped, fitted.kept.n_nodes) == (why, 0 if why else 1)

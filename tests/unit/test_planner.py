@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -278,6 +278,29 @@ def test_modes(grouping: str, saved: int) -> None:
     for _ in range(3):
         engine.step()
         assert engine.logical - engine.read == saved
+
+
+@pytest.mark.parametrize(
+    ("grouping", "cost", "shared", "why"),
+    [
+        ("multi", {}, 12, None),
+        ("off", {}, 12, "off"),
+        ("multi", {}, 0, "nothing_shared"),
+        ("multi", {"least_saving": 1.3}, 0, "nothing_shared"),
+        ("multi", {"item_us": 1e9}, 12, "short_spans"),
+        ("multi", {"least_saving": 1.3}, 12, "small_saving"),
+        ("multi", {"least_saving": 1.2}, 12, None),
+    ],
+)
+def test_steps_without_groups_are_counted_by_reason(grouping: str, cost: dict, shared: int, why: str | None) -> None:
+    """Of rows of 21, 18 and 21 tokens two share 12: reading them once, 48 tokens are read instead of 60 (1.25x)."""
+    engine = Engine(grouping, cost=replace(EAGER, **cost))
+    first = engine.join(20)
+    engine.join(17 - shared, like=first, shared=shared)
+    engine.join(20)
+    for _ in range(3):
+        engine.step()
+    assert engine.stats.as_dict()["ungrouped_steps"] == ({} if why is None else {why: 3})
 
 
 def test_check_finds_rows_that_do_not_share() -> None:
