@@ -21,7 +21,7 @@ TEXT_BLOCK_BYTES = 4  # what stands for a token of a text without a tokenizer
 TEXT_IDS = 1 << 40  # added to blocks of bytes, so that they never equal token ids
 DEFAULT_OUTPUT_TOKENS = 256
 CURE = "start the server with --log-requests --log-requests-level 3 --log-requests-format json"
-STAMP = re.compile(r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^\]]*\] ")
+TEXT_LOG = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^\]]*\] (Finish|Receive|Receive OpenAI): obj=")
 STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 TEXT_FIELD = re.compile(rf"\btext=(None|{STRING})( \.\.\. )?")
 IDS_FIELD = re.compile(r"\binput_ids=(?:None|[\[(]([\d, ]*)[\])])( \.\.\. )?")
@@ -107,7 +107,8 @@ class _Reader:
 
     def row(self, row: str | dict[str, Any]) -> Iterator[Request]:
         try:
-            found = self._text_log(row) if isinstance(row, str) and "Finish: obj=" in row else self._json(row)
+            text = TEXT_LOG.search(row) if isinstance(row, str) else None
+            found = self._text_log(text) if text else self._json(row)
             if found is None:
                 self.seen["skipped"] += 1
             yield from found or ()
@@ -118,7 +119,9 @@ class _Reader:
         if isinstance(row, str):
             if not row.strip():
                 return []
-            row = json.loads(STAMP.sub("", row))
+            row = json.loads(row[row.index("{") :])
+        if isinstance(row.get("log"), str):  # Docker's own file
+            return list(self.row(row["log"]))
         if "hash_ids" in row:
             self.kinds.add("hash trace")
             blocks = [self._hashes.setdefault(name, len(self._hashes)) for name in row["hash_ids"]]
@@ -136,10 +139,10 @@ class _Reader:
             return self._logged(ids, text, is_cut, about, _seconds(row["timestamp"]))
         return self._openai(row)
 
-    def _text_log(self, line: str) -> list[Request] | None:
-        if "(rid='HEALTH_CHECK" in line:
+    def _text_log(self, log: re.Match[str]) -> list[Request]:
+        line = log.string
+        if log[2] != "Finish" or "(rid='HEALTH_CHECK" in line:
             return []
-        finished = STAMP.match(line)
         text = TEXT_FIELD.search(line)
         ids = IDS_FIELD.search(line, text.end() if text else 0)  # beyond what the text says
         about = {
@@ -150,7 +153,7 @@ class _Reader:
         numbers = [int(number) for number in ids[1].split(",")] if ids and ids[1] else None
         words = ast.literal_eval(text[1]) if text else None
         is_cut = bool(ids and ids[2]) if numbers else bool(text and text[2])
-        return self._logged(numbers, words, is_cut, about, _seconds(finished[1]) if finished else None)
+        return self._logged(numbers, words, is_cut, about, _seconds(log[1]))
 
     def _logged(
         self, ids: list[int] | None, text: str | None, is_cut: bool, about: dict[str, Any], finished_s: float | None

@@ -84,3 +84,13 @@ def test_samples_lie_evenly():
     assert timeline.steps == 200
     said = [(rows.tolist(), lens.tolist()) for rows, lens in timeline.samples(4)]
     assert said == [([0], [27]), ([0], [77]), ([1], [27]), ([1], [77])]
+
+
+def test_blocks_of_many_tokens():
+    """A prompt's last block may be a part of one; what is known of a prompt may end before it does."""
+    blocks = [[1, 2], [1, 2], [1, 3], [1]]
+    requests = [Request(np.array(b), 512.0, 700, 2) for b in blocks]
+    sharing = Sharing(requests)
+    assert sharing.rank.tolist() == [1, 2, 3, 0]
+    assert sharing.shared.tolist() == [512, 700, 512]
+    assert sharing.computed() == 700 + 1 + 188 + 188

@@ -24,7 +24,7 @@ def log(tmp_path, monkeypatch):
         from sglang.srt.managers.io_struct import GenerateReqInput
         from sglang.srt.utils.request_logger import RequestLogger
 
-        folder = tmp_path / f"{level}{style}"
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
         logger = RequestLogger(True, level, style, [str(folder)])
         for request in requests:
             obj = GenerateReqInput(**request)
@@ -63,6 +63,17 @@ def test_sglang_logs(log, style):
         assert (one.input_tokens, one.output_tokens, one.latency_s) == (9, 4, 2.5)
     # the log says when they were done, in text to the second
     assert -0.1 <= path.stat().st_mtime - words.arrival_s - 2.5 <= 1.5
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("style", ["json", "text"])
+def test_logs_of_containers(log, read, tmp_path, style):
+    path = log(3, style, {"rid": "b", "input_ids": [7, 8, 9]})
+    lines = path.read_text().splitlines()
+    (request,) = read(*({"log": f"{line}\n", "stream": "stdout"} for line in lines)).requests
+    assert request.blocks.tolist() == [7, 8, 9]
+    (tmp_path / "pod.log").write_text("".join(f"2026-11-27T14:00:00Z stdout F {line}\n" for line in lines))
+    assert len(read_load(tmp_path / "pod.log").requests) == 1
 
 
 @pytest.mark.contract
