@@ -20,6 +20,7 @@ HASH_BLOCK_TOKENS = 512  # Mooncake's
 TEXT_BLOCK_BYTES = 4  # what stands for a token of a text without a tokenizer
 TEXT_IDS = 1 << 40  # added to blocks of bytes, so that they never equal token ids
 DEFAULT_OUTPUT_TOKENS = 256
+MOST_SAMPLES = 10_000  # of a prompt; more is a mistake
 CURE = "start the server with --log-requests --log-requests-level 3 --log-requests-format json"
 TEXT_LOG = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^\]]*\] (Finish|Receive|Receive OpenAI): obj=")
 STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
@@ -48,12 +49,14 @@ def read_load(path: Path, tokenizer: Path | None = None, output_tokens: int | No
         if path.suffix == ".csv":
             found = list(reader.azure(csv.DictReader(file)))
         else:
-            rows = json.load(file) if path.suffix == ".json" else file
+            try:
+                rows = json.load(file) if path.suffix == ".json" else file
+            except ValueError as e:
+                raise InputError(f"{path} is no JSON: {e}") from None
             found = [request for row in rows for request in reader.row(row)]
     seen = reader.seen
     if not found:
-        known = "request.finished logs of SGLang, OpenAI requests, or hash traces"
-        hidden = f": its request logs have no prompts; {CURE}" if seen["hidden"] else f": neither {known}"
+        hidden = f": its request logs have no prompts; {CURE}" if seen["hidden"] else " (docs/reference.md, estimate)"
         raise InputError(f"{path} has no requests that can be read{hidden}")
     if all(request.arrival_s is not None for request in found):
         found.sort(key=lambda request: request.arrival_s or 0.0)
@@ -180,8 +183,10 @@ class _Reader:
         sampling = {**body, **(body.get("sampling_params") or {})}
         response = row.get("response") or row
         usage = (response.get("body") or response).get("usage") or {}
-        answers = [prompt] if is_one else prompt
-        answers = [one for one in answers for _ in range(int(sampling.get("n") or 1))]
+        samples = int(sampling.get("n") or 1)
+        if samples > MOST_SAMPLES:
+            return None
+        answers = [one for one in ([prompt] if is_one else prompt) for _ in range(samples)]
         total = usage.get("completion_tokens", usage.get("output_tokens", row.get("output_tokens")))
         if total is not None:
             output_tokens = round(total / len(answers))
