@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--output-tokens", type=_count, help="of answers of unknown length (default 256)")
     estimate.add_argument("--concurrency", type=_count, help="most requests at once (default 256; without times 64)")
     estimate.add_argument("--pool-tokens", type=_count, help="the server's max_total_num_tokens (default: all fit)")
-    estimate.add_argument("--ms-per-token", type=float, help="time of a token (default: by latencies, or expected)")
+    estimate.add_argument("--ms-per-token", type=float, help="time of a token (default: by the log, or expected)")
     estimate.add_argument("--model", type=Path, help="config.json or its folder (default: Llama-3-8B's shape)")
     estimate.add_argument("--tp", type=_count, default=1, help="tensor-parallel ranks (default 1)")
     estimate.add_argument("--gpu", choices=("h100", "h200", "cpu"), default="h100", help="default h100; cpu: no times")

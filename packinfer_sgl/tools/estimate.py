@@ -15,7 +15,7 @@ from rich.table import Table
 from packinfer_sgl.planning.planners import DecodePlanner
 from packinfer_sgl.planning.profiles import PROFILES
 from packinfer_sgl.runners.cpu import decode_planner as cpu_planner
-from packinfer_sgl.tools.estimate_batches import Load, Sharing, Timeline, planned_steps
+from packinfer_sgl.tools.estimate_batches import Load, Sharing, Timeline, in_steps, planned_steps
 from packinfer_sgl.tools.estimate_requests import read_load
 from packinfer_sgl.tools.estimate_times import Clock, Model, gpu_planner, read_model
 
@@ -38,7 +38,7 @@ class Row:
 
     Attributes:
         running: requests of a mean step.
-        step_ms: how long a step of the timeline takes; None where only the order of the requests is known.
+        step_ms: how long a step was taken to be when requests arrive; None where the log or nothing says when they do.
         prefill_share: of the stock server's time.
         attention_share: of the stock server's decode step.
     """
@@ -78,8 +78,11 @@ class Estimate:
         self.sharing = Sharing(load.requests)
         self.computed = self.sharing.computed()
 
-    def row(self, name: str, concurrency: int, step_s: float | None = None, samples: int = SAMPLES) -> Row:
-        timeline = Timeline(self.load.requests, self.sharing, concurrency, step_s, self.pool_tokens)
+    def row(
+        self, name: str, concurrency: int, step_s: float | None = None, samples: int = SAMPLES, logged: bool = False
+    ) -> Row:
+        requests = in_steps(self.load.requests) if logged else self.load.requests
+        timeline = Timeline(requests, self.sharing, concurrency, 1.0 if logged else step_s, self.pool_tokens)
         if not timeline.steps:
             raise EstimateError("no request has more than one answer token: nothing decodes, so nothing can be gained")
         steps = planned_steps(timeline, self.sharing, self.planner, samples)
@@ -96,10 +99,7 @@ class Estimate:
         return Row(**{**asdict(known), **times})
 
     def step_s(self, concurrency: int) -> float:
-        """How long a token takes: by the file's latencies, else what is expected for the batches that it leads to."""
-        took = [r.latency_s / r.output_tokens for r in self.load.requests if r.latency_s and r.output_tokens > 1]
-        if took:
-            return float(np.median(took))
+        """How long a token is expected to take in the batches that it leads to."""
         if self.clock is None:
             raise EstimateError("the file has times of arrival; give the time of a token with --ms-per-token")
         step_s = 0.02
@@ -109,15 +109,19 @@ class Estimate:
             step_s = row.stock_ms / (1 - row.prefill_share) / 1e3
         return step_s
 
+    def first(self, concurrency: int | None, ms_per_token: float | None = None) -> Row:
+        """The load as it came; without times, at a usual concurrency."""
+        if not self.load.timed:
+            limit = min(concurrency or USUAL, len(self.load.requests))
+            return self.row(str(limit), limit)
+        limit = concurrency or MOST
+        if ms_per_token is None and all(request.latency_s for request in self.load.requests):
+            return self.row("as logged", limit, logged=True)
+        return self.row("as logged", limit, ms_per_token / 1e3 if ms_per_token else self.step_s(limit))
+
     def rows(self, concurrency: int | None, ms_per_token: float | None) -> list[Row]:
-        """The load as it came (without times: at a usual concurrency), then at others, all requests waiting."""
-        n = len(self.load.requests)
-        if self.load.timed:
-            limit = concurrency or MOST
-            first = self.row("as logged", limit, ms_per_token / 1e3 if ms_per_token else self.step_s(limit))
-        else:
-            limit = min(concurrency or USUAL, n)
-            first = self.row(str(limit), limit)
+        """The first, then others at which all requests wait, and so many run."""
+        first, n = self.first(concurrency, ms_per_token), len(self.load.requests)
         others = [c for c in CONCURRENCIES if c <= n and str(c) != first.name]
         return [first, *(self.row(str(c), c) for c in others)]
 

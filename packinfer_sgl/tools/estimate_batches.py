@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -106,6 +106,18 @@ def _common(a: Request, b: Request) -> int:
     differ = a.blocks[:n] != b.blocks[:n]
     blocks = int(differ.argmax()) if differ.any() else n
     return min(int(blocks * min(a.block_tokens, b.block_tokens)), a.input_tokens, b.input_tokens)
+
+
+def in_steps(requests: list[Request]) -> list[Request]:
+    """The same with ``arrival_s`` counted in decode steps: at any time as many as those that ran then had tokens."""
+    came = np.array([request.arrival_s for request in requests])
+    gone = came + [request.latency_s or 0.0 for request in requests]
+    rate = np.array([request.output_tokens for request in requests]) / np.maximum(gone - came, 1e-6)
+    times = np.unique(np.concatenate([came, gone]))
+    runs = ((came <= time) & (time < gone) for time in times[:-1])
+    rates = [np.median(rate[those]) if those.any() else 0.0 for those in runs]
+    steps = np.concatenate([[0.0], np.cumsum(rates * np.diff(times))])
+    return [replace(r, arrival_s=float(step)) for r, step in zip(requests, np.interp(came, times, steps))]
 
 
 class Timeline:

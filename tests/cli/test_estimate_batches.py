@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packinfer_sgl.tools.estimate_batches import Request, Sharing, Timeline
+from packinfer_sgl.tools.estimate_batches import Request, Sharing, Timeline, in_steps
 
 STEP_S = 0.5
 
@@ -94,3 +94,10 @@ def test_blocks_of_many_tokens():
     assert sharing.rank.tolist() == [1, 2, 3, 0]
     assert sharing.shared.tolist() == [512, 700, 512]
     assert sharing.computed() == 700 + 1 + 188 + 188
+
+
+def test_arrivals_in_steps_follow_the_speed_of_the_log():
+    """Ten tokens a second, nobody, then 40 a second."""
+    log = [(0.0, 2.0, 20), (1.0, 1.0, 10), (5.0, 1.0, 40), (5.5, 0.5, 20)]
+    requests = [Request(np.array([i]), 1.0, 1, tokens, came, took) for i, (came, took, tokens) in enumerate(log)]
+    assert [request.arrival_s for request in in_steps(requests)] == [0.0, 10.0, 20.0, 40.0]
