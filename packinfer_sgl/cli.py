@@ -43,6 +43,20 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--api-key", help="the server's --api-key")
     explain.set_defaults(run=_explain)
 
+    estimate = commands.add_parser("estimate", help="whether logged or traced requests would gain; needs no server")
+    estimate.add_argument("file", type=Path, help="SGLang request log, JSON lines of requests, or trace")
+    estimate.add_argument("--tokenizer", type=Path, metavar="DIR", help="its tokenizer.json, for prompts that are text")
+    estimate.add_argument("--output-tokens", type=_count, help="of answers of unknown length (default 256)")
+    estimate.add_argument("--concurrency", type=_count, help="most requests at once (default 256; without times 64)")
+    estimate.add_argument("--pool-tokens", type=_count, help="the server's max_total_num_tokens (default: all fit)")
+    estimate.add_argument("--ms-per-token", type=float, help="time of a token (default: by the log, or expected)")
+    estimate.add_argument("--model", type=Path, help="config.json or its folder (default: Llama-3-8B's shape)")
+    estimate.add_argument("--tp", type=_count, default=1, help="tensor-parallel ranks (default 1)")
+    estimate.add_argument("--gpu", choices=("h100", "h200", "cpu"), default="h100", help="default h100; cpu: no times")
+    estimate.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows, as .png or .svg")
+    estimate.add_argument("--json", action="store_true", help="print JSON")
+    estimate.set_defaults(run=_estimate)
+
     tiny = commands.add_parser("tiny-model", help="write a tiny random Llama that SGLang loads without a download")
     tiny.add_argument("dir", type=Path)
     for flag, default in (("layers", 4), ("heads", 16), ("kv-heads", 4), ("head-dim", 64), ("seed", 0)):
@@ -55,6 +69,15 @@ def _doctor(args: argparse.Namespace) -> int:
     from packinfer_sgl.tools.doctor import examine
 
     return examine(as_json=args.json)
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from packinfer_sgl.tools.estimate import run
+
+    try:
+        return run(args)
+    except ValueError as e:
+        raise CommandError(e) from None
 
 
 def _tiny_model(args: argparse.Namespace) -> int:
@@ -133,6 +156,13 @@ def server_states(url: str, api_key: str | None = None) -> list[dict]:
     if not states:
         raise CommandError(f"packinfer-sgl is not installed in the server at {url}")
     return states
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
 
 
 def _seconds(text: str) -> float:

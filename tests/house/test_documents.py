@@ -17,6 +17,7 @@ from test_house import FLOORS, ROOT, imports, rooms
 from packinfer_sgl.config import ENV, Config, flag
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = {"matplotlib"}  # imported where it is needed, and only there
 LEFT_TO_SGLANG = {"torch", "triton"}  # their builds depend on the machine; SGLang requires one, and that the other
 
 
@@ -67,7 +68,8 @@ def test_every_import_is_a_declared_dependency() -> None:
         canonical(name.split(".")[0]) for path in rooms(ROOT).values() for name in imports(path.read_text(), "ours.x")
     }
     others = names - {canonical(name) for name in sys.stdlib_module_names} - {"ours", "packinfer-sgl"}
-    assert others - LEFT_TO_SGLANG == declared(PROJECT["project"]["dependencies"])
+    assert others - LEFT_TO_SGLANG - EXTRAS == declared(PROJECT["project"]["dependencies"])
+    assert EXTRAS == declared(PROJECT["project"]["optional-dependencies"]["bench"])
     assert "torch" in declared(requires("sglang") or []) and "triton" in declared(requires("torch") or [])
 
 
