@@ -40,12 +40,15 @@ def test_flags_of_the_readme() -> None:
 
 
 def test_hooks_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt import platforms
+
     from packinfer_sgl.cpu_platform import PackInferCpuPlatform
     from packinfer_sgl.plugin import hooks
 
     # two hooks are for this setting only, one for this platform
     monkeypatch.setenv(ENV, '{"hold_siblings": true}')
-    monkeypatch.setattr("sglang.srt.platforms.current_platform", object.__new__(PackInferCpuPlatform), raising=False)
+    # SGLang makes it when it is first asked for, so that it must not be there afterwards if it was not before
+    monkeypatch.setitem(vars(platforms), "current_platform", object.__new__(PackInferCpuPlatform))
     said, file = set(), ""
     for row in table("patches/README.md", "file"):
         file = row[0] or file
