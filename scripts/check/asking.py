@@ -11,7 +11,7 @@ from check.compare import compare
 from check.copies import COPIES, FIELDS, KEYED, apart
 from check.judge import Judge, account
 from check.rounds import Answers, Talk, answer
-from check.scenarios import CHECK, FA3, OURS, TRITON, Check, Scenario
+from check.scenarios import CHECK, FA3, OURS, RECENT, TRITON, Check, Scenario
 from drive import tree_prompts
 
 SAMPLES = 4
@@ -90,6 +90,7 @@ def beams(talk: Talk) -> Answers:
 
 ROUNDS: dict[str, Callable[[Talk], Any]] = {f.__name__: f for f in (grammar, free, spans, sampled, beams)}
 
+GPUS = 0 if RECENT else 1  # the older release pins the memory of grammars
 ENGINES = ("asked-fa3", "asked-triton", "asked")
 
 
@@ -174,9 +175,9 @@ def beam(judge: Judge) -> None:
 
 
 CHECKS = {
-    "structured": Check(structured, ENGINES, "structured output, n samples", gpus=0),
-    "prompt-logprobs": Check(prompt_logprobs, ENGINES, "log-probabilities of the prompt", gpus=0),
-    "sampled": Check(samples, ENGINES, "sampling, rescored", gpus=0),
-    "cache-keys": Check(cache_keys, ENGINES, "cache keys and salts", gpus=0),
-    "beams": Check(beam, ENGINES, "beam search", gpus=0, since="0.5.23"),
+    "structured": Check(structured, ENGINES, "structured output, n samples", gpus=GPUS),
+    "prompt-logprobs": Check(prompt_logprobs, ENGINES, "log-probabilities of the prompt", gpus=GPUS),
+    "sampled": Check(samples, ENGINES, "sampling, rescored", gpus=GPUS),
+    "cache-keys": Check(cache_keys, ENGINES, "cache keys and salts", gpus=GPUS),
+    "beams": Check(beam, ENGINES, "beam search", gpus=GPUS, since="0.5.23"),
 }

@@ -44,6 +44,4 @@ def hicache(judge: Judge) -> None:
     judge.audited("hicache-audit")
 
 
-CHECKS = {
-    "hicache": Check(hicache, ("fa3", "triton", *SCENARIOS), "HiCache: a prefix loaded back from the host", gpus=0)
-}
+CHECKS = {"hicache": Check(hicache, ("fa3", "triton", *SCENARIOS), "HiCache: a prefix loaded back from the host")}

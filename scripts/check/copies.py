@@ -6,20 +6,18 @@ import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from check.judge import Judge
 from check.rounds import Answers, Talk
-from check.scenarios import CHECK, FA3, OURS, Check, Scenario
+from check.scenarios import CHECK, FA3, OURS, RECENT, Check, Scenario
 from drive import tree_prompts
-from packaging.version import Version
 from safetensors.numpy import save_file
 
 COPIES, PROMPT = 8, tree_prompts(6)[0]
-FIELDS = ("extra_key", "cache_salt") if Version(version("sglang")) >= Version("0.5.23") else ("extra_key",)
+FIELDS = ("extra_key", "cache_salt") if RECENT else ("extra_key",)
 KEYED = {f"{field} {n}": n for field in FIELDS for n in (1, 2, COPIES)}  # rounds, and how many keys there are
 ADAPTERS, RANK = ("north", "south", None), 16  # None: the model as it is
 LORA = {

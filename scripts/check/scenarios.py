@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 if TYPE_CHECKING:
     from check.judge import Judge
 
+RECENT = Version(version("sglang")) >= Version("0.5.23")
 FA3, TRITON = {"attention_backend": "fa3"}, {"attention_backend": "triton"}
 OURS = {"attention_backend": "packinfer"}
 EAGER = {"disable_cuda_graph": True}

@@ -6,20 +6,16 @@ import asyncio
 import shutil
 import tempfile
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from check.compare import Ran, compare
 from check.judge import Judge, account
 from check.rounds import Answers, Talk, answer
-from check.scenarios import CHECK, FA3, OURS, WRAP, Check, Scenario
+from check.scenarios import CHECK, FA3, OURS, RECENT, WRAP, Check, Scenario
 from drive import Driver, greedy, tree_prompts
-from packaging.version import Version
 from safetensors.numpy import load_file, save_file
 
-# the older release allocates pages on a GPU only, and does not flush its cache while a retracted request waits
-RECENT = Version(version("sglang")) >= Version("0.5.23")
 PREEMPT = {"at_once": 2, "tokens": 300}
 TWO_AT_ONCE = {"enable_priority_scheduling": True, "max_running_requests": 2, "max_total_tokens": 1000}
 CHUNK = 256  # tokens
@@ -103,6 +99,7 @@ async def _paused(talk: Talk) -> list[dict[str, Any]]:
         await manager.continue_generation(io_struct.ContinueGenerationReqInput())
         await until(before + 5)
         await manager.pause_generation(io_struct.PauseGenerationReqInput(mode="retract"))
+        # the older release does not flush its cache while a retracted request waits
         loaded, why, *_ = await manager.update_weights_from_disk(
             io_struct.UpdateWeightFromDiskReqInput(model_path=path, flush_cache=RECENT), None
         )
@@ -200,6 +197,7 @@ def refused(name: str, judge: Judge) -> None:
 
 
 CHECKS = {
+    # the older release allocates pages on a GPU only
     "pages": Check(pages, ("fa3", "triton", "page16", "page64"), "page sizes 16 and 64", gpus=0 if RECENT else 1),
     "chunks": Check(chunks, ("fa3", "triton", "chunks"), "packed prefill in chunks, mixed chunks allowed", gpus=0),
     "retraction": Check(retracted, ("fa3", "triton", "retracted"), "retraction", gpus=0),

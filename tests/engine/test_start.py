@@ -6,12 +6,14 @@ One refusal of each kind, by the command line and in the model's process; all ot
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import faults
 import psutil
@@ -159,6 +161,8 @@ def test_server_says_what_it_does(model):
                 if line.startswith(f"packinfer:{name}_total"):
                     counted[line.split('reason="')[1].split('"')[0]] = float(line.rsplit(" ", 1)[1])
             assert counted == state[name]
+        dashboard = (Path(__file__).parents[2] / "docs" / "grafana" / "packinfer.json").read_text()
+        assert set(re.findall(r"packinfer:\w+", dashboard)) <= {line.split("{")[0] for line in own}
     finally:
         stop(server)
     lines = [line for line in said(server).splitlines() if "packinfer 0." in line]
