@@ -28,6 +28,7 @@ def server(wide_model) -> Iterator:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(http_server, "LISTENER_ACCEPT_TIMEOUT_S", START_LIMIT_S)  # on a busy machine
+        patch.setattr(http_server, "SHUTDOWN_JOIN_TIMEOUT_S", 5)  # it does not end by itself
         patch.setenv("PACKINFER_CONFIG", '{"check": true}')
         # the runtime looks into the tree, into which the other core does not let it
         patch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", "python")
