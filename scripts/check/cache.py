@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from check.judge import Judge
-from check.rounds import TOKENS, Answers, Talk, answer
+from check.rounds import Answers, Talk, answer
 from check.scenarios import CHECK, FA3, OURS, Check, Scenario
 from drive import FIRST, LAST, greedy, tree_prompts
 
@@ -20,7 +20,7 @@ def returned(talk: Talk) -> Answers:
     for _ in range(5):
         unrelated = [[rng.randrange(FIRST, LAST) for _ in range(900)] for _ in range(2)]
         talk.engine.generate(input_ids=unrelated, sampling_params=greedy(2))
-    outs = talk.engine.generate(input_ids=tree_prompts(2), sampling_params=greedy(TOKENS), **talk.asked)
+    outs = talk.outs(tree_prompts(2))
     loaded = [(out["meta_info"].get("cached_tokens_details") or {}).get("host", 0) for out in outs]
     return [{**answer(out), "host": host} for out, host in zip(outs, loaded, strict=True)]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from check.rounds import Talk
 from check.runs import last_error
 from check.scenarios import FA3, OURS, Check, Scenario
 from lib.answers import NEAR_TIE
-from lib.servers import Router, Server, ServerError, stop_all, undone_at_end
+from lib.servers import Router, Server, ServerError, free_port, stop_all, undone_at_end
 from rich.console import Console
 
 TRANSFERS = {"nixl": "nixl", "mooncake": "mooncake_tcp"}
@@ -67,12 +66,6 @@ class Pair:
 
         with ThreadPoolExecutor(len(input_ids)) as pool:
             return list(pool.map(one, input_ids))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def flags_of(engine: dict[str, Any]) -> Iterator[str]:

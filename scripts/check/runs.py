@@ -108,8 +108,6 @@ def run(name: str, scenario: Scenario, port: int, out: Path) -> Ran:
 
 
 ERROR = re.compile(r"^(?:\[.*?\] )?[\w.]*(?:Error|Exception|UnsupportedModel)(?:: ?.*)?$")
-
-
 CUDA_ERROR = re.compile(r"CUDA error[^\r\n]*")
 # what other processes say once one has ended
 AFTER = re.compile(r"EOFError|scheduler died|child process")

@@ -75,6 +75,12 @@ def stop_all(children: Iterable[Child]) -> None:
         child.stop()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Server(Child):
     """``flags`` go to the command line; host and port are chosen here."""
 
@@ -83,9 +89,7 @@ class Server(Child):
     ready_path = "/health"
 
     def __init__(self, name: str, flags: list[str], log: Path, env: dict[str, str] | None = None) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         super().__init__(name, [*self.command, *flags, "--host", "127.0.0.1", "--port", str(port)], log, env)
 

@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lib.answers import NEAR_TIE
 from soaks.load import Load
 from soaks.player import Play, played
 
 from packinfer_sgl.tools.tiny_model import write_tiny_model
 
-NEAR_TIE = 1e-4  # log-probability: the order of float32 sums may decide between tokens as close as this
 MODEL = {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32}
 ENGINE = {
     "dtype": "float32",

@@ -14,7 +14,9 @@ from typing import Any
 
 from check.compare import Diff, Ran, compare
 from check.models import write_model
-from soaks.cpu import NEAR_TIE, RETRACT
+from check.scenarios import CHAIN
+from lib.answers import NEAR_TIE
+from soaks.cpu import RETRACT
 from soaks.load import Load
 from soaks.player import Play, played
 
@@ -38,12 +40,6 @@ ENGINE = {
     "log_level": "info",
 }
 MIXED = {"enable_mixed_chunk": True}
-CHAIN = {
-    "speculative_algorithm": "EAGLE",
-    "speculative_num_steps": 3,
-    "speculative_eagle_topk": 1,
-    "speculative_num_draft_tokens": 4,
-}
 # SGLang's own check of its slots: that they hold what was written for the tokens that a pass reads
 CANARY = {"kv_canary": "raise", "kv_canary_real_data": "partial"}
 ALWAYS = ("retractions", "flushes", "overlapped_flushes", "evictions")
@@ -110,7 +106,7 @@ def soak(of: dict[str, Run], load: Load, folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest drift and gap (``check.runs.Diff``) of answers that count as the same."""
+    """Largest drift and gap (``check.compare.Diff``) of answers that count as the same."""
 
     drift: float
     gap: float
