@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from packinfer_sgl import __version__
 from packinfer_sgl.config import ENV, Config
+from packinfer_sgl.reasons import LayerReason
 
 if TYPE_CHECKING:
     from packinfer_sgl.patches.hook import Hook
@@ -116,7 +117,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     from packinfer_sgl.serving.backend import wrap
     from packinfer_sgl.serving.batch_rows import want_rows
     from packinfer_sgl.serving.build import build_router
-    from packinfer_sgl.serving.layers import layer_reasons
+    from packinfer_sgl.serving.layers import layer_reasons, linear_layers
     from packinfer_sgl.serving.metrics import STATS, start_prometheus
 
     checks = check()
@@ -149,6 +150,8 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         "hooks": [c.target for c in checks],
         "config": {name: getattr(config, name) for name in _REPORTED},
     }
+    for layer_id in linear_layers(runner):
+        STATS.set_layer(layer_id, LayerReason.LINEAR_ATTENTION)
     for layer, why in reasons.items():
         if why is not None:
             STATS.set_layer(layer.layer_id, why)

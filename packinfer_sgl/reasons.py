@@ -21,6 +21,7 @@ class BatchReason(str, Enum):
 class LayerReason(str, Enum):
     """Reasons that hold for one layer of the model in every batch."""
 
+    LINEAR_ATTENTION = "linear_attention"  # a state, no KV: SGLang's own kernels beside any attention backend
     SLIDING_WINDOW = "sliding_window"  # or chunks of local attention (Llama 4)
     CROSS_ATTENTION = "cross_attention"
     NOT_DECODER = "not_decoder"

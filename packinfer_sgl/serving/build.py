@@ -17,7 +17,7 @@ from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import decode_capacity, verify_capacity
 from packinfer_sgl.runners import cpu, cuda
 from packinfer_sgl.runners.arena import SPANS_PER_ROW, Arena
-from packinfer_sgl.serving.layers import LayerGate, heads_of, is_measured
+from packinfer_sgl.serving.layers import LayerGate, full_pool, heads_of, is_measured
 from packinfer_sgl.serving.metrics import Stats
 from packinfer_sgl.serving.packed_path import Kind, PackedPath
 from packinfer_sgl.serving.router import Router
@@ -157,7 +157,8 @@ def _masks_chains(stock: AttentionBackend) -> bool:
 
 
 def _arena(runner: Any, shape: AttentionShape, slots: range, *, force: bool) -> Arena:
-    buffers = [*runner.token_to_kv_pool.k_buffer, *runner.token_to_kv_pool.v_buffer]
+    pool = full_pool(runner.token_to_kv_pool)
+    buffers = [*pool.k_buffer, *pool.v_buffer]
     on_cpu = buffers[0].device.type == "cpu"
     policy = CPU.decode_policy if on_cpu else tile_policy(shape, buffers[0].device)
     return Arena(

@@ -30,16 +30,28 @@ def is_measured(layer: RadixAttention, device: torch.device) -> bool:
     return known and layer.head_dim == EXTEND_HEAD_DIM and not layer.logit_cap
 
 
+def full_pool(pool: Any) -> Any:
+    """The KV pool of layers without a window, whose slots SGLang's table has: ``pool`` itself, or a part of it in
+    models that have layers of another kind, too (windows, linear attention)."""
+    from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    return pool.full_kv_pool if type(pool) in (SWAKVPool, HybridLinearKVPool) else pool
+
+
+def linear_layers(runner: Any) -> list[int]:
+    """Ids of the layers that keep a state instead of KV: linear attention, Mamba."""
+    return list(getattr(runner.req_to_token_pool, "mamba_map", ()))
+
+
 def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
     """Why this layer can never run on the packed kernels, or None."""
     from sglang.srt.layers.radix_attention import AttentionType
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+    pool = full_pool(pool)
     if (layer.sliding_window_size is not None and layer.sliding_window_size > -1) or layer.use_irope:
         return LayerReason.SLIDING_WINDOW
-    if type(pool) is SWAKVPool:  # its layers without a window have a pool of their own, whose slots SGLang's table has
-        pool = pool.full_kv_pool
     if layer.is_cross_attention:
         return LayerReason.CROSS_ATTENTION
     if layer.attn_type != AttentionType.DECODER:

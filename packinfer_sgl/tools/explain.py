@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from packinfer_sgl.reasons import BatchReason, UngroupedReason
+from packinfer_sgl.reasons import BatchReason, LayerReason, UngroupedReason
 
 State = Mapping[str, Any]  # internal_states[i]["packinfer"] of GET /server_info
 
@@ -107,7 +107,10 @@ def _others(state: State) -> list[str]:
         if reason != BatchReason.EXTEND.value:
             said.append(f"{_n(count, 'batch', 'es')} on {state['base_backend']}: {FALLBACK[BatchReason(reason)]}.")
     for reason, layers in sorted(state["fallback_layers"].items(), key=lambda one: -one[1]):
-        said.append(f"{_n(layers, 'layer')} of the model on {state['base_backend']} in every batch: {reason}.")
+        if reason == LayerReason.LINEAR_ATTENTION.value:
+            said.append(f"{_n(layers, 'layer')} of the model with a state instead of KV: there is nothing to pack.")
+        else:
+            said.append(f"{_n(layers, 'layer')} of the model on {state['base_backend']} in every batch: {reason}.")
     return said
 
 

@@ -8,6 +8,7 @@ from check import (
     cache,
     copies,
     families,
+    hybrids,
     parallel,
     rounds,
     scheduling,
@@ -15,7 +16,7 @@ from check import (
     vision,
 )
 
-AREAS = (attention, scheduling, asking, copies, cache, speculation, families, vision, parallel)
+AREAS = (attention, scheduling, asking, copies, cache, speculation, families, hybrids, vision, parallel)
 SCENARIOS = {name: scenario for area in AREAS for name, scenario in area.SCENARIOS.items()}
 CHECKS = {name: check for area in AREAS for name, check in area.CHECKS.items()}
 ROUNDS = rounds.ROUNDS | {name: ask for area in AREAS for name, ask in getattr(area, "ROUNDS", {}).items()}

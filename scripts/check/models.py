@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from check.hybrid_models import nemotron_h, qwen3_next
 from check.qwen2_vl import write_qwen2_vl
 from safetensors.numpy import load_file, save_file
 
@@ -187,4 +188,6 @@ KINDS: dict[str, Callable[[dict, Weights], tuple[dict, Weights]]] = {
     "gpt_oss": _gpt_oss,
     "llama4": _llama4,
     "gemma4": _gemma4,
+    "qwen3_next": qwen3_next,
+    "nemotron_h": nemotron_h,
 }

@@ -1,4 +1,4 @@
-"""What SGLang's scheduler does to batches: pages, chunks, preemption, retraction, aborts, pauses, new weights."""
+"""What SGLang does to batches: pages, chunks, preemption, retraction, aborts, pauses, new weights, memory released."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ SMALL = {"max_total_tokens": 2600}
 RETRACT = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "25"}
 SEEDS = {"enable_deterministic_inference": True}  # without it SGLang does not look at a request's seed
 BETWEEN = ("tree", "abort", "flushed", "paused", "updated", "alone")
+SAVER = {"enable_memory_saver": True}
+ROLLOUTS = ("tree", "resumed")
 PAUSED_TOKENS = 120  # a GPU says some before a pause arrives
 CHANGED = "model.layers.1.self_attn.v_proj.weight"
 
@@ -36,6 +38,8 @@ SCENARIOS = {
     "preempted": Scenario("llama", {**OURS, **TWO_AT_ONCE}, CHECK, rounds=("preempted",)),
     "between": Scenario("llama", OURS, CHECK, rounds=BETWEEN),
     "between-fa3": Scenario("llama", FA3, rounds=BETWEEN),
+    "rollouts": Scenario("llama", {**OURS, **SAVER}, CHECK, rounds=ROLLOUTS),
+    "rollouts-fa3": Scenario("llama", {**FA3, **SAVER}, rounds=ROLLOUTS),
     "seeds": Scenario("llama", {**OURS, **SEEDS}, rounds=("tree",)),
     "seeds-wrapped": Scenario("llama", {**FA3, **SEEDS}, WRAP, rounds=("tree",)),
 }
@@ -127,7 +131,14 @@ def _with_weights(talk: Talk, path: Path) -> Answers:
     return talk.ask(tree_prompts(2))
 
 
-ROUNDS = {f.__name__: f for f in (preempted, alone, abort, flushed, paused, updated)}
+def resumed(talk: Talk) -> Answers:
+    """After the memory of weights and KV cache was given back, as for a training step, and the weights came anew."""
+    talk.engine.release_memory_occupation()
+    talk.engine.resume_memory_occupation()
+    return _with_weights(talk, Path(talk.engine.server_args.model_path))
+
+
+ROUNDS = {f.__name__: f for f in (preempted, alone, abort, flushed, paused, updated, resumed)}
 
 
 def pages(judge: Judge) -> None:
@@ -189,6 +200,15 @@ def between(judge: Judge) -> None:
     judge.add("weights changed: other answers", other == n, f"{other}/{n}")
 
 
+def rollouts(judge: Judge) -> None:
+    if judge.started("rollouts", "rollouts", stock=("fa3", "triton", "rollouts-fa3")):
+        for name in ROLLOUTS:
+            judge.same(f"rollouts: {name}", "rollouts", "rollouts-fa3", rounds=(name,))
+        judge.audited("rollouts")
+        cached = judge.ran["rollouts"].answers("resumed")[0]["cached"]
+        judge.add("resumed: cache", cached == 0, f"{cached} cached tokens of the first prompt")
+
+
 def refused(name: str, judge: Judge) -> None:
     """Whether the start ends with a line that says why."""
     problem = judge.ran[name].problem
@@ -204,6 +224,9 @@ CHECKS = {
     "preemption": Check(preemption, ("fa3", "triton", "between-fa3", "preempted"), "preemption by priority", gpus=0),
     "between": Check(
         between, ("fa3", "triton", "between-fa3", "between"), "aborts, flushes, pauses and new weights", gpus=0
+    ),
+    "rollouts": Check(
+        rollouts, ("fa3", "triton", "rollouts-fa3", "rollouts"), "memory given back and taken again between rollouts"
     ),
     "seeds": Check(partial(refused, "seeds"), ("seeds",), "sampling seeds", gpus=0),
     "seeds-wrapped": Check(partial(refused, "seeds-wrapped"), ("seeds-wrapped",), "sampling seeds, wrapped"),

@@ -156,48 +156,66 @@ def test_a_request_counts_how_often_its_kv_was_taken():
 
 
 def layer_and_pools():
+    """Layer 1, a pool of all layers, and two where layer 0 has no KV in it: a window, or a state."""
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MHATokenToKVPool
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    sizes = {"size": 64, "page_size": 1, "head_num": 2, "head_dim": 16, "device": "cpu"}
+    parts = {**sizes, "dtype": torch.float32, "full_attention_layer_ids": [1]}
 
     def layer(**more):
         return RadixAttention(4, 16, 0.25, num_kv_heads=2, layer_id=1, **more)
 
     def pool(dtype=torch.float32):
-        return MHATokenToKVPool(
-            size=64, page_size=1, dtype=dtype, head_num=2, head_dim=16, layer_num=2, device="cpu",
-            enable_memory_saver=False,
-        )  # fmt: skip
+        return MHATokenToKVPool(**sizes, dtype=dtype, layer_num=2, enable_memory_saver=False)
 
-    def hybrid():
-        return SWAKVPool(
-            size=64, size_swa=16, page_size=1, dtype=torch.float32, head_num=2, head_dim=16,
-            swa_attention_layer_ids=[0], full_attention_layer_ids=[1], device="cpu",
-        )  # fmt: skip
+    def windowed():
+        return SWAKVPool(**parts, size_swa=16, swa_attention_layer_ids=[0])
 
-    return layer, pool, hybrid
+    def linear():
+        return HybridLinearKVPool(**parts, mamba_pool=None)
+
+    return layer, pool, windowed, linear
 
 
 def test_reasons_of_layers():
     from packinfer_sgl.reasons import LayerReason
     from packinfer_sgl.serving.layers import layer_reason
 
-    layer, pool, hybrid = layer_and_pools()
+    layer, pool, windowed, linear = layer_and_pools()
     assert layer_reason(layer(logit_cap=30.0), pool()) is None
     assert layer_reason(layer(sliding_window_size=128), pool()) is LayerReason.SLIDING_WINDOW
     assert layer_reason(layer(use_irope=True), pool()) is LayerReason.SLIDING_WINDOW  # chunks of Llama 4
     assert layer_reason(layer(v_head_dim=8), pool()) is LayerReason.UNEQUAL_HEAD_DIMS
     assert layer_reason(layer(), pool(torch.float8_e4m3fn)) is LayerReason.KV_DTYPE
-    assert layer_reason(layer(), hybrid()) is None
-    assert layer_reason(layer(sliding_window_size=128), hybrid()) is LayerReason.SLIDING_WINDOW
+    assert layer_reason(layer(), windowed()) is None
+    assert layer_reason(layer(), linear()) is None
+    assert layer_reason(layer(sliding_window_size=128), windowed()) is LayerReason.SLIDING_WINDOW
 
 
-def test_a_layer_without_window_writes_to_its_own_pool():
-    """Where other layers have a window, their KV lies in another pool with slots of its own."""
+@pytest.mark.parametrize("kind", ["windowed", "linear"])
+def test_a_full_layer_among_others_writes_to_its_own_pool(kind):
+    """Where other layers have a window, their KV lies in another pool with slots of its own; where they have a state,
+    the pool has fewer layers than the model."""
+    from packinfer_sgl.serving.layers import full_pool
     from packinfer_sgl.serving.router import _write_kv
 
-    layer, _, hybrid = layer_and_pools()
-    pool, slots, kv = hybrid(), torch.tensor([40, 7]), torch.randn(2, 2, 2, 16)
+    layer, _, windowed, linear = layer_and_pools()
+    pool, slots, kv = (windowed if kind == "windowed" else linear)(), torch.tensor([40, 7]), torch.randn(2, 2, 2, 16)
     _write_kv(pool, layer(), slots, *kv)
     assert torch.equal(pool.get_key_buffer(1)[slots], kv[0])
     assert torch.equal(pool.get_value_buffer(1)[slots], kv[1])
+    (keys,) = full_pool(pool).k_buffer  # all that an arena copies
+    assert torch.equal(keys[slots], kv[0])
+
+
+def test_linear_layers():
+    """Layers that keep a state are told apart from those whose KV is not packed."""
+    from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool, ReqToTokenPool
+
+    from packinfer_sgl.serving.layers import linear_layers
+
+    pools = object.__new__(HybridReqToTokenPool), ReqToTokenPool(2, 8, "cpu", False)
+    pools[0].mamba_map = {0: 0, 2: 1}
+    assert [linear_layers(SimpleNamespace(req_to_token_pool=pool)) for pool in pools] == [[0, 2], []]
