@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Ran:
     """What became of a scenario: its result, or the line that says why there is none.
 

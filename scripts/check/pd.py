@@ -26,9 +26,10 @@ from check.areas import ROUNDS
 from check.compare import Ran
 from check.judge import Judge, Row, account, report
 from check.models import write_model
-from check.rounds import Talk
+from check.rounds import TOKENS, Talk
 from check.runs import last_error
 from check.scenarios import FA3, OURS, Check, Scenario
+from drive import greedy
 from lib.answers import NEAR_TIE
 from lib.servers import Router, Server, ServerError, free_port, stop_all, undone_at_end
 from rich.console import Console
@@ -66,6 +67,14 @@ class Pair:
 
         with ThreadPoolExecutor(len(input_ids)) as pool:
             return list(pool.map(one, input_ids))
+
+
+class PairTalk(Talk):
+    """A pair is asked over HTTP."""
+
+    def outs(self, prompts: list[list[int]], params: dict[str, Any] | None = None, **more: Any) -> Any:
+        asked = {"sampling_params": {**greedy(TOKENS), **(params or {})}, **self.asked, **more}
+        return self.engine.generate(prompts, **asked)
 
 
 def flags_of(engine: dict[str, Any]) -> Iterator[str]:
@@ -117,9 +126,12 @@ def run_pair(name: str, scenario: Scenario, transfer: str, gpus: int, out: Path)
             router = start("router", flags, Router)
             router.wait(console)
             stage = "while serving"
-            talk = Talk(Pair(router, servers[1]), scenario.logprobs, {})
+            talk = PairTalk(Pair(router, servers[1]), scenario.logprobs, {})
             said = {f"{i}-{asked}": ROUNDS[asked](talk) for i, asked in enumerate(scenario.rounds)}
-            return {name: Ran(said, states_of(servers[1])), f"{name}-prefill": Ran({}, states_of(servers[0]))}
+            return {
+                name: Ran(said=said, states=states_of(servers[1])),
+                f"{name}-prefill": Ran(states=states_of(servers[0])),
+            }
     except (ServerError, requests.RequestException) as error:
         logs = [server.log.read_text(errors="replace") for server in servers]
         why = "; ".join(dict.fromkeys(filter(None, map(reason, logs))))

@@ -43,7 +43,7 @@ class DenseKit:
         """``tolerance``: absolute; of outputs of about 0.02 behind 256 tokens, of 0.2 behind a few."""
         load_plugins()
         self.patch, self.kind, self.stats = monkeypatch, {"device": device, "dtype": dtype}, metrics.Stats()
-        self.sharers, self._overrides = 0, []
+        self.sharers, self.contiguous, self._overrides = 0, False, []
         monkeypatch.setenv("PACKINFER_CONFIG", '{"extend": "on"}')
         monkeypatch.setattr(metrics, "STATS", self.stats)
         monkeypatch.setattr(batch_rows, "_wanted", False)  # afterwards it is again as it was
@@ -58,9 +58,13 @@ class DenseKit:
         while self._overrides:
             self._overrides.pop().restore()
 
-    def run(self, run: Any, case: Any, *, shared: bool, **more: Any) -> dict[str, Any]:
-        """``run`` is one of the kit's functions. Returns what packinfer has counted."""
-        self.sharers = case.batch_size if shared else 0
+    def run(self, run: Any, case: Any, *, shared: bool, contiguous: bool = False, **more: Any) -> dict[str, Any]:
+        """``run`` is one of the kit's functions. Returns what packinfer has counted.
+
+        Args:
+            contiguous: slots lie in order, whatever layout the kit chooses.
+        """
+        self.sharers, self.contiguous = case.batch_size if shared else 0, contiguous
         if shared:
             case = dataclasses.replace(case, prefix_lens=tuple(n + SHARED for n in case.prefix_lens))
         for name, value in self.tolerance.items():
@@ -100,7 +104,7 @@ class DenseKit:
         return shared
 
     def _make_loc_fn(self, make_loc_fn: Any) -> Any:
-        return lambda *args, **more: self._slot_of(make_loc_fn(*args, **more))
+        return lambda layout, **more: self._slot_of(make_loc_fn("contiguous" if self.contiguous else layout, **more))
 
     def _token_loc(self, token_loc: Any) -> Any:
         return self._slot_of(token_loc)

@@ -68,9 +68,10 @@ def test_decode_graph(kit: DenseKit, name: str, shared: bool) -> None:
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 @pytest.mark.parametrize("name", VERIFIES)
 def test_verify_graph(kit: DenseKit, name: str, shared: bool) -> None:
-    """A chain of drafts a request; likewise eager and replayed."""
+    """A chain of drafts a request; likewise eager and replayed. The kit writes the prefixes once more, to slots in
+    order, which are those of other tokens in the layout that it chooses by itself."""
     from sglang.test.kits.attention_unittest.runner_modes import speculative_target_verify_runner as runner
 
     run = runner.run_dense_spec_verify_cuda_graph_case
-    state = kit.run(run, VERIFIES[name], shared=shared, topk=1, head_dim=128)
+    state = kit.run(run, VERIFIES[name], shared=shared, contiguous=True, topk=1, head_dim=128)
     check(state, name, shared, steps=2)
