@@ -128,8 +128,11 @@ def nemotron_h(config: dict, llama: Weights) -> tuple[dict, Weights]:
         "mamba_num_heads": 8,
         "mamba_head_dim": 64,
         "n_groups": 2,
+        "mamba_n_groups": 2,  # the name that newer releases of transformers read
         "conv_kernel": 4,
+        "mamba_d_conv": 4,
         "expand": 1,
+        "mamba_expand": 1,
         "mamba_hidden_act": "silu",
         "use_conv_bias": True,
         "mamba_proj_bias": False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from check.judge import Judge
 from check.scenarios import CHECK, EAGER, FA3, OURS, TRITON, Check, Scenario
 
@@ -22,13 +24,21 @@ SCENARIOS = {
 }
 
 
-def hybrids(judge: Judge) -> None:
-    for kind, stock in (("qwen3_next", "triton"), ("nemotron_h", "fa3")):
-        for name in (f"{kind}-packinfer", f"{kind}-eager-packinfer"):
-            if judge.started(name, name, stock=("fa3", "triton", f"{kind}-{stock}")):
-                judge.same(name, name, f"{kind}-{stock}")
-                layers = judge.ran[name].state["fallback_layers"]
-                judge.add(f"{name} layers", layers == {"linear_attention": 2}, f"2 layers keep a state: {layers}")
+def hybrid(kind: str, stock: str, judge: Judge) -> None:
+    for name in (f"{kind}-packinfer", f"{kind}-eager-packinfer"):
+        if judge.started(name, name, stock=("fa3", "triton", f"{kind}-{stock}")):
+            judge.same(name, name, f"{kind}-{stock}")
+            layers = judge.ran[name].state["fallback_layers"]
+            judge.add(f"{name} layers", layers == {"linear_attention": 2}, f"2 layers keep a state: {layers}")
 
 
-CHECKS = {"hybrids": Check(hybrids, ("fa3", "triton", *SCENARIOS), "hybrids: Qwen3-Next and Nemotron-H kinds")}
+def _check(kind: str, stock: str, feature: str) -> Check:
+    return Check(
+        partial(hybrid, kind, stock), ("fa3", "triton", *(name for name in SCENARIOS if name.startswith(kind))), feature
+    )
+
+
+CHECKS = {
+    "qwen3-next": _check("qwen3_next", "triton", "hybrid: a Qwen3-Next kind, full attention at head dimension 256"),
+    "nemotron-h": _check("nemotron_h", "fa3", "hybrid: a Nemotron-H kind, 32 query heads and 2 KV heads"),
+}
