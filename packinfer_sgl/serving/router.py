@@ -227,7 +227,8 @@ class Router:
             return stock(q, k, v, layer, batch, save_kv_cache, **more)
         # Gemma 3 gives SGLang's triton backend a mask after the batch was planned, and this a mask to each verify step
         masked = getattr(getattr(backend, "forward_metadata", None), "custom_mask", None) is not None
-        if masked or more or k is None or len(q) < self._tokens:
+        more_said = any(value is not None for value in more.values())  # some models pass sinks=None
+        if masked or more_said or k is None or len(q) < self._tokens:
             reason = LayerReason.CUSTOM_MASK if masked else LayerReason.EXTRA_ARGUMENTS
             self.stats.set_layer(layer.layer_id, reason)
             return stock(q, k, v, layer, batch, save_kv_cache, **more)

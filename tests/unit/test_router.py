@@ -333,6 +333,16 @@ def test_a_call_that_the_kernels_do_not_take_is_the_stock_backends(what: dict[st
     assert (out == STOCK).all() and server.stats.fallback_layers == {0: "extra_arguments"}
 
 
+def test_an_argument_that_is_none_is_no_argument() -> None:
+    server, held = Server(), behind(60, 2, 5)
+    batch = server.batch(held)
+    with running(Requests(held)):
+        server.backend.init_forward_metadata(batch)
+    q, k = torch.ones(2, 256).half(), torch.zeros(1)
+    out = server.backend.forward_decode(q, k, k, server.layer, batch, False, sinks=None)
+    assert (out != STOCK).all() and server.stats.fallback_layers == {}
+
+
 def test_a_mask_of_the_stock_backend_is_respected() -> None:
     server, held = Server(), behind(60, 2, 5)
     batch = server.batch(held)
