@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="the same as JSON, for a bug report")
     doctor.set_defaults(run=_doctor)
 
-    inspect = commands.add_parser("inspect", help="live view of the groups of a running server")
+    inspect = commands.add_parser("inspect", help="live view of a running server: groups, counters, and what they mean")
     inspect.add_argument("url", help="the server, for example http://127.0.0.1:30000")
     inspect.add_argument("--once", action="store_true", help="print the present state and end")
     inspect.add_argument("--interval", type=_seconds, default=1.0, help="seconds between two looks (default 1)")
@@ -98,10 +98,10 @@ def _inspect(args: argparse.Namespace) -> int:
     from rich.console import Console, Group
     from rich.live import Live
 
-    from packinfer_sgl.tools.inspect_view import view
+    from packinfer_sgl.tools.inspect_view import page
 
     def look() -> Group:
-        return Group(*map(view, active_states(args.url, args.api_key)))
+        return Group(*map(page, active_states(args.url, args.api_key)))
 
     console = Console()
     if args.once:
