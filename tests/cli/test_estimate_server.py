@@ -20,11 +20,22 @@ INFO = {"tp_size": 1, "disable_radix_cache": False, "internal_states": [{}]}
 LABELS = 'model_name="m",tp_rank="{tp}",pp_rank="{pp}",priority="{priority}"'
 
 
+class Clock:
+    """Time goes by where it is slept away."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 @pytest.fixture
 def serve(monkeypatch):
     """Starts a server with ``info`` and, one after the other, the texts ``metrics``; gives its URL."""
-    monkeypatch.setattr(estimate_server, "SAMPLE_S", 0.4)
-    monkeypatch.setattr(estimate_server, "INTERVAL_S", 0.05)
+    monkeypatch.setattr(estimate_server, "time", Clock())
     servers = []
 
     def start(info: dict | list, *metrics: str | None) -> str:
@@ -77,7 +88,7 @@ def test_a_server_that_shares(serve, capsys, monkeypatch):
     assert len(found["notes"]) == 2 and "A gain in attention is to be expected: 3.4 times" in found["verdict"]
     assert main(["estimate", "--server", serve(INFO, *texts)]) == 0
     out = capsys.readouterr().out
-    assert "2 of 80 decode steps in 0.4 s" in out and "80% of the prompt" in out
+    assert "2 of 80 decode steps in 30 s" in out and "80% of the prompt" in out
     assert "one prefix" in out and max(map(len, out.splitlines())) <= 80
 
 
@@ -101,7 +112,7 @@ def test_ranks(serve, capsys):
     [
         (INFO, None, [], "exports no metrics of SGLang: start it with --enable-metrics"),
         (INFO, "# TYPE python_info gauge\npython_info 1.0\n", [], "exports no metrics of SGLang"),
-        (INFO, metrics(8, 4096, 1088), [], "decoded next to nothing within 0.4 s"),
+        (INFO, metrics(8, 4096, 1088), [], "decoded next to nothing within 30 s"),
         ({**INFO, "disable_radix_cache": True}, metrics(1, 1, 1), [], "runs without a radix cache"),
         ([], None, [], "is no SGLang server"),
         (INFO, metrics(1, 1, 1), ["--pool-tokens", "9"], "--pool-tokens is for files"),
