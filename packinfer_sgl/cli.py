@@ -7,9 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-
-class CommandError(Exception):
-    """A command failed; the text is the one line that the user reads."""
+from packinfer_sgl.tools.asking import CommandError, active_states, server_states
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="the same as JSON, for a bug report")
     doctor.set_defaults(run=_doctor)
 
-    inspect = commands.add_parser("inspect", help="live view of the groups of a running server")
+    inspect = commands.add_parser("inspect", help="live view of a running server: groups, counters, and what they mean")
     inspect.add_argument("url", help="the server, for example http://127.0.0.1:30000")
     inspect.add_argument("--once", action="store_true", help="print the present state and end")
     inspect.add_argument("--interval", type=_seconds, default=1.0, help="seconds between two looks (default 1)")
@@ -43,15 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--api-key", help="the server's --api-key")
     explain.set_defaults(run=_explain)
 
-    estimate = commands.add_parser("estimate", help="whether logged or traced requests would gain; needs no server")
-    estimate.add_argument("file", type=Path, help="SGLang request log, JSON lines of requests, or trace")
+    estimate = commands.add_parser(
+        "estimate", help="whether the requests of a log, a trace or a stock server would gain"
+    )
+    source = estimate.add_mutually_exclusive_group(required=True)
+    source.add_argument("file", type=Path, nargs="?", help="SGLang request log, JSON lines of requests, or trace")
+    source.add_argument("--server", metavar="URL", help="a server under its load, with --enable-metrics; takes 30 s")
+    estimate.add_argument("--api-key", help="the server's --api-key")
     estimate.add_argument("--tokenizer", type=Path, metavar="DIR", help="its tokenizer.json, for prompts that are text")
     estimate.add_argument("--output-tokens", type=_count, help="of answers of unknown length (default 256)")
     estimate.add_argument("--concurrency", type=_count, help="most requests at once (default 256; without times 64)")
     estimate.add_argument("--pool-tokens", type=_count, help="the server's max_total_num_tokens (default: all fit)")
     estimate.add_argument("--ms-per-token", type=float, help="time of a token (default: by the log, or expected)")
     estimate.add_argument("--model", type=Path, help="config.json or its folder (default: Llama-3-8B's shape)")
-    estimate.add_argument("--tp", type=_count, default=1, help="tensor-parallel ranks (default 1)")
+    estimate.add_argument("--tp", type=_count, help="tensor-parallel ranks (default: the server's, or 1)")
     estimate.add_argument("--gpu", choices=("h100", "h200", "cpu"), default="h100", help="default h100; cpu: no times")
     estimate.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows, as .png or .svg")
     estimate.add_argument("--json", action="store_true", help="print JSON")
@@ -95,10 +98,10 @@ def _inspect(args: argparse.Namespace) -> int:
     from rich.console import Console, Group
     from rich.live import Live
 
-    from packinfer_sgl.tools.inspect_view import view
+    from packinfer_sgl.tools.inspect_view import page
 
     def look() -> Group:
-        return Group(*map(view, active_states(args.url, args.api_key)))
+        return Group(*map(page, active_states(args.url, args.api_key)))
 
     console = Console()
     if args.once:
@@ -119,43 +122,6 @@ def _explain(args: argparse.Namespace) -> int:
             print(f"data-parallel rank {i}:")
         print(*(f"- {sentence}" for sentence in explain(state)), sep="\n")
     return 0
-
-
-def active_states(url: str, api_key: str | None = None) -> list[dict]:
-    """``server_states``; raises CommandError if packinfer is not active in one of them, too."""
-    states = server_states(url, api_key)
-    for state in states:
-        if not state["active"]:
-            raise CommandError(f"packinfer is not active at {url}: {state['reason']}")
-    return states
-
-
-def server_states(url: str, api_key: str | None = None) -> list[dict]:
-    """What packinfer reports of itself in a running server, one dict per data-parallel rank.
-
-    Raises CommandError if the server does not answer or does not have packinfer.
-    """
-    import requests
-
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        answer = requests.get(f"{url.rstrip('/')}/server_info", headers=headers, timeout=10)
-    except requests.ConnectionError:
-        raise CommandError(f"no server answers at {url}") from None
-    except requests.Timeout:
-        raise CommandError(f"the server at {url} does not answer within 10 s") from None
-    except requests.RequestException as e:
-        raise CommandError(f"{url} cannot be asked: {e}") from None
-    if answer.status_code == 401:
-        raise CommandError(f"{url} refuses the key; give its --api-key with --api-key")
-    try:
-        ranks = answer.json()["internal_states"]
-    except (ValueError, KeyError, TypeError):
-        raise CommandError(f"{url} is no SGLang server: /server_info answers {answer.status_code}") from None
-    states = [rank["packinfer"] for rank in ranks if "packinfer" in rank]
-    if not states:
-        raise CommandError(f"packinfer-sgl is not installed in the server at {url}")
-    return states
 
 
 def _count(text: str) -> int:

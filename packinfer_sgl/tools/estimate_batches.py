@@ -188,7 +188,7 @@ class Timeline:
 
 
 @dataclass(frozen=True)
-class _Sharers:
+class Sharers:
     """``planning.batch.Requests`` of requests that do not run."""
 
     tree: PrefixTree
@@ -199,9 +199,13 @@ class _Sharers:
 
 def planned_steps(timeline: Timeline, sharing: Sharing, planner: DecodePlanner, most: int) -> list[Step]:
     """What plans of at most ``most`` steps of ``timeline`` read."""
-    steps = []
-    for rows, kv_lens in timeline.samples(most):
-        tree = sharing.tree(rows)
-        plan = planner.plan(StepBatch(np.ones(len(rows), np.int32), kv_lens, requests=_Sharers(tree))).plan
-        steps.append(Step(len(rows), int(kv_lens.sum()), plan.kv_tokens_unique, plan.kv_tokens_read, plan.n_partials))
-    return steps
+    return [
+        planned_step(StepBatch(np.ones(len(rows), np.int32), kv_lens, requests=Sharers(sharing.tree(rows))), planner)
+        for rows, kv_lens in timeline.samples(most)
+    ]
+
+
+def planned_step(batch: StepBatch, planner: DecodePlanner) -> Step:
+    plan = planner.plan(batch).plan
+    logical = int(batch.kv_lens.sum())
+    return Step(len(batch.kv_lens), logical, plan.kv_tokens_unique, plan.kv_tokens_read, plan.n_partials)

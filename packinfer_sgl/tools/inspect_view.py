@@ -1,16 +1,18 @@
-"""What packinfer does in a running server, as a table and a tree: for ``packinfer-sgl inspect`` and the demo."""
+"""What packinfer does in a running server, as tree, table and sentences: for ``packinfer-sgl inspect`` and the demo."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-State = Mapping[str, Any]  # internal_states[i]["packinfer"] of GET /server_info
+from packinfer_sgl.tools.explain import State, explain
+
+
+def page(state: State) -> RenderableType:
+    """``view``, and beneath it what ``packinfer-sgl explain`` says of an active state."""
+    return Group(view(state), Text(), *(Text(f"- {sentence}") for sentence in explain(state)))
 
 
 def view(state: State) -> RenderableType:

@@ -22,7 +22,7 @@ from lib.counters import totals
 from lib.servers import Server, ServerError
 from lib.token_traces import choose, token_ids
 
-from packinfer_sgl.cli import CommandError, active_states
+from packinfer_sgl.tools.asking import CommandError, active_states
 
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 64, 8
 RUN_LIMIT_S = 900  # and twice the time in which all requests arrive

@@ -39,15 +39,26 @@ def serve():
         server.server_close()
 
 
+STARTED = {
+    "packs": ["decode"],
+    "device": {"record": "H100", "measured": True, "least_saving": 1.4},
+    "config": {"extend": "auto", "check": False},
+}
+
+
 def info(**state) -> str:
-    return json.dumps({"internal_states": [{"packinfer": {**Stats().as_dict(), **state}}]})
+    return json.dumps({"internal_states": [{"packinfer": {**Stats().as_dict(), **STARTED, **state}}]})
 
 
 def test_inspect_once(serve, capsys):
     node = {"parent": -1, "rows": 8, "start": 0, "end": 2048}
-    url = serve(200, info(active=True, rows=8, rows_grouped=8, groups=1, tree=[node]))
+    counted = {"packed_steps": 9, "kv_tokens_logical": 6000, "kv_tokens_unique": 3000, "kv_tokens_read": 4000}
+    url = serve(200, info(active=True, rows=8, rows_grouped=8, groups=1, tree=[node], **counted))
     assert main(["inspect", url + "/", "--once"]) == 0
-    assert "8 requests · tokens 0..2,048 · 2,048 read once" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())  # sentences are wrapped
+    parts = ("8 requests · tokens 0..2,048 · 2,048 read once", "packed decode steps", "the bound is 2.00x")
+    tree, table, words = map(out.find, parts)
+    assert 0 <= tree < table < words
 
 
 def test_inspect_shows_every_rank(serve, capsys):

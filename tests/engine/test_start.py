@@ -5,6 +5,7 @@ One refusal of each kind, by the command line and in the model's process; all ot
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,7 +13,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faults
@@ -21,6 +24,8 @@ import pytest
 import requests
 from engines import START_S
 
+from packinfer_sgl.cli import main
+from packinfer_sgl.tools import estimate_server
 from packinfer_sgl.tools.explain import explain
 
 pytestmark = pytest.mark.engine
@@ -83,6 +88,48 @@ def stop(server: subprocess.Popen) -> None:
 PACKINFER = ("--attention-backend", "packinfer", "--max-total-tokens", "4000")
 
 
+def assert_the_dashboard_finds_its_metrics(url: str) -> None:
+    """By each name that they have: to a Prometheus of before 3.0 prometheus_client writes other ones."""
+    dashboard = (Path(__file__).parents[2] / "docs" / "grafana" / "packinfer.json").read_text()
+    wanted = set(re.findall(r'=~\\"(packinfer[^\\]+)\\"', dashboard))
+    assert len(wanted) > 10 and dashboard.count("packinfer[") == dashboard.count('{__name__=~\\"packinfer[')
+    for accept in ("*/*", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"):
+        exported = requests.get(f"{url}/metrics", headers={"Accept": accept}, timeout=30).text
+        names = {line.split("{")[0] for line in exported.splitlines() if not line.startswith("#")}
+        assert {pattern for pattern in wanted if not any(re.fullmatch(pattern, name) for name in names)} == set()
+
+
+def assert_the_estimate_is_right(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`estimate --server`, which reads SGLang's metrics only, against the server's own count of the same steps."""
+    monkeypatch.setattr(estimate_server, "SAMPLE_S", 15.0)
+    prompt = [400 + i % 300 for i in range(1200)]
+    body = {
+        "input_ids": [[*prompt, 310 + i] for i in range(4)],
+        "sampling_params": {"temperature": 0, "max_new_tokens": 90, "ignore_eos": True},
+    }
+    enough = threading.Event()
+
+    def load() -> None:
+        while not enough.is_set():
+            requests.post(f"{url}/generate", json=body, timeout=300).raise_for_status()
+
+    def counted() -> dict[str, int]:
+        return requests.get(f"{url}/server_info", timeout=30).json()["internal_states"][0]["packinfer"]
+
+    with ThreadPoolExecutor(1) as user:
+        before, sent = counted(), user.submit(load)
+        try:
+            assert main(["estimate", "--server", url, "--gpu", "cpu", "--json"]) == 0
+            after = counted()
+        finally:
+            enough.set()
+        sent.result()
+    logical, unique = (after[f"kv_tokens_{what}"] - before[f"kv_tokens_{what}"] for what in ("logical", "unique"))
+    found = json.loads(capsys.readouterr().out)
+    assert found["looks"] >= 1 and found["cached"] > 0.5 and 2 < found["rows"][0]["running"] <= 4
+    assert found["rows"][0]["ceiling"] == pytest.approx(logical / unique, rel=0.1)
+
+
 @pytest.mark.contract
 def test_a_wrong_setting_stops_the_start(model):
     output = refused("--model-path", model, "--packinfer-grouping", "off")
@@ -99,7 +146,7 @@ def test_a_backend_that_cannot_be_built_stops_the_start(model, tmp_path):
 
 
 @pytest.mark.contract
-def test_server_says_what_it_does(model):
+def test_server_says_what_it_does(model, monkeypatch, capsys):
     """One log line, /server_info and Prometheus agree."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -161,8 +208,8 @@ def test_server_says_what_it_does(model):
                 if line.startswith(f"packinfer:{name}_total"):
                     counted[line.split('reason="')[1].split('"')[0]] = float(line.rsplit(" ", 1)[1])
             assert counted == state[name]
-        dashboard = (Path(__file__).parents[2] / "docs" / "grafana" / "packinfer.json").read_text()
-        assert set(re.findall(r"packinfer:\w+", dashboard)) <= {line.split("{")[0] for line in own}
+        assert_the_dashboard_finds_its_metrics(url)
+        assert_the_estimate_is_right(url, monkeypatch, capsys)
     finally:
         stop(server)
     lines = [line for line in said(server).splitlines() if "packinfer 0." in line]

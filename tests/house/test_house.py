@@ -120,7 +120,7 @@ def file_faults(name: str, text: str) -> list[str]:
     faults = []
     if Path(name).name == "uv.lock":
         faults.append(f"{name} must not be tracked")
-    if (lines := len(text.splitlines())) > MAX_LINES and not name.endswith(".svg"):
+    if (lines := len(text.splitlines())) > MAX_LINES and not name.endswith((".svg", ".png")):
         faults.append(f"{name} has {lines} lines, at most {MAX_LINES} are allowed")
     if found := MACHINE_PATH.search(text):
         faults.append(f"{name} names a path of one machine: {text[found.start() :].split()[0]}")
