@@ -28,7 +28,7 @@ from check.judge import Judge, Row, account, report
 from check.models import write_model
 from check.rounds import TOKENS, Talk
 from check.runs import last_error
-from check.scenarios import FA3, OURS, Check, Scenario
+from check.scenarios import FA3, OURS, RECENT, Check, Scenario
 from drive import greedy
 from lib.answers import NEAR_TIE
 from lib.servers import Router, Server, ServerError, free_port, stop_all, undone_at_end
@@ -104,6 +104,8 @@ def run_pair(name: str, scenario: Scenario, transfer: str, gpus: int, out: Path)
         decode["base_gpu_id"] = (engine["base_gpu_id"] + 1) % gpus
     else:  # what is sent while another batch runs waits for a CUDA event
         prefill["disable_overlap_schedule"] = True
+        if RECENT:  # by default a decode server keeps what it retracts in memory that CUDA has pinned
+            decode["disaggregation_decode_retraction_backup"] = "cpu_tensor"
     env = HERE if gpus else HERE | CPU
     servers: list[Server] = []
     console = Console(stderr=True, highlight=False)
