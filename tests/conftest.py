@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,23 @@ if not torch.cuda.is_available():
 settings.register_profile("packinfer", settings.default, deadline=None)
 settings.load_profile("packinfer")
 BY_DAY, LEAST_EXAMPLES = 0.4, 20  # part of a property's examples that run without --nightly
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct, fetched by the first run; both halves of a run may ask for it at once."""
+    from packinfer_sgl.tools.fetch_model import FetchError, fetch_model
+
+    path = Path(__file__).parents[1] / ".pytest_cache" / "smollm2-135m-instruct"
+    path.parent.mkdir(exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            try:
+                fetch_model(path)
+            except FetchError as e:
+                pytest.skip(str(e))
+    return path
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -90,26 +90,32 @@ class Server(Child):
 
     def __init__(self, name: str, flags: list[str], log: Path, env: dict[str, str] | None = None) -> None:
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.url, self.began = f"http://127.0.0.1:{port}", time.monotonic()
         super().__init__(name, [*self.command, *flags, "--host", "127.0.0.1", "--port", str(port)], log, env)
 
     def wait(self, console: Console) -> None:
         """Until the server is healthy; raises ServerError if it ends or takes too long."""
-        began = shown = time.monotonic()
+        shown = time.monotonic()
         with console.status(f"{self.name}: starting") as status:
-            while not self.healthy():
-                if self.process.poll() is not None:
-                    raise ServerError(self, f"ended with code {self.process.returncode} while starting")
-                if time.monotonic() - began > START_LIMIT_S:
-                    raise ServerError(self, f"was not ready after {START_LIMIT_S} s")
-                line = f"{self.name}: {time.monotonic() - began:3.0f} s  {(self.tail(1) or [''])[0].strip()}"
+            while not self.ready():
+                line = f"{self.name}: {time.monotonic() - self.began:3.0f} s  {(self.tail(1) or [''])[0].strip()}"
                 line = line[: max(console.width - 4, 40)]
                 status.update(Text(line))
                 if not console.is_terminal and time.monotonic() - shown >= 10:
                     shown = time.monotonic()
                     console.print(Text(line))
                 time.sleep(0.5)
-        console.print(f"{self.name} is ready at {self.url}, after {time.monotonic() - began:.0f} s")
+        console.print(f"{self.name} is ready at {self.url}, after {time.monotonic() - self.began:.0f} s")
+
+    def ready(self) -> bool:
+        """Whether it has started; raises ServerError if it ends or takes too long."""
+        if self.healthy():
+            return True
+        if self.process.poll() is not None:
+            raise ServerError(self, f"ended with code {self.process.returncode} while starting")
+        if time.monotonic() - self.began > START_LIMIT_S:
+            raise ServerError(self, f"was not ready after {START_LIMIT_S} s")
+        return False
 
     def healthy(self) -> bool:
         try:

@@ -8,7 +8,8 @@ behind 900 unseen tokens, and 2 unrelated ones between them), ``samples`` (n = 4
 ``flush`` (empties the cache), ``busy`` (long generations that overflow a small pool), ``low`` (two prompts, one after
 the other), ``preempted`` (those prompts, each again and again preempted by others of a higher priority, as the
 scenario's ``preempt`` says: ``at_once`` of them run at a time, the others have so many ``tokens`` and generate none or
-one). Every round but ``flush`` yields a list of outputs. What /server_info says is read after each round.
+one), ``chats`` (the scenario's ``chats``, each a list of messages, answered until the model ends or 24 tokens). Every
+round but ``flush`` yields a list of outputs. What /server_info says is read after each round.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def greedy(tokens: int, **more: object) -> dict[str, object]:
 
 
 class Driver:
-    def __init__(self, engine, logprobs: bool, preempt: dict[str, int]) -> None:
-        self.engine, self.logprobs, self.preempt = engine, logprobs, preempt
+    def __init__(self, engine, scenario: dict) -> None:
+        self.engine, self.logprobs = engine, scenario.get("logprobs", False)
+        self.preempt, self.conversations = scenario.get("preempt", {}), scenario.get("chats", [])
 
     def generate(self, prompts: list[list[int]], params: dict[str, object]) -> list[dict]:
         more = {"return_logprob": True, "top_logprobs_num": 5} if self.logprobs else {}
@@ -119,6 +121,14 @@ class Driver:
         await asyncio.gather(*sent)
         return outs
 
+    def chats(self) -> list[dict]:
+        tokenizer = self.engine.tokenizer_manager.tokenizer
+        prompts = [
+            tokenizer.encode(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+            for chat in self.conversations
+        ]
+        return self.generate(prompts, greedy(24, ignore_eos=False))
+
     def flush(self) -> None:
         assert self.engine.flush_cache() is not None
 
@@ -151,7 +161,7 @@ def main() -> None:
 
     scenario = json.loads(sys.argv[1])
     engine = sglang.Engine(dtype="float32", random_seed=0, log_level="warning", **scenario["engine"])
-    driver = Driver(engine, scenario.get("logprobs", False), scenario.get("preempt", {}))
+    driver = Driver(engine, scenario)
     said, states = {}, {}
     for i, name in enumerate(scenario["rounds"]):
         said[f"{i}-{name}"] = getattr(driver, name)()
