@@ -36,7 +36,7 @@ CACHE = Path(os.environ.get("PACKINFER_ENVS", HERE.parent / ".envs")) / "smollm2
 CHAT_TEMPLATE = "chatml"  # SmolLM2's, by its name in SGLang's frontend
 ON_GPU = torch.cuda.is_available()
 ANSWER_TOKENS = 24
-SPEED_TOKENS, STREAM_INTERVAL, ROUNDS, TWICE = 25, 8, 3, 2
+SPEED_TOKENS, STREAM_INTERVAL, ROUNDS = 25, 8, 3
 
 console = Console(highlight=False)
 
@@ -219,7 +219,7 @@ def demo(keep: bool, undo: ExitStack) -> bool:
             raise ServerError(packed, "never told its state")
         table, counts = compare(first, second)
         console.print(table)
-        prompts = [answer["prompt"] for answer in first["answers"].values()] * TWICE
+        prompts = [answer["prompt"] for answer in first["answers"].values()]
         speeds = measure(servers, prompts, step)
     passed = report(counts, snapshots.best, active_states(packed.url)[0], speeds, len(prompts))
     if keep:
