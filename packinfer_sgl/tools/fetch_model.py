@@ -106,6 +106,7 @@ def convert(gguf: Path, path: Path) -> Path:
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as e:
         raise OSError(f"{path.parent} cannot be written to: {e}") from None
+    (path / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
     _write_json(path / "config.json", config)
     _write_tokenizer(known, path)
     return path
