@@ -117,7 +117,7 @@ def test_fp8_kv_runs_on_the_stock_backend(model, monkeypatch):
     for name in ("base_backend", "details", "reason"):
         monkeypatch.setattr(STATS, name, getattr(STATS, name))
     monkeypatch.setattr(STATS, "fallback_layers", {})
-    layer, pool, _ = layer_and_pools()
+    layer, pool, *_ = layer_and_pools()
     with_layer = torch.nn.Module()
     with_layer.attn = layer()
     stock = object()
@@ -125,7 +125,9 @@ def test_fp8_kv_runs_on_the_stock_backend(model, monkeypatch):
     runtime_context.publish(ServerArgs(model_path=model, attention_backend="packinfer"), role="scheduler")
     try:
         fp8 = pool(torch.float8_e4m3fn)
-        found = create_backend(runner(model=torch.nn.Sequential(with_layer), token_to_kv_pool=fp8))
+        found = create_backend(
+            runner(model=torch.nn.Sequential(with_layer), token_to_kv_pool=fp8, req_to_token_pool=None)
+        )
     finally:
         runtime_context.reset_context()
     state = STATS.as_dict()
