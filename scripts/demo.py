@@ -26,7 +26,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from packinfer_sgl.cli import CommandError, active_states
+from packinfer_sgl.tools.asking import CommandError, active_states
 from packinfer_sgl.tools.fetch_model import fetch_model
 from packinfer_sgl.tools.inspect_view import group_tree, ratio
 from packinfer_sgl.tools.tiny_model import write_tiny_model

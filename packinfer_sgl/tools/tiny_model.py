@@ -68,17 +68,8 @@ def write_tiny_model(
     shape = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "seed": seed}
     config = _config(tokenizer.get_vocab_size(), shape)
     path.mkdir(parents=True, exist_ok=True)
-    _write_json(path / "config.json", config)  # first: it marks the folder, so a write can be repeated
-    tokenizer.save(str(path / "tokenizer.json"))
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SPECIALS[0],
-        "eos_token": SPECIALS[1],
-        "model_max_length": MAX_POSITIONS,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    _write_json(path / "tokenizer_config.json", tokenizer_config)
+    write_json(path / "config.json", config)  # first: it marks the folder, so a write can be repeated
+    write_tokenizer(path, tokenizer, bos=SPECIALS[0], eos=SPECIALS[1], positions=MAX_POSITIONS, template=CHAT_TEMPLATE)
     save_file(_weights(config, said, seed), path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -171,5 +162,19 @@ def _weights(config: dict, said: list[int], seed: int) -> dict[str, np.ndarray]:
     return weights | {"lm_head.weight": lm_head}
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_tokenizer(path: Path, tokenizer: Tokenizer, *, bos: str, eos: str, positions: int, template: str) -> None:
+    """A tokenizer's files in the folder ``path``, as transformers reads them; ``template``: of chats."""
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "model_max_length": positions,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": template,
+    }
+    write_json(path / "tokenizer_config.json", config)
+
+
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")

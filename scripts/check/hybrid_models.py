@@ -6,7 +6,7 @@ import numpy as np
 
 Weights = dict[str, np.ndarray]
 HIDDEN, MIDDLE, EXPERTS = 512, 128, 4
-SHARP = 1.9  # gain of queries and keys: attention is not flat
+SHARP = 1.9  # gain of queries and keys, as of the tiny Llama's projections: attention is not flat
 QUIET = 0.5  # gain of all that is not attention, so that attention decides the text
 
 

@@ -14,15 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from check.hybrid_models import nemotron_h, qwen3_next
+from check.hybrid_models import SHARP, Weights, nemotron_h, qwen3_next
 from check.qwen2_vl import write_qwen2_vl
 from safetensors.numpy import load_file, save_file
 
 from packinfer_sgl.tools.tiny_model import write_tiny_model
 
-Weights = dict[str, np.ndarray]
 WINDOW = 128  # tokens; the prompts of the checks are longer
-SHARP = 1.9  # gain of normed queries and keys, as of the tiny Llama's projections
 
 
 def write_model(kind: str, folder: Path) -> Path:

@@ -26,10 +26,9 @@ from check.areas import ROUNDS
 from check.compare import Ran
 from check.judge import Judge, Row, account, report
 from check.models import write_model
-from check.rounds import TOKENS, Talk
+from check.rounds import Talk
 from check.runs import last_error
 from check.scenarios import FA3, OURS, RECENT, Check, Scenario
-from drive import greedy
 from lib.answers import NEAR_TIE
 from lib.servers import Router, Server, ServerError, free_port, stop_all, undone_at_end
 from rich.console import Console
@@ -72,9 +71,8 @@ class Pair:
 class PairTalk(Talk):
     """A pair is asked over HTTP."""
 
-    def outs(self, prompts: list[list[int]], params: dict[str, Any] | None = None, **more: Any) -> Any:
-        asked = {"sampling_params": {**greedy(TOKENS), **(params or {})}, **self.asked, **more}
-        return self.engine.generate(prompts, **asked)
+    def _send(self, fields: dict[str, Any]) -> Any:
+        return self.engine.generate(**fields)
 
 
 def flags_of(engine: dict[str, Any]) -> Iterator[str]:

@@ -25,9 +25,13 @@ class Talk:
     def outs(self, prompts: list[list[int]], params: dict[str, Any] | None = None, **more: Any) -> Any:
         """SGLang's outputs of TOKENS greedy tokens, or as the sampling parameters ``params`` say; ``more`` are fields
         of SGLang's request, of which ``engine.generate`` does not take all."""
+        return self._send(
+            {"input_ids": prompts, "sampling_params": {**greedy(TOKENS), **(params or {})}, **self.asked, **more}
+        )
+
+    def _send(self, fields: dict[str, Any]) -> Any:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        fields = {"input_ids": prompts, "sampling_params": {**greedy(TOKENS), **(params or {})}, **self.asked, **more}
         request = self.engine.tokenizer_manager.generate_request(GenerateReqInput(**fields), None)
         return self.engine.loop.run_until_complete(anext(request))
 

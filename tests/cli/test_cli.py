@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -14,29 +12,17 @@ KEY = "secret"
 
 
 @pytest.fixture
-def serve():
+def serve(http_server):
     """Starts a server that answers GET /server_info with one text and status; gives its URL."""
-    servers = []
 
     def start(status: int, text: str, key: str | None = None) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                welcome = key is None or self.headers.get("Authorization") == f"Bearer {key}"
-                self.send_response(status if welcome and self.path == "/server_info" else 401)
-                self.end_headers()
-                self.wfile.write(text.encode())
+        def answer(path, headers):
+            welcome = key is None or headers.get("Authorization") == f"Bearer {key}"
+            return status if welcome and path == "/server_info" else 401, text
 
-            def log_message(self, *args):
-                pass
+        return http_server(answer)
 
-        servers.append(HTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 STARTED = {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from hypothesis import given
@@ -33,34 +31,22 @@ class Clock:
 
 
 @pytest.fixture
-def serve(monkeypatch):
+def serve(http_server, monkeypatch):
     """Starts a server with ``info`` and, one after the other, the texts ``metrics``; gives its URL."""
     monkeypatch.setattr(estimate_server, "time", Clock())
-    servers = []
 
     def start(info: dict | list, *metrics: str | None) -> str:
         texts = list(metrics)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                text = json.dumps(info)
-                if self.path == "/metrics":
-                    text = texts.pop(0) if len(texts) > 1 else texts[0]
-                self.send_response(404 if text is None else 200)
-                self.end_headers()
-                self.wfile.write((text or "").encode())
+        def answer(path, headers):
+            text = json.dumps(info)
+            if path == "/metrics":
+                text = texts.pop(0) if len(texts) > 1 else texts[0]
+            return 404 if text is None else 200, text or ""
 
-            def log_message(self, *args):
-                pass
+        return http_server(answer)
 
-        servers.append(HTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 def metrics(running: int, logical: int, slots: int, decoded: int = 0, tp=0, pp=0, priority="") -> str:
