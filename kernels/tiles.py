@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,8 @@ class Tile:
         rows: query rows, that is tokens times query heads of a KV head.
         tokens: KV tokens of a block.
         stages: blocks in flight.
+        raw_stages: for FP8 KV: blocks (of the extend kernel: K or V of a block) whose bytes are in flight, besides the
+            ``stages`` that are converted; 0 for KV that is multiplied as it is, and for the Triton kernel.
         warps: of a CTA of the Triton kernel; 0 where that never runs the class.
         registers: ``maxnreg``, low enough for CTAs of both tile classes to be co-resident. Of the Hopper kernels: the
             mean of all threads.
@@ -39,6 +41,7 @@ class Tile:
     warps: int
     registers: int
     producer_registers: int = 0
+    raw_stages: int = 0
     resident: int
     programs: int
     shares: int = 0
@@ -80,15 +83,35 @@ _EXTEND = Tile(
 EXTEND_TILES = {64: (_EXTEND,), 128: (_EXTEND,)}
 
 
-def tiles_for(head_dim: int, device: torch.device, extend: bool = False) -> tuple[Tile, ...]:
+# The same for FP8 KV. Unmeasured: chosen by what the compiler says of registers and spills.
+_LARGE_FP8 = replace(_LARGE, stages=2, raw_stages=3)
+FP8_TILES = {
+    64: (_LARGE_FP8, TILES[64][1]),
+    128: (_LARGE_FP8, replace(TILES[128][1], registers=128)),
+    256: TILES[256],
+}
+_EXTEND_FP8 = replace(_EXTEND, producer_registers=104, raw_stages=1)
+FP8_EXTEND_TILES = {64: (_EXTEND_FP8,), 128: (_EXTEND_FP8,)}
+
+
+def tiles_for(head_dim: int, device: torch.device, extend: bool = False, *, kv_bytes: int = 2) -> tuple[Tile, ...]:
     """The tile classes for a head dimension; raises ValueError for one that the kernels do not know.
 
     Args:
         extend: whether plans have run B, and no custom mask.
+        kv_bytes: of an element of KV: 1 for FP8.
     """
     if head_dim not in TILES:
         raise ValueError(f"packed attention knows head dimensions {sorted(TILES)}, not {head_dim}")
-    return EXTEND_TILES[head_dim] if extend and head_dim in EXTEND_TILES and is_hopper(device) else TILES[head_dim]
+    decode_tiles, extend_tiles = (FP8_TILES, FP8_EXTEND_TILES) if kv_bytes == 1 else (TILES, EXTEND_TILES)
+    if extend and head_dim in extend_tiles and is_hopper(device):
+        return extend_tiles[head_dim]
+    return decode_tiles[head_dim]
+
+
+def shape_tiles(shape: AttentionShape, device: torch.device, extend: bool = False) -> tuple[Tile, ...]:
+    """``tiles_for`` a layer of this shape."""
+    return tiles_for(shape.head_dim, device, extend, kv_bytes=shape.kv_bytes)
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -109,10 +132,8 @@ def device_profile(device: torch.device) -> DeviceProfile:
 
 
 def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False) -> TilePolicy:
-    """How a plan for these kernels is cut on ``device``, for ``tiles_for(shape.head_dim, device, extend)``."""
-    return policy_of(
-        shape, tiles_for(shape.head_dim, device, extend), multiprocessors(device), device_profile(device)
-    )  # fmt: skip
+    """How a plan for these kernels is cut on ``device``, for the tiles of ``shape_tiles``."""
+    return policy_of(shape, shape_tiles(shape, device, extend), multiprocessors(device), device_profile(device))
 
 
 def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int, profile: DeviceProfile = H200) -> TilePolicy:

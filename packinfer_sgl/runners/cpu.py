@@ -82,6 +82,7 @@ class CpuRunner:
         *,
         sm_scale: float,
         logits_soft_cap: float,
+        v_scale: float = 1.0,
         mask: MaskRows | None = None,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +90,7 @@ class CpuRunner:
             out = torch.empty_like(q) if out is None else out
             return out.zero_(), torch.full(q.shape[:2], -math.inf)
         out, lse2 = self._packed.run(
-            q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, mask=mask, out=out
+            q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale, mask=mask, out=out
         )  # fmt: skip
         out[len(self._packed.plan.merge_indptr) - 1 :] = 0  # padding
         return out, lse2

@@ -49,6 +49,7 @@ class Case:
     req_to_token: torch.Tensor
     pool_rows: torch.Tensor
     soft_cap: float
+    v_scale: float
 
     @property
     def sm_scale(self) -> float:
@@ -70,6 +71,8 @@ def random_case(
     shares: int = 0,
     room_tokens: int = 8,
     soft_cap: float = 0.0,
+    kv_dtype: torch.dtype | None = None,
+    v_scale: float = 1.0,
     new: list[int] | None = None,
     window_left: int = -1,
     max_inline_tail_tokens: int = 0,
@@ -80,6 +83,7 @@ def random_case(
     All KV that no row holds is NaN. Slots are scattered, page by page. With ``shares`` rows that share nothing are
     divided among so many programs. With ``new`` the batch is an extend: each row's last so many tokens are queries,
     which see no later token, and none that lies more than ``window_left`` (if that is not -1) before their own.
+    ``kv_dtype``: that of the queries, if not another. Values count times ``v_scale``.
     """
     rng = np.random.default_rng(seed)
     n = len(tails)
@@ -116,7 +120,8 @@ def random_case(
         see_from = np.maximum(position - window_left, 0) if window_left >= 0 else np.zeros_like(position)
         visible = see_from, position + 1
     q = torch.randn(sum(q_lens), kv_heads * group, head_dim, generator=generator)
-    tiles = tiles or tiles_for(head_dim, torch.device(device), new is not None)
+    kv_dtype = kv_dtype or dtype
+    tiles = tiles or tiles_for(head_dim, torch.device(device), new is not None, kv_bytes=kv_dtype.itemsize)
     tile_queries = tuple(max(1, tile.rows // group) for tile in tiles)
     if shares:  # an item costs as much as a token besides its own, so nearly any cut pays
         timings = [SplitTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]
@@ -128,7 +133,7 @@ def random_case(
     plan = make_plan(
         tree, lens, policy, kv_tokens_unique=total, qo_indptr=qo_indptr, visible=visible, room_tokens=room_tokens
     )
-    k, v = kv.to(device, dtype)
+    k, v = kv.to(device, kv_dtype)
     if page_size > 1:
         k, v = (x.view(pages, page_size, kv_heads, head_dim) for x in (k, v))
     return Case(
@@ -144,13 +149,15 @@ def random_case(
         req_to_token=torch.from_numpy(table).to(device),
         pool_rows=torch.from_numpy(pool_row).long().to(device),
         soft_cap=soft_cap,
+        v_scale=v_scale,
     )
 
 
 def brute_force(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse2, in float64 on the CPU, row by row."""
     kv_heads, head_dim = case.k.shape[-2:]
-    k, v = (x.reshape(-1, kv_heads, head_dim).double().cpu() for x in (case.k, case.v))
+    k, v = (x.float().reshape(-1, kv_heads, head_dim).double().cpu() for x in (case.k, case.v))
+    v = v * case.v_scale
     q = case.q.double().cpu()
     group = q.shape[1] // kv_heads
     outs, lses, first = [], [], 0
@@ -195,7 +202,7 @@ def run_packed(case: Case, out: torch.Tensor | None = None) -> tuple[torch.Tenso
     page_size = case.k.shape[1] if case.k.dim() == 4 else 1
     packed.run(
         case.q, case.k, case.v, case.kv_lens,
-        sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap, page_size=page_size,
+        sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap, v_scale=case.v_scale, page_size=page_size,
         windowed=case.visible is not None, out=out, lse2=lse2,
     )  # fmt: skip
     return out, lse2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -16,10 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from packinfer_sgl.kernels.copy_slots import SlotCopier
-from packinfer_sgl.kernels.tiles import EXTEND_TILES
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, FP8_EXTEND_TILES
 from packinfer_sgl.planning.fitting import Capacity
 
 DTYPE = {64: torch.float16, 128: torch.bfloat16, 256: torch.bfloat16}
+FP8 = torch.float8_e4m3fn
 
 
 class Hopper:
@@ -60,12 +62,12 @@ def main() -> None:
             print(json.dumps({"kernel": kernel.metadata.name, **what, **use}), flush=True)
 
     JITFunction.run = compile_only
-    for head_dim, dtype in DTYPE.items():
-        extend = EXTEND_TILES.get(head_dim)
+    for (head_dim, dtype), kv_dtype in itertools.product(DTYPE.items(), (None, FP8)):
+        extend = (EXTEND_TILES if kv_dtype is None else FP8_EXTEND_TILES).get(head_dim)
         for rows, new, tiles in ((3, None, None), (40, None, None), (3, [5] * 3, extend), (3, [5] * 3, None)):
             windowed = new is not None
-            what = {"head_dim": head_dim, "windowed": windowed}
-            shape = {"head_dim": head_dim, "dtype": dtype, "tiles": tiles}
+            what = {"head_dim": head_dim, "fp8": kv_dtype is FP8, "windowed": windowed}
+            shape = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype, "tiles": tiles}
             case = random_case(0, shared=[40] * (rows - 1), tails=[5] * rows, new=new, **shape)
             packed = make_packed(case, Capacity.of(case.plan))
             packed._pdl = packed._is_hopper = True
@@ -76,10 +78,10 @@ def main() -> None:
             if tiles is not None:
                 out = torch.empty_like(case.q, dtype=torch.float32)
                 packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed, out=out)
-        what = {"head_dim": head_dim, "windowed": True}
+        what["windowed"] = True
         mask = torch.ones(40, dtype=torch.bool), torch.zeros(len(case.q), dtype=torch.int64)
         packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=True, mask=mask)
-        what = {"head_dim": head_dim, "windowed": False}
+        what["windowed"] = False
         SlotCopier([case.k, case.v]).copy(case.req_to_token[0, :5], 7)
 
 

@@ -27,5 +27,14 @@ def test_every_kernel_compiles_for_hopper() -> None:
     # the tuned ones keep everything in registers, but for a number of the thread that masked blocks read
     extend = [kernel for kernel in found if kernel["kernel"] == "packed_attention_extend_kernel"]
     tuned = [kernel for kernel in found if kernel["head_dim"] < 256 and not kernel["windowed"]] + extend
-    assert len(tuned) >= 10 and {kernel["head_dim"] for kernel in extend} == {64, 128}
-    assert [kernel for kernel in tuned if kernel["stack_bytes"] > (8 if kernel in extend else 0)] == []
+    assert len(tuned) >= 20 and {(kernel["head_dim"], kernel["fp8"]) for kernel in extend} == {
+        (64, False), (128, False), (64, True), (128, True)
+    }  # fmt: skip
+    assert [kernel for kernel in tuned if kernel["stack_bytes"] > allowed_stack(kernel)] == []
+
+
+def allowed_stack(kernel: dict) -> int:
+    if kernel["kernel"] == "packed_attention_extend_kernel":
+        return 0 if kernel["fp8"] else 8
+    # values of 8 bits are read from shared memory byte by byte: at 128 registers Triton 3.6 spills six of them
+    return 24 if kernel["kernel"] == "packed_attention_kernel" and kernel["fp8"] else 0
