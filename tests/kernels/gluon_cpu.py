@@ -135,7 +135,8 @@ class Machine:
         gl = SimpleNamespace(
             **elementwise, constexpr=lambda x: x, static_range=range, int32=np.int32, int64=np.int64,
             uint32=np.uint32, float16=np.float16, float32=np.float32, BlockedLayout=layout, SliceLayout=layout,
-            DotOperandLayout=layout, NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SwizzledSharedLayout=layout,
+            DotOperandLayout=layout, NVMMADistributedLayout=layout, NVMMASharedLayout=layout,
+            SwizzledSharedLayout=layout,
             arange=lambda start, end, layout=None: tensor(np.arange(start, end, dtype=np.int32)),
             zeros=lambda shape, dtype, layout=None: tensor(np.zeros(shape, dtype)),
             full=lambda shape, value, dtype, layout=None: tensor(np.full(shape, value, dtype)),
