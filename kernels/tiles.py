@@ -83,6 +83,7 @@ _EXTEND = Tile(
 EXTEND_TILES = {64: (_EXTEND,), 128: (_EXTEND,)}
 
 
+FP8_CAPABILITY = (8, 9)  # of a GPU whose FP8 Triton converts
 # The same for FP8 KV. Unmeasured: chosen by what the compiler says of registers and spills.
 _LARGE_FP8 = replace(_LARGE, stages=2, raw_stages=3)
 FP8_TILES = {
