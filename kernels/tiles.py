@@ -89,8 +89,14 @@ _LARGE_FP8 = replace(_LARGE, stages=2, raw_stages=3)
 FP8_TILES = {
     64: (_LARGE_FP8, TILES[64][1]),
     128: (_LARGE_FP8, replace(TILES[128][1], registers=128)),
-    256: TILES[256],
-}
+    256: (
+        Tile(
+            kernel="hopper_decode", rows=64, tokens=32, stages=2, warps=4, registers=160, producer_registers=64,
+            raw_stages=3, resident=1, programs=1,
+        ),
+        Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=255, resident=2, programs=4, shares=2),
+    ),
+}  # fmt: skip
 _EXTEND_FP8 = replace(_EXTEND, producer_registers=104, raw_stages=1)
 FP8_EXTEND_TILES = {64: (_EXTEND_FP8,), 128: (_EXTEND_FP8,)}
 
