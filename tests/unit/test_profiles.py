@@ -241,4 +241,6 @@ def test_where_times_are_known(
     layer = SimpleNamespace(head_dim=head_dim, logit_cap=logit_cap)
     for profile, known in ((H200, measured), (profile_for("NVIDIA X1"), False)):
         monkeypatch.setattr(layers, "device_profile", lambda device, profile=profile: profile)
-        assert layers.is_measured(layer, torch.device("cuda")) is known  # type: ignore[arg-type]
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            pool, known_of_it = SimpleNamespace(dtype=dtype), known and dtype == torch.bfloat16
+            assert layers.is_measured(layer, pool, torch.device("cuda")) is known_of_it  # type: ignore[arg-type]
