@@ -150,11 +150,12 @@ def _load_q(args, q_off, q_cnt, kv_head, GROUP: gl.constexpr, HEAD_DIM: gl.const
 @gluon.jit
 def _store_results(
     args, acc, top, total, q_off, q_cnt, split, kv_head,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, o_layout: gl.constexpr,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, FIRST_D: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """The same rows' results ([ROWS, HEAD_DIM], [ROWS], [ROWS]): to the output, or to the item's partial results."""
+    """The same rows' results ([ROWS, columns from FIRST_D on], [ROWS], [ROWS]): to the output, or to the item's partial
+    results."""
     row = gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout))
+    d = FIRST_D + gl.arange(0, acc.shape[1], gl.SliceLayout(0, o_layout))
     live = row // GROUP < q_cnt
     head = kv_head * GROUP + row % GROUP
     query = gl.load(args.query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)
@@ -166,21 +167,24 @@ def _store_results(
     out_row = query * args.stride_out_token + head.to(gl.int64) * args.stride_out_head
     out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0)
     gl.store(args.out_ptr + out_offset, result.to(args.out_ptr.dtype.element_ty), mask=gl.expand_dims(direct, 1))
-    gl.store(args.lse2_ptr + query * args.n_heads + head, lse2, mask=direct)
+    if FIRST_D == 0:
+        gl.store(args.lse2_ptr + query * args.n_heads + head, lse2, mask=direct)
     part_row = (part + split).to(gl.int64) * args.n_heads + head
     part_offset = gl.expand_dims(part_row * HEAD_DIM, 1) + gl.expand_dims(d, 0)
     gl.store(args.part_out_ptr + part_offset, result, mask=gl.expand_dims(partial, 1))
-    gl.store(args.part_lse2_ptr + part_row, lse2, mask=partial)
+    if FIRST_D == 0:
+        gl.store(args.part_lse2_ptr + part_row, lse2, mask=partial)
 
 
 @gluon.jit
 def _consume(
     args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SOFT_CAP: gl.constexpr,
+    SOFT_CAP: gl.constexpr, OUT_PARTS: gl.constexpr,
 ):  # fmt: skip
     """The consumer warpgroup: online softmax over the blocks in the ring, and the results."""
+    WIDTH: gl.constexpr = HEAD_DIM // OUT_PARTS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = args.q_ptr.dtype.element_ty
@@ -194,7 +198,9 @@ def _consume(
         split = gl.load(item_ptr + SPLIT)
         _load_q(args, q_off, q_cnt, kv_head, GROUP, HEAD_DIM)
 
-        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
+        acc = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
+        if OUT_PARTS == 2:
+            right = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
         top = gl.full([ROWS], -float("inf"), gl.float32, o_rows)
         total = gl.zeros([ROWS], gl.float32, o_rows)
         for j in range(0, a_len, BLOCK_N):
@@ -218,16 +224,26 @@ def _consume(
             keep = gl.exp2(top - new_top)
             total = total * keep + gl.convert_layout(gl.sum(p, 1), o_rows)
             acc = acc * gl.expand_dims(keep, 1)
+            if OUT_PARTS == 2:
+                right = right * gl.expand_dims(keep, 1)
             top = new_top
             p_operand = gl.convert_layout(p.to(dtype), p_layout)
             mbarrier.wait(pipe.v_full.index(stage), phase)
             fence_async_shared()
-            acc = warpgroup_mma(p_operand, pipe.v_stages.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])  # [ROWS, HEAD_DIM]
+            v = pipe.v_stages.index(stage)  # [BLOCK_N, HEAD_DIM]
+            if OUT_PARTS == 2:
+                acc = warpgroup_mma(p_operand, v.slice(0, WIDTH, dim=1), acc, is_async=True)
+                right = warpgroup_mma(p_operand, v.slice(WIDTH, WIDTH, dim=1), right, is_async=True)
+                acc, right = warpgroup_mma_wait(0, deps=[acc, right])
+            else:
+                acc = warpgroup_mma(p_operand, v, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])  # [ROWS, HEAD_DIM]
             mbarrier.arrive(pipe.kv_empty.index(stage), count=1)
             n += 1
 
-        _store_results(args, acc, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, o_layout)
+        _store_results(args, acc, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, 0, o_layout)
+        if OUT_PARTS == 2:
+            _store_results(args, right, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, WIDTH, o_layout)
 
 
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
@@ -236,9 +252,12 @@ def packed_attention_hopper_kernel(
     query_rows_ptr, partial_rows_ptr, stride_q_token, stride_q_head, stride_out_token, stride_out_head, stride_page,
     stride_slot, stride_kv_head, scale2, cap2, first_count, last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, OUT_PARTS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 64, for items without run B that do not grow.
+
+    With OUT_PARTS 2 values are multiplied by halves of HEAD_DIM: a product of 256 columns wants more registers than
+    CTAs of the other tile class leave.
 
     A thread of the producer gets PRODUCER_REGISTERS, one of the consumer what ``maxnreg`` leaves.
     """
@@ -272,7 +291,7 @@ def packed_attention_hopper_kernel(
         )  # fmt: skip
         gl.warp_specialize(
             [
-                (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
+                (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, OUT_PARTS)),
                 (_produce, (producer, pipe, HEAD_DIM, BLOCK_N, PAGE, STAGES)),
             ],
             [4],

@@ -51,7 +51,6 @@ from packinfer_sgl.kernels.hopper_extend_consumer import ConsumerArgs, consume
 from packinfer_sgl.kernels.hopper_extend_pipeline import (
     CONSUMERS,
     EMPTY_ARRIVALS,
-    Q_STAGES,
     STAGGER_ARRIVALS,
     WORK_COLS,
     WORK_FULL_ARRIVALS,
@@ -66,7 +65,7 @@ def packed_attention_extend_kernel(
     query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, stride_q_token, stride_q_head, stride_out_token,
     stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, first_count, last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that do not grow and that none follows.
 
@@ -123,9 +122,9 @@ def packed_attention_extend_kernel(
         )  # fmt: skip
         gl.warp_specialize(
             [
-                (consume, (0, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
-                (consume, (1, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
-                (produce, (producer, pipe, GROUP, HEAD_DIM, BLOCK_N, PAGE, STAGES)),
+                (consume, (0, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP)),
+                (consume, (1, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP)),
+                (produce, (producer, pipe, GROUP, HEAD_DIM, BLOCK_N, PAGE, STAGES, Q_STAGES)),
             ],
             [4, 4],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -261,13 +261,14 @@ class PackedCuda:
             }  # fmt: skip
             if tile.kernel == "hopper_extend":
                 packed_attention_extend_kernel[grid](
-                    **arguments, **windows, **launch, CONSUMER_REGISTERS=tile.consumer_registers,
-                    PRODUCER_REGISTERS=tile.producer_registers, num_warps=4, maxnreg=tile.registers,
+                    **arguments, **windows, **launch, Q_STAGES=tile.q_stages,
+                    CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
+                    num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             elif tile.kernel == "hopper_decode" and self._is_hopper and not windowed and mask is None:
                 packed_attention_hopper_kernel[grid](
-                    **arguments, **launch, PRODUCER_REGISTERS=tile.producer_registers, num_warps=4,
-                    maxnreg=tile.registers,
+                    **arguments, **launch, OUT_PARTS=tile.out_parts, PRODUCER_REGISTERS=tile.producer_registers,
+                    num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             else:
                 packed_attention_kernel[grid](

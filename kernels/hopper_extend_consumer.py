@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from packinfer_sgl.kernels.columns import A_LEN, B_LEN, Q_CNT, Q_OFF, SPLIT
 from packinfer_sgl.kernels.hopper_common import ROWS, full_phase, row_layout, soft_capped
-from packinfer_sgl.kernels.hopper_extend_pipeline import CONSUMERS, Q_STAGES, W, n_blocks, read_work_tile
+from packinfer_sgl.kernels.hopper_extend_pipeline import CONSUMERS, W, n_blocks, read_work_tile
 
 
 class ConsumerArgs(NamedTuple):
@@ -121,7 +121,7 @@ def _store_results(
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, SOFT_CAP: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over the KV blocks for ROWS rows of each tile, the first for WHICH 0, and their results."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,8 @@ class Tile:
         rows: query rows, that is tokens times query heads of a KV head.
         tokens: KV tokens of a block.
         stages: blocks in flight.
+        q_stages: of the extend kernel, queries of so many items: with two those of the next come early.
+        out_parts: of the Hopper decode kernel, into which the columns of an output are divided: 1 or 2.
         warps: of a CTA of the Triton kernel; 0 where that never runs the class.
         registers: ``maxnreg``, low enough for CTAs of both tile classes to be co-resident. Of the Hopper kernels: the
             mean of all threads.
@@ -36,6 +38,8 @@ class Tile:
     rows: int
     tokens: int
     stages: int
+    q_stages: int = 2
+    out_parts: int = 1
     warps: int
     registers: int
     producer_registers: int = 0
@@ -68,8 +72,11 @@ TILES = {
         Tile(kernel="triton", rows=16, tokens=32, stages=3, warps=4, registers=96, resident=4, programs=8, shares=5),
     ),
     256: (
-        Tile(kernel="triton", rows=64, tokens=32, stages=2, warps=4, registers=255, resident=1, programs=1),
-        Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=255, resident=2, programs=4, shares=2),
+        Tile(
+            kernel="hopper_decode", rows=64, tokens=32, stages=3, out_parts=2, warps=4, registers=128,
+            producer_registers=64, resident=1, programs=1,
+        ),
+        Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=168, resident=3, programs=6, shares=3),
     ),
 }  # fmt: skip
 # Of plans with run B on Hopper. Unmeasured at head_dim 64.
@@ -77,7 +84,7 @@ _EXTEND = Tile(
     kernel="hopper_extend", rows=128, tokens=128, stages=2, warps=0, registers=168, producer_registers=56,
     resident=1, programs=1,
 )  # fmt: skip
-EXTEND_TILES = {64: (_EXTEND,), 128: (_EXTEND,)}
+EXTEND_TILES = {64: (_EXTEND,), 128: (_EXTEND,), 256: (replace(_EXTEND, tokens=64, q_stages=1),)}
 
 
 def tiles_for(head_dim: int, device: torch.device, extend: bool = False) -> tuple[Tile, ...]:

@@ -33,8 +33,9 @@ import flashinfer
 import torch
 import triton
 from bench.kernel_baselines import Method, baselines
+from bench.kernel_inputs import Inputs
 from bench.kernel_report import floor, show, write
-from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload, workloads
+from bench.kernel_workloads import Workload, tree_workload, workloads
 from rich.console import Console
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
@@ -50,7 +51,7 @@ def ours(x: Inputs) -> tuple[Method, dict]:
     work = x.work
     device = torch.device(x.device)
     windowed = work.kind != "decode"
-    tiles, sms = tiles_for(HEAD_DIM, device, windowed), multiprocessors(device)
+    tiles, sms = tiles_for(work.head_dim, device, windowed), multiprocessors(device)
     profile = device_profile(device)
     started = time.perf_counter()
     if windowed:
@@ -60,7 +61,7 @@ def ours(x: Inputs) -> tuple[Method, dict]:
     plan_us = (time.perf_counter() - started) * 1e6
     packed = PackedCuda(
         Capacity.of(plan), tiles, qo_heads=work.qo_heads, kv_heads=work.kv_heads,
-        head_dim=HEAD_DIM, device=device,
+        head_dim=work.head_dim, device=device,
     )  # fmt: skip
     packed.load(plan)
     packed.snapshot(x.table(1), torch.arange(len(x.rows), device=device))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from bench.kernel_workloads import HEAD_DIM, Inputs
+from bench.kernel_inputs import Inputs
 
 # call(copy), and the output of each copy: a tensor, or several that follow each other
 Method = tuple[Callable[[int], object], list]
@@ -74,7 +74,9 @@ def flashinfer_decode(x: Inputs, page_size: int) -> Method:
 
     work = x.work
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(x), "NHD", use_tensor_cores=True)
-    wrapper.plan(*x.paged(page_size), work.qo_heads, work.kv_heads, HEAD_DIM, page_size, sm_scale=x.sm_scale, **DTYPES)
+    wrapper.plan(
+        *x.paged(page_size), work.qo_heads, work.kv_heads, work.head_dim, page_size, sm_scale=x.sm_scale, **DTYPES
+    )
     outs = [torch.empty_like(q) for q in x.q]
     return (lambda i: wrapper.run(x.q[i], x.caches(i, page_size), out=outs[i])), outs
 
@@ -85,7 +87,7 @@ def flashinfer_prefill(x: Inputs, page_size: int, backend: str) -> Method:
     work = x.work
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(x), "NHD", backend=backend)
     wrapper.plan(
-        x.i32(work.qo_indptr), *x.paged(page_size), work.qo_heads, work.kv_heads, HEAD_DIM, page_size,
+        x.i32(work.qo_indptr), *x.paged(page_size), work.qo_heads, work.kv_heads, work.head_dim, page_size,
         causal=True, sm_scale=x.sm_scale, **DTYPES,
     )  # fmt: skip
     outs = [torch.empty_like(q) for q in x.q]
@@ -100,8 +102,8 @@ def flashinfer_batch_attention(x: Inputs, page_size: int) -> Method:
     indptr, indices, _ = x.paged(page_size)
     wrapper = flashinfer.BatchAttention("NHD", x.device)
     wrapper.plan(
-        x.i32(work.qo_indptr), indptr, indices, x.i32(work.kv_lens), work.qo_heads, work.kv_heads, HEAD_DIM, HEAD_DIM,
-        page_size, causal=True, sm_scale=x.sm_scale, **DTYPES,
+        x.i32(work.qo_indptr), indptr, indices, x.i32(work.kv_lens), work.qo_heads, work.kv_heads, work.head_dim,
+        work.head_dim, page_size, causal=True, sm_scale=x.sm_scale, **DTYPES,
     )  # fmt: skip
     outs = [torch.empty_like(q) for q in x.q]
     lse = torch.empty(x.q[0].shape[:2], dtype=torch.float32, device=x.device)
@@ -120,7 +122,7 @@ def flashinfer_pod(x: Inputs, page_size: int) -> Method:
     wrapper.plan(
         x.i32(work.qo_indptr[: n + 1]), *x.paged(page_size, rows[:n]),
         x.i32(work.qo_indptr[n:] - cut), *x.paged(page_size, rows[n:]),
-        work.qo_heads, work.kv_heads, HEAD_DIM, page_size, sm_scale=x.sm_scale, **DTYPES,
+        work.qo_heads, work.kv_heads, work.head_dim, page_size, sm_scale=x.sm_scale, **DTYPES,
     )  # fmt: skip
     outs: list = [None] * x.copies
 
@@ -149,7 +151,7 @@ def flashinfer_cascade(x: Inputs, page_size: int, backend: str) -> Method:
         level_wrapper._backend = backend
     wrapper.plan(
         [x.i32(np.cumsum([0, *queries])) for queries, _ in levels], *(list(t) for t in zip(*tables)),
-        work.qo_heads, work.kv_heads, HEAD_DIM, page_size,
+        work.qo_heads, work.kv_heads, work.head_dim, page_size,
         causal=True, sm_scale=x.sm_scale, **DTYPES,
     )  # fmt: skip
     outs: list = [None] * x.copies
@@ -166,7 +168,7 @@ def sglang_triton(x: Inputs, page_size: int) -> Method:
     work, n, splits = x.work, len(x.rows), 8
     indptr, indices, _ = x.paged(1)
     outs = [torch.empty_like(q) for q in x.q]
-    logits = torch.empty(n, work.qo_heads, splits, HEAD_DIM, dtype=torch.float32, device=x.device)
+    logits = torch.empty(n, work.qo_heads, splits, work.head_dim, dtype=torch.float32, device=x.device)
     lse = torch.empty(n, work.qo_heads, splits, dtype=torch.float32, device=x.device)
     kv_splits = torch.full((n,), splits, dtype=torch.int32, device=x.device)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -39,6 +40,11 @@ DECODE = (
         programs=1,
     ),
 )  # fmt: skip
+# at head_dim 256
+OTHERS = {
+    "extend": (dataclasses.replace(EXTEND[0], q_stages=1),),
+    "decode": (dataclasses.replace(DECODE[0], out_parts=2),),
+}
 HEAD_DIM = 16
 MODULES = {
     "extend": ("attention_hopper_extend", "hopper_extend_producer", "hopper_extend_consumer", "hopper_common"),
@@ -151,9 +157,12 @@ def test_pages_caps_and_groups(kind: str, more: dict[str, Any]) -> None:
     check(Launch(kind, BATCHES[kind], **more), 0)
 
 
+@pytest.mark.parametrize("tiles", ["as at 128", "as at 256"])
 @pytest.mark.parametrize("kind", BATCHES)
-def test_the_order_does_not_matter(kind: str) -> None:
-    launch, machine = Launch(kind, BATCHES[kind]), Machine()
+def test_the_order_does_not_matter(kind: str, tiles: str) -> None:
+    more = {"tiles": OTHERS[kind]} if tiles == "as at 256" else {}
+    launch, machine = Launch(kind, {**BATCHES[kind], **more}), Machine()
+    check(launch, 0)
     right = launch.run(machine, 0)
     for seed in range(1, 12):
         assert all(same_bits(a, b) for a, b in zip(launch.run(machine, seed), right, strict=True))

@@ -26,6 +26,10 @@ def test_every_kernel_compiles_for_hopper() -> None:
     assert [kernel for kernel in found if kernel["shared_bytes"] > SHARED_BYTES] == []
     # the tuned ones keep everything in registers, but for a number of the thread that masked blocks read
     extend = [kernel for kernel in found if kernel["kernel"] == "packed_attention_extend_kernel"]
-    tuned = [kernel for kernel in found if kernel["head_dim"] < 256 and not kernel["windowed"]] + extend
-    assert len(tuned) >= 10 and {kernel["head_dim"] for kernel in extend} == {64, 128}
-    assert [kernel for kernel in tuned if kernel["stack_bytes"] > (8 if kernel in extend else 0)] == []
+    tuned = [kernel for kernel in found if not kernel["windowed"]] + extend
+    assert len(tuned) >= 12 and {kernel["head_dim"] for kernel in extend} == {64, 128, 256}
+    # at 256 a few offsets more of the producer's; fewer registers for the consumers spill theirs
+    most = {256: 48, 128: 8, 64: 8}
+    assert [
+        kernel for kernel in tuned if kernel["stack_bytes"] > (most[kernel["head_dim"]] if kernel in extend else 0)
+    ] == []
