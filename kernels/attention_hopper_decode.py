@@ -8,7 +8,8 @@ on the same SM and read their KV meanwhile.
 Map, for head_dim 128, BLOCK_N 64, STAGES 3 (``tiles.TILES``):
 
     CTA         8 warps.  WG0 consumer: 64 query rows.  WG1 producer: cp.async.
-    registers   maxnreg 96 x 256 threads = 24,576 = 64 x 128 (producer) + 128 x 128 (consumer)
+    registers   maxnreg 112 x 256 threads = 28,672 = 64 x 128 (producer) + 160 x 128 (consumer); 36,864 are left, for
+                three CTAs of the small class
     smem        K 3 x 16 KiB | V 3 x 16 KiB | Q 16 KiB = 112 of 227 KiB, and 9 barriers
     scheduling  static: CTA i runs (item, KV head) pairs i, i + n_ctas, ...; both warpgroups count them alike
 
@@ -21,9 +22,10 @@ Map, for head_dim 128, BLOCK_N 64, STAGES 3 (``tiles.TILES``):
     Q needs no barrier: the consumer loads it itself, between two items.
 
     producer  |K0 V0|K1 V1|K2 V2|   K3 V3|   K4 V4| ...     up to STAGES blocks ahead, across items
-    consumer        |Q|QK0|softmax|PV0|QK1|softmax|PV1| ... |store|Q| ...
+    consumer        |Q|QK0|QK1    |PV0|QK2    |PV1| ... |store|Q| ...
+                          |softmax|   |softmax|             one block's beside the next block's product
 
-Taken for granted (``device_plan`` checks it): no run B, no item that grows or that another follows.
+Taken for granted (``device_plan`` checks it): no run B, no item that is empty, grows, or that another follows.
 """
 
 from __future__ import annotations
@@ -177,6 +179,36 @@ def _store_results(
 
 
 @gluon.jit
+def _begin_scores(args, pipe, n, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr):
+    """Begin the product of the queries with the keys of block ``n``."""
+    stage = n % STAGES
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+    mbarrier.wait(pipe.k_full.index(stage), full_phase(n, STAGES))
+    fence_async_shared()  # keys came by cp.async, the product reads them through the async proxy
+    k = pipe.k_stages.index(stage).permute((1, 0))  # [HEAD_DIM, BLOCK_N]
+    return warpgroup_mma(args.q_tile, k, zeros, use_acc=False, is_async=True)  # [ROWS, BLOCK_N]
+
+
+@gluon.jit
+def _softmax_block(
+    args, s, top, total, SOFT_CAP: gl.constexpr, s_layout: gl.constexpr, o_rows: gl.constexpr
+):  # fmt: skip
+    """Online softmax: the weights of a block, the new ``top`` and ``total``, and the factor of all before the block."""
+    new_top = gl.maximum(top, gl.convert_layout(gl.max(s, 1), o_rows) * (1.0 if SOFT_CAP else args.scale2))  # [ROWS]
+    shift = gl.expand_dims(gl.convert_layout(new_top, gl.SliceLayout(1, s_layout)), 1)
+    p = gl.exp2(s - shift if SOFT_CAP else s * args.scale2 - shift)  # [ROWS, BLOCK_N]
+    keep = gl.exp2(top - new_top)
+    return p, new_top, total * keep + gl.convert_layout(gl.sum(p, 1), o_rows), keep
+
+
+@gluon.jit
+def _begin_values(pipe, n, p_operand, acc, STAGES: gl.constexpr, FIRST_D: gl.constexpr):
+    """Begin the product of the weights with the values of block ``n``, columns from FIRST_D on."""
+    v = pipe.v_stages.index(n % STAGES).slice(FIRST_D, acc.shape[1], dim=1)
+    return warpgroup_mma(p_operand, v, acc, is_async=True)
+
+
+@gluon.jit
 def _consume(
     args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     SOFT_CAP: gl.constexpr, OUT_PARTS: gl.constexpr,
@@ -203,43 +235,41 @@ def _consume(
             right = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
         top = gl.full([ROWS], -float("inf"), gl.float32, o_rows)
         total = gl.zeros([ROWS], gl.float32, o_rows)
-        for j in range(0, a_len, BLOCK_N):
-            stage = n % STAGES
-            phase = full_phase(n, STAGES)
-            zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-            mbarrier.wait(pipe.k_full.index(stage), phase)
-            fence_async_shared()  # keys came by cp.async, the product reads them through the async proxy
-            k = pipe.k_stages.index(stage).permute((1, 0))  # [HEAD_DIM, BLOCK_N]
-            s = warpgroup_mma(args.q_tile, k, zeros, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])  # [ROWS, BLOCK_N]
+        s = warpgroup_mma_wait(0, deps=[_begin_scores(args, pipe, n, BLOCK_N, STAGES, s_layout)])
+        for _ in range(BLOCK_N, a_len, BLOCK_N):  # all blocks but the last
+            next_s = _begin_scores(args, pipe, n + 1, BLOCK_N, STAGES, s_layout)
             if SOFT_CAP:
                 s = soft_capped(s, args.scale2, args.cap2)
-            if j + BLOCK_N > a_len:
-                pos = j + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-                s = gl.where(gl.expand_dims(pos < a_len, 0), s, -float("inf"))
-            s_top = gl.convert_layout(gl.max(s, 1), o_rows)
-            new_top = gl.maximum(top, s_top if SOFT_CAP else s_top * args.scale2)  # [ROWS]
-            shift = gl.expand_dims(gl.convert_layout(new_top, gl.SliceLayout(1, s_layout)), 1)
-            p = gl.exp2(s - shift if SOFT_CAP else s * args.scale2 - shift)  # [ROWS, BLOCK_N]
-            keep = gl.exp2(top - new_top)
-            total = total * keep + gl.convert_layout(gl.sum(p, 1), o_rows)
+            p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, s_layout, o_rows)
             acc = acc * gl.expand_dims(keep, 1)
-            if OUT_PARTS == 2:
-                right = right * gl.expand_dims(keep, 1)
-            top = new_top
             p_operand = gl.convert_layout(p.to(dtype), p_layout)
-            mbarrier.wait(pipe.v_full.index(stage), phase)
+            mbarrier.wait(pipe.v_full.index(n % STAGES), full_phase(n, STAGES))
             fence_async_shared()
-            v = pipe.v_stages.index(stage)  # [BLOCK_N, HEAD_DIM]
+            acc = _begin_values(pipe, n, p_operand, acc, STAGES, 0)
             if OUT_PARTS == 2:
-                acc = warpgroup_mma(p_operand, v.slice(0, WIDTH, dim=1), acc, is_async=True)
-                right = warpgroup_mma(p_operand, v.slice(WIDTH, WIDTH, dim=1), right, is_async=True)
-                acc, right = warpgroup_mma_wait(0, deps=[acc, right])
+                right = _begin_values(pipe, n, p_operand, right * gl.expand_dims(keep, 1), STAGES, WIDTH)
+                s, acc, right = warpgroup_mma_wait(0, deps=[next_s, acc, right])
             else:
-                acc = warpgroup_mma(p_operand, v, acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=[acc])  # [ROWS, HEAD_DIM]
-            mbarrier.arrive(pipe.kv_empty.index(stage), count=1)
+                s, acc = warpgroup_mma_wait(0, deps=[next_s, acc])
+            mbarrier.arrive(pipe.kv_empty.index(n % STAGES), count=1)
             n += 1
+        if SOFT_CAP:
+            s = soft_capped(s, args.scale2, args.cap2)
+        pos = (a_len - 1) // BLOCK_N * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+        s = gl.where(gl.expand_dims(pos < a_len, 0), s, -float("inf"))
+        p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, s_layout, o_rows)
+        acc = acc * gl.expand_dims(keep, 1)
+        p_operand = gl.convert_layout(p.to(dtype), p_layout)
+        mbarrier.wait(pipe.v_full.index(n % STAGES), full_phase(n, STAGES))
+        fence_async_shared()
+        acc = _begin_values(pipe, n, p_operand, acc, STAGES, 0)
+        if OUT_PARTS == 2:
+            right = _begin_values(pipe, n, p_operand, right * gl.expand_dims(keep, 1), STAGES, WIDTH)
+            acc, right = warpgroup_mma_wait(0, deps=[acc, right])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(pipe.kv_empty.index(n % STAGES), count=1)
+        n += 1
 
         _store_results(args, acc, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, 0, o_layout)
         if OUT_PARTS == 2:

@@ -55,7 +55,7 @@ class Tile:
 
 # Large tiles of decode plans, and of all plans where no Hopper kernel takes them.
 _LARGE = Tile(
-    kernel="hopper_decode", rows=64, tokens=64, stages=3, warps=4, registers=96, producer_registers=64,
+    kernel="hopper_decode", rows=64, tokens=64, stages=3, warps=4, registers=112, producer_registers=64,
     resident=1, programs=1,
 )  # fmt: skip
 # Largest class first. Those of head_dim 128 were measured with scripts/tune_kernels.py on an H200; 64 and 256 are
@@ -73,7 +73,7 @@ TILES = {
     ),
     256: (
         Tile(
-            kernel="hopper_decode", rows=64, tokens=32, stages=3, out_parts=2, warps=4, registers=128,
+            kernel="hopper_decode", rows=64, tokens=32, stages=3, out_parts=2, warps=4, registers=136,
             producer_registers=64, resident=1, programs=1,
         ),
         Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=168, resident=3, programs=6, shares=3),

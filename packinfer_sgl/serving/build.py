@@ -11,13 +11,13 @@ import torch
 from packinfer_sgl.config import Config
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
-from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import device_profile, is_hopper, multiprocessors, tile_policy, tiles_for
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import decode_capacity, verify_capacity
 from packinfer_sgl.runners import cpu, cuda
 from packinfer_sgl.runners.arena import SPANS_PER_ROW, Arena
-from packinfer_sgl.serving.layers import LayerGate, full_pool, heads_of, is_measured
+from packinfer_sgl.serving.layers import LayerGate, full_pool, heads_of
 from packinfer_sgl.serving.metrics import Stats
 from packinfer_sgl.serving.packed_path import Kind, PackedPath
 from packinfer_sgl.serving.router import Router
@@ -55,13 +55,14 @@ def build_router(
         return Router(**parts, on_gpu=False, make_decode=lambda max_rows: decode, extend=path, make_verify=None)
     stock.needs_cpu_seq_lens, pool = True, runner.token_to_kv_pool  # plans are made on the host
     paths = CudaPaths(shape, config, stats, req_to_token, pool.size, arena)
-    measured = is_measured(packed, req_to_token.device)
+    # what the device record does not know, soft-capped layers among it, is left to the stock backend
+    known = is_hopper(paths.device) and device_profile(paths.device).knows(shape) and not packed.logit_cap
     path = None
-    if extend == "on" or (extend == "auto" and measured):
+    if extend == "on" or (extend == "auto" and known):
         path = paths.extend(always=extend == "on")
         k, v = pool.get_key_buffer(packed.layer_id), pool.get_value_buffer(packed.layer_id)
         cuda.warm_up(path.planner, path.runner, k, v, runner.dtype, packed.logit_cap)
-    verifies = extend != "off" and measured and not _masks_chains(stock)
+    verifies = extend != "off" and known and not _masks_chains(stock)
     verify = paths.verify if verifies else None
     return Router(**parts, on_gpu=True, make_decode=paths.decode, extend=path, make_verify=verify)
 

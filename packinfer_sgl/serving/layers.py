@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from packinfer_sgl.kernels.tiles import TILES, device_profile, is_hopper
-from packinfer_sgl.planning.device_profile import EXTEND_HEAD_DIM
+from packinfer_sgl.kernels.tiles import TILES
 from packinfer_sgl.reasons import LayerReason
 from packinfer_sgl.serving.metrics import Stats
 
@@ -22,12 +21,6 @@ class UnsupportedModel(RuntimeError):
 def heads_of(layer: RadixAttention) -> tuple[int, int, int]:
     """Query heads, KV heads and head dimension of this process's part of a layer."""
     return layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
-
-
-def is_measured(layer: RadixAttention, device: torch.device) -> bool:
-    """Whether prefill times of such layers on this GPU are known, so that a batch can go where it is faster."""
-    known = is_hopper(device) and device_profile(device).is_measured
-    return known and layer.head_dim == EXTEND_HEAD_DIM and not layer.logit_cap
 
 
 def full_pool(pool: Any) -> Any:

@@ -225,12 +225,16 @@ def ragged() -> list[Workload]:
 
 
 def models() -> list[Workload]:
-    """Heads of models that people serve: head dimension 256 and many query heads a KV head (H), 64 (G)."""
-    extend = {work.name.split()[0]: work for work in [*extends(), *drafts()]}
+    """Heads of models that people serve: head dimension 256 and many query heads a KV head (H), 64 (G).
+
+    Their random batches (HR, GR) are three of four of ``ragged``.
+    """
+    extend = {work.name.split()[0]: work for work in [*extends(), *drafts(), *ragged()]}
+    random = [f"R{i}" for i in range(0, 40, 2)] + [f"R{i}" for i in range(1, 40, 4)]
 
     def as_model(letter: str, qo_heads: int, kv_heads: int, head_dim: int) -> list[Workload]:
         shape = {"qo_heads": qo_heads, "kv_heads": kv_heads, "head_dim": head_dim}
-        return [replace(extend[name], name=letter + extend[name].name, **shape) for name in ("P3", "M2", "V1")]
+        return [replace(extend[name], name=letter + extend[name].name, **shape) for name in ["P3", "M2", "V1", *random]]
 
     return [
         tree_workload("H1 16k prefix, 64 x 512", (24, 4), [1, 64], [16384, 512], 128, head_dim=256),

@@ -25,7 +25,6 @@ from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
 from packinfer_sgl.planning.schedule import makespan_us
 from packinfer_sgl.runners.cuda import extend_planner
-from packinfer_sgl.serving import layers
 
 SHAPE = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
 SMS = H200.multiprocessors
@@ -130,7 +129,8 @@ def test_products_grow_with_the_head_dimension() -> None:
     narrow = replace(SHAPE, head_dim=64)
     batch = Batch(0, 0, [512] * 16, [8192] * 16)
     assert 0.5 < model_us(batch.planned(shape=narrow), shape=narrow) / batch.packed_us() < 0.6
-    assert 0.5 < batch.stock_us(narrow) / batch.stock_us() < 0.6
+    known = replace(H200, extend_factor_64=1.0, stock_factor_64=1.0)
+    assert 0.5 < known.stock_extend_us(batch.q_lens, batch.kv_lens, narrow, SMS) / batch.stock_us() < 0.6
 
 
 def test_items_are_taken_from_a_queue() -> None:
@@ -230,15 +230,24 @@ def test_on_a_cpu_only_copies_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "logit_cap", "capability", "measured"),
-    [(128, 0.0, 9, True), (64, 0.0, 9, False), (256, 0.0, 9, False), (128, 30.0, 9, False), (128, 0.0, 10, False),
-     (128, 0.0, 8, False)],
+    ("head_dim", "factors", "known"),
+    [(128, {}, True), (64, {}, False), (256, {}, False), (256, {"extend_factor_256": 1.2}, False),
+     (256, {"extend_factor_256": 1.2, "stock_factor_256": 1.1}, True),
+     (64, {"extend_factor_256": 1.2, "stock_factor_256": 1.1}, False)],
 )  # fmt: skip
-def test_where_times_are_known(
-    monkeypatch: pytest.MonkeyPatch, head_dim: int, logit_cap: float, capability: int, measured: bool
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-    layer = SimpleNamespace(head_dim=head_dim, logit_cap=logit_cap)
-    for profile, known in ((H200, measured), (profile_for("NVIDIA X1"), False)):
-        monkeypatch.setattr(layers, "device_profile", lambda device, profile=profile: profile)
-        assert layers.is_measured(layer, torch.device("cuda")) is known  # type: ignore[arg-type]
+def test_what_was_not_measured_goes_to_the_stock_backend(head_dim: int, factors: dict, known: bool) -> None:
+    nothing = dict.fromkeys(("extend_factor_64", "extend_factor_256", "stock_factor_64", "stock_factor_256"))
+    profile = replace(H200, **{**nothing, **factors})
+    shape = replace(SHAPE, head_dim=head_dim)
+    assert profile.knows(shape) is known and not replace(profile, is_measured=False).knows(shape)
+    us = profile.stock_extend_us(MIXED.q_lens, MIXED.kv_lens, shape, SMS)
+    assert (us > 0) is known
+    if factors.get("stock_factor_256") and known:
+        doubled = replace(profile, stock_factor_256=2.2, extend_factor_256=2.4)
+        assert doubled.stock_extend_us(MIXED.q_lens, MIXED.kv_lens, shape, SMS) > 1.3 * us
+        plan = MIXED.planned()
+        assert plan is not None
+        tile = TILES[0].rows, TILES[0].tokens
+        assert doubled.packed_extend_us(plan, shape, SMS, *tile) > 1.3 * profile.packed_extend_us(
+            plan, shape, SMS, *tile
+        )
