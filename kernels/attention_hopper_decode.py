@@ -46,12 +46,14 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from packinfer_sgl.kernels.columns import A_LEN, A_OFF, N_COLS, Q_CNT, Q_OFF, SPLIT
 from packinfer_sgl.kernels.hopper_common import (
     COPY_ARRIVALS,
+    LOG2_E,
     ROWS,
     allocate_barriers,
     empty_phase,
     full_phase,
     row_layout,
     soft_capped,
+    with_sink,
 )
 
 CONSUMER_ARRIVALS = gl.constexpr(1)  # one for the warpgroup
@@ -89,6 +91,7 @@ class ConsumerArgs(NamedTuple):
     items_ptr: gl.tensor
     query_rows_ptr: gl.tensor
     partial_rows_ptr: gl.tensor
+    sinks_ptr: gl.tensor
     first: gl.tensor
     work: gl.tensor
     kv_heads: gl.tensor
@@ -152,7 +155,7 @@ def _load_q(args, q_off, q_cnt, kv_head, GROUP: gl.constexpr, HEAD_DIM: gl.const
 @gluon.jit
 def _store_results(
     args, acc, top, total, q_off, q_cnt, split, kv_head,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, FIRST_D: gl.constexpr, o_layout: gl.constexpr,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, SINKS: gl.constexpr, FIRST_D: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """The same rows' results ([ROWS, columns from FIRST_D on], [ROWS], [ROWS]): to the output, or to the item's partial
     results."""
@@ -164,6 +167,10 @@ def _store_results(
     part = gl.load(args.partial_rows_ptr + q_off + row // GROUP, mask=live, other=0)
     direct = live & (part < 0)
     partial = live & (part >= 0)
+    if SINKS:
+        sink = gl.load(args.sinks_ptr + head, mask=direct, other=-float("inf"))
+        top, total, keep = with_sink(top, total, sink.to(gl.float32) * LOG2_E)
+        acc = acc * gl.expand_dims(keep, 1)
     result = acc / gl.expand_dims(gl.where(total == 0.0, 1.0, total), 1)
     lse2 = top + gl.log2(total)
     out_row = query * args.stride_out_token + head.to(gl.int64) * args.stride_out_head
@@ -211,7 +218,7 @@ def _begin_values(pipe, n, p_operand, acc, STAGES: gl.constexpr, FIRST_D: gl.con
 @gluon.jit
 def _consume(
     args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SOFT_CAP: gl.constexpr, OUT_PARTS: gl.constexpr,
+    SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, OUT_PARTS: gl.constexpr,
 ):  # fmt: skip
     """The consumer warpgroup: online softmax over the blocks in the ring, and the results."""
     WIDTH: gl.constexpr = HEAD_DIM // OUT_PARTS
@@ -271,18 +278,20 @@ def _consume(
         mbarrier.arrive(pipe.kv_empty.index(n % STAGES), count=1)
         n += 1
 
-        _store_results(args, acc, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, 0, o_layout)
+        _store_results(args, acc, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, SINKS, 0, o_layout)
         if OUT_PARTS == 2:
-            _store_results(args, right, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, WIDTH, o_layout)
+            _store_results(
+                args, right, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, SINKS, WIDTH, o_layout
+            )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
 def packed_attention_hopper_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
-    query_rows_ptr, partial_rows_ptr, stride_q_token, stride_q_head, stride_out_token, stride_out_head, stride_page,
-    stride_slot, stride_kv_head, scale2, cap2, first_count, last_count, kv_heads, n_heads,
+    query_rows_ptr, partial_rows_ptr, sinks_ptr, stride_q_token, stride_q_head, stride_out_token, stride_out_head,
+    stride_page, stride_slot, stride_kv_head, scale2, cap2, first_count, last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    STAGES: gl.constexpr, OUT_PARTS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    SINKS: gl.constexpr, STAGES: gl.constexpr, OUT_PARTS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 64, for items without run B that do not grow.
 
@@ -311,9 +320,10 @@ def packed_attention_hopper_kernel(
         pipe = KvPipeline(k_stages=k_stages, v_stages=v_stages, k_full=k_full, v_full=v_full, kv_empty=kv_empty)
         consumer = ConsumerArgs(
             q_ptr=q_ptr, out_ptr=out_ptr, lse2_ptr=lse2_ptr, part_out_ptr=part_out_ptr, part_lse2_ptr=part_lse2_ptr,
-            items_ptr=items_ptr, query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, first=first,
-            work=work, kv_heads=kv_heads, n_heads=n_heads, stride_q_token=stride_q_token, stride_q_head=stride_q_head,
-            stride_out_token=stride_out_token, stride_out_head=stride_out_head, scale2=scale2, cap2=cap2, q_tile=q_tile,
+            items_ptr=items_ptr, query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, sinks_ptr=sinks_ptr,
+            first=first, work=work, kv_heads=kv_heads, n_heads=n_heads, stride_q_token=stride_q_token,
+            stride_q_head=stride_q_head, stride_out_token=stride_out_token, stride_out_head=stride_out_head,
+            scale2=scale2, cap2=cap2, q_tile=q_tile,
         )  # fmt: skip
         producer = ProducerArgs(
             k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, first=first, work=work,
@@ -321,7 +331,7 @@ def packed_attention_hopper_kernel(
         )  # fmt: skip
         gl.warp_specialize(
             [
-                (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, OUT_PARTS)),
+                (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS)),
                 (_produce, (producer, pipe, HEAD_DIM, BLOCK_N, PAGE, STAGES)),
             ],
             [4],

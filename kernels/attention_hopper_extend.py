@@ -62,10 +62,12 @@ from packinfer_sgl.kernels.hopper_extend_producer import COPY_ROWS, ProducerArgs
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
 def packed_attention_extend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
-    query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, stride_q_token, stride_q_head, stride_out_token,
-    stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, first_count, last_count, kv_heads, n_heads,
+    query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, sinks_ptr, stride_q_token, stride_q_head,
+    stride_out_token, stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, first_count, last_count,
+    kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    SINKS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that do not grow and that none follows.
 
@@ -111,8 +113,8 @@ def packed_attention_extend_kernel(
         consumer = ConsumerArgs(
             out_ptr=out_ptr, lse2_ptr=lse2_ptr, part_out_ptr=part_out_ptr, part_lse2_ptr=part_lse2_ptr,
             query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, win_lo_ptr=win_lo_ptr,
-            win_hi_ptr=win_hi_ptr, work=work, kv_heads=kv_heads, n_heads=n_heads, stride_out_token=stride_out_token,
-            stride_out_head=stride_out_head, scale2=scale2, cap2=cap2,
+            win_hi_ptr=win_hi_ptr, sinks_ptr=sinks_ptr, work=work, kv_heads=kv_heads, n_heads=n_heads,
+            stride_out_token=stride_out_token, stride_out_head=stride_out_head, scale2=scale2, cap2=cap2,
         )  # fmt: skip
         producer = ProducerArgs(
             q_ptr=q_ptr, k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, counts_ptr=counts_ptr,
@@ -122,8 +124,8 @@ def packed_attention_extend_kernel(
         )  # fmt: skip
         gl.warp_specialize(
             [
-                (consume, (0, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP)),
-                (consume, (1, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP)),
+                (consume, (0, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP, SINKS)),
+                (consume, (1, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP, SINKS)),
                 (produce, (producer, pipe, GROUP, HEAD_DIM, BLOCK_N, PAGE, STAGES, Q_STAGES)),
             ],
             [4, 4],

@@ -23,6 +23,7 @@ from packinfer_sgl.kernels.columns import (
     OPEN_ROW,
 )
 from packinfer_sgl.kernels.merge import merge_kernel, merge_listed_kernel
+from packinfer_sgl.kernels.reference import check_sinks
 from packinfer_sgl.kernels.slot_list_triton import append_kernel, snapshot_kernel
 from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.planning.fitting import Capacity
@@ -186,6 +187,7 @@ class PackedCuda:
         page_size: int = 1,
         windowed: bool = False,
         mask: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         lse2: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,22 +204,28 @@ class PackedCuda:
             windowed: whether the plan has run B.
             mask: what queries see of what the plan lets them see: [n] bool, and [n_queries] int64 of each query the
                 flag for KV position 0. The plan must have no inline tails (``TilePolicy.max_inline_tail_tokens``).
+            sinks: [qo_heads] float, see ``Runner.run``.
 
         Returns:
             out as q, and lse2 [n_queries, qo_heads] float32.
+
+        Raises:
+            ValueError: sinks of another shape or type; what the hopper_extend kernel does not take.
         """
         n, n_heads, head_dim = q.shape
         out = torch.empty_like(q) if out is None else out
         lse2 = torch.empty(n, n_heads, dtype=torch.float32, device=q.device) if lse2 is None else lse2
         assert windowed or not self._has_run_b, "the loaded plan has run B"
+        if sinks is not None:
+            check_sinks(sinks, n_heads)
         if any(tile.kernel == "hopper_extend" for tile in self.tiles):
             if mask is not None:
                 raise ValueError("the hopper_extend kernel takes no custom mask")
             if not (_aligned(k) and _aligned(v)):  # it copies 16 bytes at a time
                 raise ValueError("heads of K and V that do not begin at multiples of 16 bytes are not supported")
             q = q if _aligned(q) else q.clone(memory_format=torch.contiguous_format)
-        self._attend(q, k, v, kv_lens, out, lse2, sm_scale, logits_soft_cap, page_size, windowed, mask)
-        self._merge(out, lse2, windowed)
+        self._attend(q, k, v, kv_lens, out, lse2, sm_scale, logits_soft_cap, page_size, windowed, mask, sinks)
+        self._merge(out, lse2, windowed, sinks)
         return out, lse2
 
     def _attend(
@@ -233,6 +241,7 @@ class PackedCuda:
         page_size: int,
         windowed: bool,
         mask: tuple[torch.Tensor, torch.Tensor] | None,
+        sinks: torch.Tensor | None,
     ) -> None:
         """Launch the kernel of each tile class. Arguments as for ``run``."""
         n, n_heads, head_dim = q.shape
@@ -247,6 +256,7 @@ class PackedCuda:
             "stride_slot": stride_slot, "stride_kv_head": stride_head, "scale2": sm_scale * LOG2_E,
             "cap2": logits_soft_cap * LOG2_E, "kv_heads": self.kv_heads, "n_heads": n_heads,
             "GROUP": group, "HEAD_DIM": head_dim, "PAGE": page_size, "SOFT_CAP": logits_soft_cap > 0,
+            **_sink_arguments(sinks, lse2),
         }  # fmt: skip
         windows = {"win_lo_ptr": view["win_lo"], "win_hi_ptr": view["win_hi"]}
         flags, flags_from = (view["counts"], view["counts"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
@@ -283,7 +293,7 @@ class PackedCuda:
                 )  # fmt: skip
             is_first = False
 
-    def _merge(self, out: torch.Tensor, lse2: torch.Tensor, windowed: bool) -> None:
+    def _merge(self, out: torch.Tensor, lse2: torch.Tensor, windowed: bool, sinks: torch.Tensor | None) -> None:
         """Launch the merge of partial results, and of queries past the plan's."""
         n, n_heads, head_dim = out.shape
         # an SM holds 32 CTAs at once: where there are more, each merges several heads
@@ -295,13 +305,18 @@ class PackedCuda:
             "merge_indptr_ptr": self._view["merge_indptr"], "counts_ptr": self._view["counts"], "out_ptr": out,
             "lse2_ptr": lse2, "stride_out_token": out.stride(0), "stride_out_head": out.stride(1), "n_heads": n_heads,
             "HEAD_DIM": head_dim, "HEADS": heads, "BLOCK_P": at_once, "PDL": self._pdl, "num_warps": warps,
-            "launch_pdl": self._pdl,
+            "launch_pdl": self._pdl, **_sink_arguments(sinks, lse2),
         }  # fmt: skip
         if not windowed:
             merge_kernel[n, n_heads // heads](**arguments, most_queries=self.capacity.queries)
         elif many := n if self.replayed else self._n_merged + n - self._n_queries:
             grid = (min(many, max(1, 32 * self._sms * heads // n_heads)), n_heads // heads)
             merge_listed_kernel[grid](**arguments, merged_ptr=self._view["merged"], n_rows=n)
+
+
+def _sink_arguments(sinks: torch.Tensor | None, unused: torch.Tensor) -> dict[str, object]:
+    """What each kernel is told of sinks; ``unused`` stands for them where there are none."""
+    return {"sinks_ptr": unused if sinks is None else sinks.contiguous(), "SINKS": sinks is not None}
 
 
 def _aligned(x: torch.Tensor) -> bool:

@@ -176,7 +176,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     STATS.details["device"] = {
         "record": profile.name, "measured": profile.is_measured, "least_saving": profile.least_saving,
     }  # fmt: skip
-    router = build_router(stock, runner, config, packable[0], slots, STATS)
+    router = build_router(stock, runner, config, packable, slots, STATS)
     backend = wrap(stock, router)
     if router.arena is not None:
         drop_when_flushed(router.arena)

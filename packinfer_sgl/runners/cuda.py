@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -128,13 +129,14 @@ class CudaRunner:
         sm_scale: float,
         logits_soft_cap: float,
         mask: MaskRows | None = None,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         packed = self._loaded
         return packed.run(
             q, k, v, packed.kv_slots if kv_lens is None else kv_lens, sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap, page_size=self._page_size, windowed=self._windowed,
-            mask=None if mask is None else (mask.mask, mask.row_start), out=out,
+            mask=None if mask is None else (mask.mask, mask.row_start), sinks=sinks, out=out,
         )  # fmt: skip
 
     def free(self) -> None:
@@ -169,6 +171,7 @@ def warm_up(
     v: torch.Tensor,
     dtype: torch.dtype,
     logits_soft_cap: float,
+    sinks: Sequence[torch.Tensor | None] = (None,),
 ) -> None:
     """Run attention and merge in each form that extend batches may need, so that no request waits for a compiler.
 
@@ -178,6 +181,7 @@ def warm_up(
         k, v: a layer's, as for ``Runner.run``.
         dtype: of its queries.
         logits_soft_cap: the layer's, as for ``Runner.run``.
+        sinks: of layers of each form, as for ``Runner.run``.
     """
     shape, sms = runner.shape, multiprocessors(k.device)
     policy = policy_of(shape, runner.tiles, sms, device_profile(k.device))
@@ -198,5 +202,6 @@ def warm_up(
         )
         runner.load(plan, table)
         q = torch.zeros(queries + 1, shape.qo_heads, shape.head_dim, dtype=dtype, device=k.device)
-        runner.run(q, k, v, sm_scale=1.0, logits_soft_cap=logits_soft_cap)
+        for form in sinks:
+            runner.run(q, k, v, sm_scale=1.0, logits_soft_cap=logits_soft_cap, sinks=form)
     runner.free()  # batches need larger buffers

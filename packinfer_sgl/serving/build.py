@@ -17,7 +17,7 @@ from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import decode_capacity, verify_capacity
 from packinfer_sgl.runners import cpu, cuda
 from packinfer_sgl.runners.arena import SPANS_PER_ROW, Arena
-from packinfer_sgl.serving.layers import LayerGate, full_pool, heads_of
+from packinfer_sgl.serving.layers import LayerGate, full_pool, heads_of, sinks_of
 from packinfer_sgl.serving.metrics import Stats
 from packinfer_sgl.serving.packed_path import Kind, PackedPath
 from packinfer_sgl.serving.router import Router
@@ -30,15 +30,22 @@ logger = logging.getLogger(__name__)
 
 
 def build_router(
-    stock: AttentionBackend, runner: Any, config: Config, packed: RadixAttention, slots: range | None, stats: Stats
+    stock: AttentionBackend,
+    runner: Any,
+    config: Config,
+    layers: list[RadixAttention],
+    slots: range | None,
+    stats: Stats,
 ) -> Router:
-    """The router of layers like ``packed``.
+    """The router of layers of the first one's shape.
 
     Args:
         stock: the backend beneath.
         runner: SGLang's model runner.
+        layers: those that can be packed.
         slots: of the runner's KV pool, for the arena.
     """
+    packed = layers[0]
     shape = AttentionShape(*heads_of(packed), runner.token_to_kv_pool.dtype.itemsize)
     req_to_token = runner.req_to_token_pool.req_to_token
     arena = None if slots is None else _arena(runner, shape, slots, force=config.check)
@@ -61,7 +68,8 @@ def build_router(
     if extend == "on" or (extend == "auto" and known):
         path = paths.extend(always=extend == "on")
         k, v = pool.get_key_buffer(packed.layer_id), pool.get_value_buffer(packed.layer_id)
-        cuda.warm_up(path.planner, path.runner, k, v, runner.dtype, packed.logit_cap)
+        forms = {None if s is None else s.dtype: s for s in map(sinks_of(runner.model).get, layers)}
+        cuda.warm_up(path.planner, path.runner, k, v, runner.dtype, packed.logit_cap, list(forms.values()))
     verifies = extend != "off" and known and not _masks_chains(stock)
     verify = paths.verify if verifies else None
     return Router(**parts, on_gpu=True, make_decode=paths.decode, extend=path, make_verify=verify)

@@ -32,6 +32,19 @@ def full_pool(pool: Any) -> Any:
     return pool.full_kv_pool if type(pool) in (SWAKVPool, HybridLinearKVPool) else pool
 
 
+def sinks_of(model: Any) -> dict[RadixAttention, torch.Tensor]:
+    """The attention sinks that layers will be called with, by the name that they have in SGLang's models; what counts
+    is the call."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return {
+        layer: module.sinks
+        for module in model.modules()
+        for layer in module.children()
+        if isinstance(layer, RadixAttention) and isinstance(getattr(module, "sinks", None), torch.Tensor)
+    }
+
+
 def linear_layers(runner: Any) -> list[int]:
     """Ids of the layers that keep a state instead of KV: linear attention, Mamba."""
     return list(getattr(runner.req_to_token_pool, "mamba_map", ()))
@@ -116,9 +129,7 @@ def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
     for module in runner.model.modules():
         for layer in module.children():
             if isinstance(layer, RadixAttention):
-                reason = layer_reason(layer, runner.token_to_kv_pool)
-                has_sinks = getattr(module, "sinks", None) is not None
-                reasons[layer] = LayerReason.SINKS if has_sinks and reason is None else reason
+                reasons[layer] = layer_reason(layer, runner.token_to_kv_pool)
     if getattr(runner.server_args, "dcp_size", 1) > 1:
         raise UnsupportedModel("packinfer: with --dcp-size nothing is packed; choose a stock --attention-backend")
     if getattr(runner.server_args, "enable_two_batch_overlap", False):

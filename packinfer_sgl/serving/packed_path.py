@@ -75,9 +75,13 @@ class PackedPath:
         *,
         sm_scale: float,
         logits_soft_cap: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one layer, as q. See ``Runner.run``."""
-        return self.runner.run(q, k, v, kv_lens, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)[0]
+        out, _ = self.runner.run(
+            q, k, v, kv_lens, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, sinks=sinks
+        )  # fmt: skip
+        return out
 
     def _step(self, batch: StepBatch, arena: Arena | None) -> bool:
         try:

@@ -72,9 +72,11 @@ def main() -> None:
             packed.load(case.plan)
             packed.snapshot(case.req_to_token, case.pool_rows)
             packed.append(case.kv_lens, case.kv_lens)
-            packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed)
+            for sinks in (None, torch.zeros(case.q.shape[1], dtype=torch.bfloat16)):
+                what["sinks"] = sinks is not None
+                packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed, sinks=sinks)
             if tiles is not None:
-                out = torch.empty_like(case.q, dtype=torch.float32)
+                out, what["sinks"] = torch.empty_like(case.q, dtype=torch.float32), False
                 packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed, out=out)
         what = {"head_dim": head_dim, "windowed": True}
         mask = torch.ones(40, dtype=torch.bool), torch.zeros(len(case.q), dtype=torch.int64)

@@ -131,6 +131,58 @@ def test_random_extends(group: int, head_dim: int, dtype: torch.dtype, page_size
         check(case, *run_packed(case))
 
 
+# Of which rows are written by one item, and which are merged from a few partial results, or from many.
+SINK_BATCHES = {
+    "direct": {"shared": [0] * 20, "tails": [90] * 21},
+    "few partial results": {"shared": [300] * 20, "tails": [30] * 21, "max_split_tokens": 1 << 30},
+    "many partial results": {"shared": [900] * 20, "tails": [500] * 21, "max_split_tokens": 64},
+    "one row": {"shared": [], "tails": [4000], "max_split_tokens": 100},
+    "equal shares": {"shared": [0] * 20, "tails": [90, 2000, 5] * 7, "shares": 41},
+    "an extend": {"shared": [0] * 6, "tails": [1, 31, 33, 64, 130, 257, 4], "new": [1, 31, 33, 64, 130, 257, 4]},
+    "few listed": {"shared": [300] * 15, "tails": [20] * 16, "new": [20] * 16, "max_split_tokens": 1 << 30},
+    "many listed": {"shared": [900, 0, 900], "tails": [400] * 4, "new": [70] * 4, "max_split_tokens": 100},
+    "riding tails": EXTENDS["riding tails"],
+    "window": {**EXTENDS["window"], "max_split_tokens": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 20.0], ids=["", "soft cap"])
+@pytest.mark.parametrize("sinks", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("group", "head_dim"), [(8, 64), (4, 128), (16, 128), (8, 256)])
+@pytest.mark.parametrize("name", SINK_BATCHES)
+def test_sinks(name: str, group: int, head_dim: int, sinks: torch.dtype, soft_cap: float) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        shape = {"group": group, "head_dim": head_dim, "dtype": dtype, "soft_cap": soft_cap, "sinks": sinks}
+        case = random_case(1, device="cuda", **shape, **SINK_BATCHES[name])
+        check(case, *run_packed(case))
+        if dtype == torch.bfloat16 and sinks == torch.bfloat16:  # what a graph holds is the address of the sinks
+            check_graph(case)
+
+
+def check_graph(case) -> None:
+    packed = make_packed(case, Capacity.of(case.plan))
+    packed.load(case.plan)
+    packed.snapshot(case.req_to_token, case.pool_rows)
+    out, lse2 = torch.empty_like(case.q), torch.empty(case.q.shape[:2], device="cuda")
+
+    def run() -> None:
+        packed.run(
+            case.q, case.k, case.v, case.kv_lens, sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap,
+            windowed=case.visible is not None, sinks=case.sinks, out=out, lse2=lse2,
+        )  # fmt: skip
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for factor in (1, -0.5):
+        case.sinks.mul_(factor)
+        out.fill_(float("nan"))
+        graph.replay()
+        check(case, out, lse2)
+
+
 @pytest.mark.parametrize(
     ("shared", "tails", "new"),
     [([], [7000], [1000]), ([4096] * 15, [130] * 16, [120] * 16), ([0] * 299, [40] * 300, [40] * 300)],
