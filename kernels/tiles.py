@@ -79,6 +79,12 @@ TILES = {
         Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=168, resident=3, programs=6, shares=3),
     ),
 }  # fmt: skip
+# The small class where a token has more rows than that of ``TILES``: up to 32 query heads of a KV head. Unmeasured; so
+# many registers that it spills none, and two CTAs run beside one of the large class.
+WIDE_TILES = {
+    64: Tile(kernel="triton", rows=32, tokens=64, stages=3, warps=4, registers=128, resident=4, programs=8, shares=4),
+    128: Tile(kernel="triton", rows=32, tokens=32, stages=3, warps=4, registers=144, resident=3, programs=6, shares=3),
+}
 # Of plans with run B on Hopper. Unmeasured at head_dim 64.
 _EXTEND = Tile(
     kernel="hopper_extend", rows=128, tokens=128, stages=2, warps=0, registers=168, producer_registers=56,
@@ -87,15 +93,43 @@ _EXTEND = Tile(
 EXTEND_TILES = {64: (_EXTEND,), 128: (_EXTEND,), 256: (replace(_EXTEND, tokens=64, q_stages=1),)}
 
 
-def tiles_for(head_dim: int, device: torch.device, extend: bool = False) -> tuple[Tile, ...]:
-    """The tile classes for a head dimension; raises ValueError for one that the kernels do not know.
+def most_group_size(head_dim: int) -> int:
+    """Most query heads of a KV head, by the rows of the smallest tile."""
+    return max(tile.rows for tile in (TILES[head_dim][-1], WIDE_TILES.get(head_dim)) if tile is not None)
+
+
+def decode_tiles(head_dim: int, group_size: int = 1) -> tuple[Tile, ...]:
+    """The tile classes of plans without run B.
 
     Args:
-        extend: whether plans have run B, and no custom mask.
+        group_size: query heads of a KV head.
+
+    Raises:
+        ValueError: a head dimension or group size that the kernels do not know.
     """
     if head_dim not in TILES:
         raise ValueError(f"packed attention knows head dimensions {sorted(TILES)}, not {head_dim}")
-    return EXTEND_TILES[head_dim] if extend and head_dim in EXTEND_TILES and is_hopper(device) else TILES[head_dim]
+    if group_size > (most := most_group_size(head_dim)):
+        raise ValueError(
+            f"packed attention at head dimension {head_dim} knows up to {most} query heads of a KV head, not "
+            f"{group_size}"
+        )
+    tiles = TILES[head_dim]
+    return tiles if group_size <= tiles[-1].rows else (*tiles[:-1], WIDE_TILES[head_dim])
+
+
+def tiles_for(head_dim: int, device: torch.device, extend: bool = False, *, group_size: int = 1) -> tuple[Tile, ...]:
+    """The tile classes on ``device``.
+
+    Args:
+        extend: whether plans have run B, and no custom mask.
+        group_size: query heads of a KV head.
+
+    Raises:
+        ValueError: see ``decode_tiles``.
+    """
+    tiles = decode_tiles(head_dim, group_size)
+    return EXTEND_TILES[head_dim] if extend and head_dim in EXTEND_TILES and is_hopper(device) else tiles
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -116,10 +150,9 @@ def device_profile(device: torch.device) -> DeviceProfile:
 
 
 def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False) -> TilePolicy:
-    """How a plan for these kernels is cut on ``device``, for ``tiles_for(shape.head_dim, device, extend)``."""
-    return policy_of(
-        shape, tiles_for(shape.head_dim, device, extend), multiprocessors(device), device_profile(device)
-    )  # fmt: skip
+    """How a plan for these kernels is cut on ``device``, for ``tiles_for`` it."""
+    tiles = tiles_for(shape.head_dim, device, extend, group_size=shape.group_size)
+    return policy_of(shape, tiles, multiprocessors(device), device_profile(device))
 
 
 def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int, profile: DeviceProfile = H200) -> TilePolicy:

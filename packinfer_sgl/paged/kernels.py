@@ -98,7 +98,8 @@ class OnCuda:
         limits = self._limits or Capacity.unlimited(partials=PARTIAL_BYTES // row_bytes)
         if not inlines:
             return self._cuda.decode_planner(shape, self.device, grouping=GROUPING, limits=limits, room_tokens=0)
-        tiles, sms = tiles_for(shape.head_dim, self.device, True), multiprocessors(self.device)
+        tiles = tiles_for(shape.head_dim, self.device, True, group_size=shape.group_size)
+        sms = multiprocessors(self.device)
         return self._cuda.extend_planner(
             shape, tiles, sms, grouping=GROUPING, always=True, profile=device_profile(self.device), limits=limits,
             must_fit=True,
@@ -108,7 +109,7 @@ class OnCuda:
         self, plan: Plan, tables: tuple[Int32, ...], page_size: int, shape: AttentionShape, inlines: bool
     ) -> Runner:
         """Upload the plan and the page tables on the current stream, and look up the slots there."""
-        tiles = tiles_for(shape.head_dim, self.device, inlines)
+        tiles = tiles_for(shape.head_dim, self.device, inlines, group_size=shape.group_size)
         if self._runner is None or (self._runner.shape, self._runner.tiles) != (shape, tiles):
             if self._runner is not None:
                 self._runner.free()  # the old one makes room first

@@ -14,7 +14,8 @@ from packinfer_sgl.planning.policy import SplitTiming
 from packinfer_sgl.planning.prefix_tree import Int32
 from packinfer_sgl.planning.schedule import makespan_us
 
-LARGE_ROWS, SMALL_ROWS = 64, 16  # query rows of the decode kernels' tile classes (kernels/tiles.py)
+# Query rows of the decode kernels' tile classes (kernels/tiles.py); see ``CostModel.for_group_size``, too.
+LARGE_ROWS, SMALL_ROWS = 64, 16
 # Of the extend kernel and of FlashAttention-3: rows of a tile and of a warpgroup, KV tokens of a block; and the head
 # dimension at which their times were measured.
 EXTEND_ROWS, WARPGROUP_ROWS, EXTEND_BLOCK, EXTEND_HEAD_DIM = 128, 64, 128, 128
@@ -150,7 +151,7 @@ class DeviceProfile:
         multiplied_us = programs * rows * 4 * shape.head_dim / self.flops_per_us
         return SplitTiming(
             parallel=programs / shape.kv_heads,
-            fixed_us=self.small_item_us if rows <= SMALL_ROWS else self.large_item_us,
+            fixed_us=self.small_item_us if rows < LARGE_ROWS else self.large_item_us,
             token_us=max(moved_us, multiplied_us),
             partial_us=self.decode_cost.partials_us(shape),
             stream_k_ctas=int(sms * stream_k / shape.kv_heads),

@@ -39,7 +39,7 @@ def decode_planner(
     shape: AttentionShape, device: torch.device, *, grouping: str, limits: Capacity, room_tokens: int = ROOM_TOKENS
 ) -> DecodePlanner:
     """Plans for batches whose queries see all of their row."""
-    cost, policy = device_profile(device).decode_cost, tile_policy(shape, device)
+    cost, policy = device_profile(device).decode_cost.for_group_size(shape.group_size), tile_policy(shape, device)
     return DecodePlanner(shape, cost, policy, grouping=grouping, limits=limits, room_tokens=room_tokens)
 
 

@@ -119,7 +119,7 @@ class CudaPaths:
         capacity = decode_capacity(
             self.shape, max_rows=max_rows, room_tokens=cuda.ROOM_TOKENS, row_spans=SPANS_PER_ROW, **self._sizes
         )
-        tiles = tiles_for(self.shape.head_dim, self.device)
+        tiles = tiles_for(self.shape.head_dim, self.device, group_size=self.shape.group_size)
         runner = cuda.CudaRunner(self.shape, tiles, self.device, capacity=capacity)
         planner = cuda.decode_planner(self.shape, self.device, grouping=self.config.grouping, limits=capacity)
         planner.compile()
@@ -130,7 +130,7 @@ class CudaPaths:
 
     def extend(self, *, always: bool) -> PackedPath:
         """In buffers that grow; ``always``: every batch is packed, whatever is expected."""
-        tiles = tiles_for(self.shape.head_dim, self.device, extend=True)
+        tiles = tiles_for(self.shape.head_dim, self.device, extend=True, group_size=self.shape.group_size)
         planner = cuda.extend_planner(
             self.shape,
             tiles,
@@ -145,7 +145,7 @@ class CudaPaths:
     def verify(self, drafts: int, max_rows: int) -> PackedPath:
         """Of ``drafts`` new tokens a row, a chain; in buffers at fixed addresses. Each step has a plan of its own: rows
         grow by as many drafts as were accepted."""
-        tiles = tiles_for(self.shape.head_dim, self.device, extend=True)
+        tiles = tiles_for(self.shape.head_dim, self.device, extend=True, group_size=self.shape.group_size)
         tile_queries = max(1, tiles[0].rows // self.shape.group_size)
         capacity = verify_capacity(self.shape, drafts, tile_queries, max_rows=max_rows, **self._sizes)
         runner = cuda.CudaRunner(self.shape, tiles, self.device, capacity=capacity, replayed=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from packinfer_sgl.kernels.tiles import TILES
+from packinfer_sgl.kernels.tiles import TILES, most_group_size
 from packinfer_sgl.reasons import LayerReason
 from packinfer_sgl.serving.metrics import Stats
 
@@ -71,7 +71,7 @@ def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
     if torch.device(pool.device).type == "cuda":
         if layer.head_dim not in TILES:
             return LayerReason.HEAD_DIM
-        if layer.tp_q_head_num > TILES[layer.head_dim][-1].rows * layer.tp_k_head_num:
+        if layer.tp_q_head_num > most_group_size(layer.head_dim) * layer.tp_k_head_num:
             return LayerReason.GROUP_SIZE
         if pool.dtype not in (torch.bfloat16, torch.float16):
             return LayerReason.KV_DTYPE

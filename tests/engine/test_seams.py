@@ -194,6 +194,21 @@ def test_reasons_of_layers():
     assert layer_reason(layer(sliding_window_size=128), windowed()) is LayerReason.SLIDING_WINDOW
 
 
+@pytest.mark.parametrize(
+    ("qo_heads", "kv_heads", "head_dim", "reason"),
+    [(64, 2, 128, None), (64, 2, 64, None), (16, 1, 256, None), (33, 1, 128, "group_size"), (17, 1, 256, "group_size"),
+     (8, 8, 80, "head_dim")],
+)  # fmt: skip
+def test_shapes_on_a_gpu(qo_heads, kv_heads, head_dim, reason):
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from packinfer_sgl.serving.layers import layer_reason
+
+    pool = layer_and_pools()[1](torch.bfloat16)
+    pool.device = "cuda"
+    assert layer_reason(RadixAttention(qo_heads, head_dim, 0.25, num_kv_heads=kv_heads, layer_id=1), pool) == reason
+
+
 @pytest.mark.parametrize("kind", ["windowed", "linear"])
 def test_a_full_layer_among_others_writes_to_its_own_pool(kind):
     """Where other layers have a window, their KV lies in another pool with slots of its own; where they have a state,

@@ -123,7 +123,7 @@ def random_case(
     if sinks is not None:
         layer_sinks = torch.randn(kv_heads * group, generator=generator) * 3 + 2
         layer_sinks[0], layer_sinks[-1] = 40.0, -200.0
-    tiles = tiles or tiles_for(head_dim, torch.device(device), new is not None)
+    tiles = tiles or tiles_for(head_dim, torch.device(device), new is not None, group_size=group)
     tile_queries = tuple(max(1, tile.rows // group) for tile in tiles)
     if shares:  # an item costs as much as a token besides its own, so nearly any cut pays
         timings = [SplitTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]

@@ -23,9 +23,9 @@ def check(case, out: torch.Tensor, lse2: torch.Tensor) -> None:
     torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=2e-3, atol=2e-3)
 
 
-SHAPES = [(group, 128, torch.bfloat16) for group in (1, 2, 4, 5, 6, 7, 8, 16)]
+SHAPES = [(group, 128, torch.bfloat16) for group in (1, 2, 4, 5, 6, 7, 8, 16, 32)]
 SHAPES += [(4, 128, torch.float16), (4, 64, torch.bfloat16), (4, 64, torch.float16)]
-SHAPES += [(4, 256, torch.bfloat16), (4, 256, torch.float16)]
+SHAPES += [(32, 64, torch.bfloat16), (4, 256, torch.bfloat16), (4, 256, torch.float16)]
 
 
 @pytest.mark.parametrize(("group", "head_dim", "dtype"), SHAPES)
@@ -47,6 +47,24 @@ def test_random_trees(group: int, head_dim: int, dtype: torch.dtype, page_size: 
             soft_cap=soft_cap,
         )
         check(case, *run_packed(case))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.bfloat16], ids=["", "sinks"])
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 64), (1, 128), (2, 64), (2, 128)])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"shared": [1000] * 30, "tails": [*range(1, 311, 10)], "max_split_tokens": 1 << 30},
+        {"shared": [0] * 30, "tails": [*range(1, 3100, 100)], "shares": 41},
+        {"shared": [600] * 9, "tails": [90] * 10, "new": [70, 90] * 5, "max_split_tokens": 256},
+        {"shared": [1000] * 15, "tails": [*range(4, 164, 10)], "new": [4] * 16, "max_split_tokens": 300},
+    ],
+    ids=["decode", "decode, nothing shared", "extend", "verify"],
+)
+def test_32_query_heads_of_a_kv_head(batch, kv_heads: int, head_dim: int, sinks: torch.dtype | None) -> None:
+    shape = {"group": 32, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": torch.bfloat16, "sinks": sinks}
+    case = random_case(3, device="cuda", **shape, **batch)
+    check(case, *run_packed(case))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +113,8 @@ EXTEND_SHAPES = [
     (4, 64, torch.bfloat16, 1, 0.0),
     (5, 64, torch.float16, 16, 20.0),
     (4, 256, torch.bfloat16, 1, 0.0),
+    (32, 128, torch.bfloat16, 1, 0.0),
+    (32, 64, torch.bfloat16, 16, 20.0),
 ]
 
 

@@ -13,18 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packinfer_sgl.kernels.tiles import EXTEND_TILES, device_profile, policy_of, tile_policy
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, decode_tiles, device_profile, policy_of, tile_policy, tiles_for
 from packinfer_sgl.kernels.tiles import TILES as DECODE_TILES
 from packinfer_sgl.planning.batch import StepBatch, causal
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.device_profile import EXTEND_BLOCK, EXTEND_ROWS, DeviceProfile
+from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
 from packinfer_sgl.planning.schedule import makespan_us
-from packinfer_sgl.runners.cuda import extend_planner
+from packinfer_sgl.runners.cuda import decode_planner, extend_planner
 
 SHAPE = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
 SMS = H200.multiprocessors
@@ -215,6 +216,35 @@ def test_the_policy_follows_the_record() -> None:
     assert after[1].token_us == pytest.approx(10 * before[1].token_us)  # small tiles are bound by memory
     extend = policy_of(SHAPE, TILES, SMS, slow).timings
     assert extend and extend[0].fixed_us == 5.0 and extend[0].dynamic == SHAPE.kv_heads
+
+
+@pytest.mark.parametrize(("head_dim", "most"), [(64, 32), (128, 32), (256, 16)])
+def test_a_small_tile_holds_a_token(head_dim: int, most: int) -> None:
+    for group in range(1, most + 1):
+        shape = AttentionShape(2 * group, 2, head_dim, 2)
+        small, policy = decode_tiles(head_dim, group)[-1], tile_policy(shape, torch.device("cpu"))
+        assert small.rows >= group and policy.tile_queries == (64 // group, small.rows // group)
+        assert policy.timings and policy.timings[1].fixed_us == H200.small_item_us
+        # spans are chosen by the tiles that will run them
+        cost = H200.decode_cost.for_group_size(group)
+        assert cost.small_rows == cost.small_as_rows == small.rows
+        assert cost.tiles(shape, 1) == (1, small.rows) and cost.tiles(shape, 64 // group)[0] == 1
+    message = f"head dimension {head_dim} knows up to {most} query heads of a KV head, not {most + 1}"
+    with pytest.raises(ValueError, match=message):
+        tiles_for(head_dim, torch.device("cpu"), group_size=most + 1)
+
+
+def test_rows_of_32_heads_grow_in_small_tiles() -> None:
+    """Items that grow, or that others follow, run on the Triton kernel only, which is that of small tiles."""
+    planner = decode_planner(
+        AttentionShape(64, 2, 128, 2), torch.device("cpu"), grouping="multi", limits=Capacity.unlimited()
+    )  # fmt: skip
+    tree = PrefixTree.from_neighbours(range(8), [4000] * 7)
+    lens = np.arange(4001, 4801, 100).astype(np.int32)
+    plan = planner.plan(StepBatch(np.ones(8, np.int32), lens, SimpleNamespace(prefix_tree=lambda: tree)))  # type: ignore[arg-type]
+    large, small = np.split(plan.plan.items, [plan.plan.class_indptr[1]])
+    assert len(large) and (large[:, Col.OPEN_ROW] < 0).all() and (large[:, Col.NEXT_ITEM] < 0).all()
+    assert large[:, Col.Q_CNT].max() == 2 and (small[:, Col.OPEN_ROW] >= 0).sum() == 8
 
 
 def test_on_a_cpu_only_copies_count() -> None:
