@@ -25,6 +25,19 @@ Map, for head_dim 128, BLOCK_N 64, STAGES 3 (``tiles.TILES``):
     consumer        |Q|QK0|QK1    |PV0|QK2    |PV1| ... |store|Q| ...
                           |softmax|   |softmax|             one block's beside the next block's product
 
+FP8 KV (RAW_STAGES > 0): the producer copies its bytes to a ring of RAW_STAGES blocks that nobody else sees, and fills a
+stage by converting the block that was begun RAW_STAGES - 1 blocks before, to float16, which is exact. It goes on with
+the next item's blocks before it has converted an item's last. Queries and weights are float16, too. In the map:
+
+    smem        RAW_STAGES 3, STAGES 2: K raw 3 x 8 KiB | V raw 3 x 8 KiB | K 2 x 16 KiB | V 2 x 16 KiB | Q 16 KiB
+    k_full      1 arrival, when all threads have converted K and made it visible to products; v_full likewise
+    kv_empty    is awaited before K is converted; n is that of the block that is converted
+
+    producer  |K0 V0|K1 V1|K2 V2|to 0|K3 V3|to 1|K4 V4|to 2| ... |to n - 1, to n|      (Kn Vn: bytes; to n: convert)
+
+Within the producer, ``wait_group`` waits for a thread's own copies, and the compiler lets the warpgroup meet before it
+reads what others copied, before it copies over what others read, and between its fence and the arrival.
+
 Taken for granted (``device_plan`` checks it): no run B, no item that is empty, grows, or that another follows.
 """
 
@@ -45,6 +58,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from packinfer_sgl.kernels.columns import A_LEN, A_OFF, N_COLS, Q_CNT, Q_OFF, SPLIT
 from packinfer_sgl.kernels.hopper_common import (
+    CONVERT_ARRIVALS,
     COPY_ARRIVALS,
     LOG2_E,
     ROWS,
@@ -55,6 +69,7 @@ from packinfer_sgl.kernels.hopper_common import (
     soft_capped,
     with_sink,
 )
+from packinfer_sgl.kernels.hopper_decode_fp8 import RawRing, produce_from_fp8
 
 CONSUMER_ARRIVALS = gl.constexpr(1)  # one for the warpgroup
 
@@ -102,6 +117,7 @@ class ConsumerArgs(NamedTuple):
     stride_out_head: gl.tensor
     scale2: gl.tensor
     cap2: gl.tensor
+    v_scale: gl.tensor
     q_tile: gl.shared_memory_descriptor  # [ROWS, HEAD_DIM]
 
 
@@ -148,7 +164,8 @@ def _load_q(args, q_off, q_cnt, kv_head, GROUP: gl.constexpr, HEAD_DIM: gl.const
     query = gl.load(args.query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)  # [ROWS]
     q_row = query * args.stride_q_token + (kv_head * GROUP + row % GROUP).to(gl.int64) * args.stride_q_head
     q_offset = gl.expand_dims(q_row, 1) + gl.expand_dims(d, 0)  # [ROWS, HEAD_DIM]
-    args.q_tile.store(gl.load(args.q_ptr + q_offset, mask=gl.expand_dims(live, 1), other=0.0))
+    q = gl.load(args.q_ptr + q_offset, mask=gl.expand_dims(live, 1), other=0.0)
+    args.q_tile.store(q.to(args.q_tile.dtype))
     fence_async_shared()
 
 
@@ -171,7 +188,7 @@ def _store_results(
         sink = gl.load(args.sinks_ptr + head, mask=direct, other=-float("inf"))
         top, total, keep = with_sink(top, total, sink.to(gl.float32) * LOG2_E)
         acc = acc * gl.expand_dims(keep, 1)
-    result = acc / gl.expand_dims(gl.where(total == 0.0, 1.0, total), 1)
+    result = acc * gl.expand_dims(args.v_scale / gl.where(total == 0.0, 1.0, total), 1)
     lse2 = top + gl.log2(total)
     out_row = query * args.stride_out_token + head.to(gl.int64) * args.stride_out_head
     out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0)
@@ -226,7 +243,7 @@ def _consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    dtype: gl.constexpr = args.q_ptr.dtype.element_ty
+    dtype: gl.constexpr = pipe.k_stages.dtype
     n = 0
     for w in range(gl.program_id(0), args.work, gl.num_programs(0)):
         item_ptr = args.items_ptr + (args.first + w // args.kv_heads) * N_COLS
@@ -289,9 +306,10 @@ def _consume(
 def packed_attention_hopper_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
     query_rows_ptr, partial_rows_ptr, sinks_ptr, stride_q_token, stride_q_head, stride_out_token, stride_out_head,
-    stride_page, stride_slot, stride_kv_head, scale2, cap2, first_count, last_count, kv_heads, n_heads,
+    stride_page, stride_slot, stride_kv_head, scale2, cap2, v_scale, first_count, last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    SINKS: gl.constexpr, STAGES: gl.constexpr, OUT_PARTS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    SINKS: gl.constexpr, STAGES: gl.constexpr, RAW_STAGES: gl.constexpr, OUT_PARTS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 64, for items without run B that do not grow.
 
@@ -305,7 +323,8 @@ def packed_attention_hopper_kernel(
     # a CTA without work is gone before those of the next launch begin: they would spread unevenly around it
     if gl.program_id(0) < work:
         gdc_launch_dependents()
-        dtype: gl.constexpr = q_ptr.dtype.element_ty
+        dtype: gl.constexpr = gl.float16 if RAW_STAGES else q_ptr.dtype.element_ty
+        full_arrivals: gl.constexpr = CONVERT_ARRIVALS if RAW_STAGES else COPY_ARRIVALS
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         k_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
         v_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
@@ -314,8 +333,8 @@ def packed_attention_hopper_kernel(
         v_full = allocate_barriers(STAGES)
         kv_empty = allocate_barriers(STAGES)
         for i in gl.static_range(STAGES):
-            mbarrier.init(k_full.index(i), count=COPY_ARRIVALS)
-            mbarrier.init(v_full.index(i), count=COPY_ARRIVALS)
+            mbarrier.init(k_full.index(i), count=full_arrivals)
+            mbarrier.init(v_full.index(i), count=full_arrivals)
             mbarrier.init(kv_empty.index(i), count=CONSUMER_ARRIVALS)
         pipe = KvPipeline(k_stages=k_stages, v_stages=v_stages, k_full=k_full, v_full=v_full, kv_empty=kv_empty)
         consumer = ConsumerArgs(
@@ -323,17 +342,33 @@ def packed_attention_hopper_kernel(
             items_ptr=items_ptr, query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, sinks_ptr=sinks_ptr,
             first=first, work=work, kv_heads=kv_heads, n_heads=n_heads, stride_q_token=stride_q_token,
             stride_q_head=stride_q_head, stride_out_token=stride_out_token, stride_out_head=stride_out_head,
-            scale2=scale2, cap2=cap2, q_tile=q_tile,
+            scale2=scale2, cap2=cap2, v_scale=v_scale, q_tile=q_tile,
         )  # fmt: skip
         producer = ProducerArgs(
             k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, first=first, work=work,
             kv_heads=kv_heads, stride_page=stride_page, stride_slot=stride_slot, stride_kv_head=stride_kv_head,
         )  # fmt: skip
-        gl.warp_specialize(
-            [
-                (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS)),
-                (_produce, (producer, pipe, HEAD_DIM, BLOCK_N, PAGE, STAGES)),
-            ],
-            [4],
-            [PRODUCER_REGISTERS],
-        )
+        if RAW_STAGES:
+            raw_rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+            raw_dtype: gl.constexpr = k_ptr.dtype.element_ty
+            raw = RawRing(
+                k=gl.allocate_shared_memory(raw_dtype, [RAW_STAGES, BLOCK_N, HEAD_DIM], raw_rows),
+                v=gl.allocate_shared_memory(raw_dtype, [RAW_STAGES, BLOCK_N, HEAD_DIM], raw_rows),
+            )
+            gl.warp_specialize(
+                [
+                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS)),
+                    (produce_from_fp8, (producer, pipe, raw, HEAD_DIM, BLOCK_N, PAGE, STAGES, RAW_STAGES)),
+                ],
+                [4],
+                [PRODUCER_REGISTERS],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS)),
+                    (_produce, (producer, pipe, HEAD_DIM, BLOCK_N, PAGE, STAGES)),
+                ],
+                [4],
+                [PRODUCER_REGISTERS],
+            )

@@ -35,6 +35,17 @@ consumers' loops. Each of the ``work`` items takes one ticket, so ticket work - 
     consumer 0        |QK0|softmax|PV0|QK1|softmax|PV1| ... |store|QK0'| ...
     consumer 1            |QK0|softmax|PV0|QK1|softmax|PV1| ... |store| ...
 
+FP8 KV (FP8_KV): the bytes of K or V of one block are in flight, in a buffer that only the producer sees. It converts
+them to float16, which is exact, while those of the next take their place, 32 rows at a time (``hopper_extend_fp8``).
+Weights are float16, too, and a consumer converts its queries in their stage before the first product. In the map:
+
+    registers  maxnreg 168 x 384 threads = 104 x 128 (producer) + 200 x 256 (consumers)
+    smem       the same and 16 KiB of raw bytes = 210 of 227 KiB
+    k_full     1 arrival, when all threads have converted K and made it visible to products; v_full likewise
+    k_empty    is awaited before K is converted; v_empty likewise
+
+    producer    |w|Q k0|k0 to K0, v0 comes|v0 to V0, k1 comes|k1 to K1, v1 comes| ... |v to V|ticket|w'| ...
+
 Taken for granted (``device_plan`` checks it): no item that grows or that another follows; heads of q, K and V begin at
 multiples of 16 bytes.
 """
@@ -46,7 +57,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from packinfer_sgl.kernels.hopper_common import COPY_ARRIVALS, ROWS, allocate_barriers
+from packinfer_sgl.kernels.hopper_common import CONVERT_ARRIVALS, COPY_ARRIVALS, ROWS, allocate_barriers
 from packinfer_sgl.kernels.hopper_extend_consumer import ConsumerArgs, consume
 from packinfer_sgl.kernels.hopper_extend_pipeline import (
     CONSUMERS,
@@ -63,11 +74,11 @@ from packinfer_sgl.kernels.hopper_extend_producer import COPY_ROWS, ProducerArgs
 def packed_attention_extend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
     query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, sinks_ptr, stride_q_token, stride_q_head,
-    stride_out_token, stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, first_count, last_count,
-    kv_heads, n_heads,
+    stride_out_token, stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, v_scale, first_count,
+    last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    SINKS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    SINKS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, FP8_KV: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that do not grow and that none follows.
 
@@ -81,8 +92,10 @@ def packed_attention_extend_kernel(
         dtype: gl.constexpr = q_ptr.dtype.element_ty
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        k_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
-        v_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
+        kv_dtype: gl.constexpr = gl.float16 if FP8_KV else dtype
+        full_arrivals: gl.constexpr = CONVERT_ARRIVALS if FP8_KV else COPY_ARRIVALS
+        k_stages = gl.allocate_shared_memory(kv_dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
+        v_stages = gl.allocate_shared_memory(kv_dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
         q_stages = gl.allocate_shared_memory(dtype, [CONSUMERS * Q_STAGES, ROWS, HEAD_DIM], layout)
         q_offsets = gl.allocate_shared_memory(gl.int64, [CONSUMERS * ROWS // COPY_ROWS, COPY_ROWS], plain)
         kv_offsets = gl.allocate_shared_memory(gl.int64, [BLOCK_N // COPY_ROWS, COPY_ROWS], plain)
@@ -101,8 +114,8 @@ def packed_attention_extend_kernel(
             mbarrier.init(stagger.index(i), count=STAGGER_ARRIVALS)
             mbarrier.init(work_full.index(i), count=WORK_FULL_ARRIVALS)
         for i in gl.static_range(STAGES):
-            mbarrier.init(k_full.index(i), count=COPY_ARRIVALS)
-            mbarrier.init(v_full.index(i), count=COPY_ARRIVALS)
+            mbarrier.init(k_full.index(i), count=full_arrivals)
+            mbarrier.init(v_full.index(i), count=full_arrivals)
             mbarrier.init(k_empty.index(i), count=EMPTY_ARRIVALS)
             mbarrier.init(v_empty.index(i), count=EMPTY_ARRIVALS)
         pipe = Pipeline(
@@ -115,6 +128,7 @@ def packed_attention_extend_kernel(
             query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, win_lo_ptr=win_lo_ptr,
             win_hi_ptr=win_hi_ptr, sinks_ptr=sinks_ptr, work=work, kv_heads=kv_heads, n_heads=n_heads,
             stride_out_token=stride_out_token, stride_out_head=stride_out_head, scale2=scale2, cap2=cap2,
+            v_scale=v_scale,
         )  # fmt: skip
         producer = ProducerArgs(
             q_ptr=q_ptr, k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, counts_ptr=counts_ptr,
@@ -122,11 +136,17 @@ def packed_attention_extend_kernel(
             stride_q_head=stride_q_head, stride_page=stride_page, stride_slot=stride_slot,
             stride_kv_head=stride_kv_head, q_offsets=q_offsets, kv_offsets=kv_offsets,
         )  # fmt: skip
+        raw = kv_offsets  # something to pass on, which nobody takes
+        if FP8_KV:
+            raw = gl.allocate_shared_memory(
+                k_ptr.dtype.element_ty, [BLOCK_N // COPY_ROWS, COPY_ROWS, HEAD_DIM],
+                gl.SwizzledSharedLayout(1, 1, 1, [1, 0]),
+            )  # fmt: skip
         gl.warp_specialize(
             [
                 (consume, (0, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP, SINKS)),
                 (consume, (1, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP, SINKS)),
-                (produce, (producer, pipe, GROUP, HEAD_DIM, BLOCK_N, PAGE, STAGES, Q_STAGES)),
+                (produce, (producer, pipe, raw, GROUP, HEAD_DIM, BLOCK_N, PAGE, STAGES, Q_STAGES, FP8_KV)),
             ],
             [4, 4],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

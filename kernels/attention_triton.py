@@ -11,6 +11,10 @@ first program waits for that; so the merge, which waits for the last class, wait
 
 Offsets that a caller's stride enters are 64-bit: caches may have any layout and size.
 
+KV in FP8 (e4m3) is converted to float16 behind its load, which is exact and one instruction for two elements; queries
+and weights are then float16, too. Its scales cost nothing: that of the keys is part of ``scale2``, that of the values
+of the last factor of each result, direct or partial.
+
 ``lse2`` is the log-sum-exp in base 2. The empty state is an output of 0 with an lse2 of -inf.
 
 With SINKS each softmax also has a virtual token with its head's sink as logit and no value. It must come in once for
@@ -117,6 +121,8 @@ def _attend(
             inside = (pos < length)[:, None]
             k = tl.load(kv.k_ptr + offset, mask=inside, other=0.0)
             v = tl.load(kv.v_ptr + offset, mask=inside, other=0.0)
+        k = k.to(q.dtype)  # FP8 to float16
+        v = v.to(q.dtype)
         s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if SOFT_CAP:
             s = _soft_capped(s, scale2, cap2)
@@ -144,7 +150,7 @@ def packed_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
     query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, kv_lens_ptr, mask_ptr, mask_rows_ptr, sinks_ptr,
     stride_q_token, stride_q_head, stride_out_token, stride_out_head, stride_page, stride_slot, stride_kv_head, scale2,
-    cap2, first_count, last_count, kv_heads, n_heads,
+    cap2, v_scale, first_count, last_count, kv_heads, n_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     RUN_B: tl.constexpr, CUSTOM_MASK: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, PEEL: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -185,6 +191,8 @@ def packed_attention_kernel(
                 mask=live[:, None],
                 other=0.0,
             )
+            if k_ptr.dtype.element_ty.primitive_bitwidth == 8:
+                q = q.to(tl.float16)
             acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
             top = tl.full([BLOCK_M], -float("inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
@@ -227,7 +235,7 @@ def packed_attention_kernel(
                 sink = tl.load(sinks_ptr + head, mask=is_direct, other=-float("inf"))
                 top, total, keep = with_sink(top, total, sink.to(tl.float32) * LOG2_E)
                 acc = acc * keep[:, None]
-            result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+            result = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
             lse2 = top + tl.log2(total)
             # read now or again rather than kept in registers across the loops
             item = tl.load(item_ptr + NEXT_ITEM)

@@ -167,6 +167,7 @@ class PackedReference:
         *,
         sm_scale: float,
         logits_soft_cap: float = 0.0,
+        v_scale: float = 1.0,
         mask: MaskRows | None = None,
         sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
@@ -175,9 +176,11 @@ class PackedReference:
 
         Args:
             q: [n_queries, qo_heads, head_dim] float.
-            k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] (any strides), float.
+            k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] (any strides), float, of 8 bits
+                as well.
             sm_scale: factor of the logits before the softmax.
             logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
+            v_scale: factor of the values.
             mask: custom mask, of what the plan lets a query see; no tails may ride in that plan.
             sinks: [qo_heads] float, see ``Runner.run``.
             out: [n_queries, qo_heads, head_dim] where to write; default: a new tensor of q's dtype.
@@ -210,6 +213,7 @@ class PackedReference:
                 o, lse = _attend(q[c.queries], keys, values, hidden, sm_scale, logits_soft_cap)
             else:
                 o, lse = _attend_fused(q[c.queries], keys, values, hidden, sm_scale)
+            o = o if v_scale == 1 else o * v_scale
             if len(c.out_from):
                 _write(out, lse2, c.out_to, o[c.out_from], lse[c.out_from], sinks)
             results.append((o, lse))

@@ -184,6 +184,7 @@ class PackedCuda:
         *,
         sm_scale: float,
         logits_soft_cap: float = 0.0,
+        v_scale: float = 1.0,
         page_size: int = 1,
         windowed: bool = False,
         mask: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -197,10 +198,12 @@ class PackedCuda:
             q: [n_queries, qo_heads, head_dim] bf16 or fp16, last dimension contiguous; queries past the plan's pad a
                 captured graph and come out as 0.
             k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim]; equal strides, last
-                dimension contiguous; for plans with run B each head begins at a multiple of 16 bytes.
+                dimension contiguous; of q's dtype, or float8_e4m3fn. For plans with run B, and in FP8, each head begins
+                at a multiple of 16 bytes.
             kv_lens: [n_rows] current length of each row, for items that grow.
-            sm_scale: factor of the logits before the softmax.
+            sm_scale: factor of the logits before the softmax; that of FP8 keys is part of it.
             logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
+            v_scale: factor of the values.
             windowed: whether the plan has run B.
             mask: what queries see of what the plan lets them see: [n] bool, and [n_queries] int64 of each query the
                 flag for KV position 0. The plan must have no inline tails (``TilePolicy.max_inline_tail_tokens``).
@@ -218,13 +221,14 @@ class PackedCuda:
         assert windowed or not self._has_run_b, "the loaded plan has run B"
         if sinks is not None:
             check_sinks(sinks, n_heads)
-        if any(tile.kernel == "hopper_extend" for tile in self.tiles):
+        copies = any(tile.kernel == "hopper_extend" for tile in self.tiles)  # 16 bytes at a time
+        if (copies or k.itemsize == 1) and not (_aligned(k) and _aligned(v)):
+            raise ValueError("heads of K and V that do not begin at multiples of 16 bytes are not supported")
+        if copies:
             if mask is not None:
                 raise ValueError("the hopper_extend kernel takes no custom mask")
-            if not (_aligned(k) and _aligned(v)):  # it copies 16 bytes at a time
-                raise ValueError("heads of K and V that do not begin at multiples of 16 bytes are not supported")
             q = q if _aligned(q) else q.clone(memory_format=torch.contiguous_format)
-        self._attend(q, k, v, kv_lens, out, lse2, sm_scale, logits_soft_cap, page_size, windowed, mask, sinks)
+        self._attend(q, k, v, kv_lens, out, lse2, sm_scale, logits_soft_cap, v_scale, page_size, windowed, mask, sinks)
         self._merge(out, lse2, windowed, sinks)
         return out, lse2
 
@@ -238,6 +242,7 @@ class PackedCuda:
         lse2: torch.Tensor,
         sm_scale: float,
         logits_soft_cap: float,
+        v_scale: float,
         page_size: int,
         windowed: bool,
         mask: tuple[torch.Tensor, torch.Tensor] | None,
@@ -254,7 +259,7 @@ class PackedCuda:
             "partial_rows_ptr": view["partial_rows"], "stride_q_token": q.stride(0), "stride_q_head": q.stride(1),
             "stride_out_token": out.stride(0), "stride_out_head": out.stride(1), "stride_page": stride_page,
             "stride_slot": stride_slot, "stride_kv_head": stride_head, "scale2": sm_scale * LOG2_E,
-            "cap2": logits_soft_cap * LOG2_E, "kv_heads": self.kv_heads, "n_heads": n_heads,
+            "cap2": logits_soft_cap * LOG2_E, "v_scale": v_scale, "kv_heads": self.kv_heads, "n_heads": n_heads,
             "GROUP": group, "HEAD_DIM": head_dim, "PAGE": page_size, "SOFT_CAP": logits_soft_cap > 0,
             **_sink_arguments(sinks, lse2),
         }  # fmt: skip
@@ -274,13 +279,14 @@ class PackedCuda:
             }  # fmt: skip
             if tile.kernel == "hopper_extend":
                 packed_attention_extend_kernel[grid](
-                    **arguments, **windows, **launch, Q_STAGES=tile.q_stages,
+                    **arguments, **windows, **launch, Q_STAGES=tile.q_stages, FP8_KV=tile.raw_stages > 0,
                     CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
                     num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             elif tile.kernel == "hopper_decode" and self._is_hopper and not windowed and mask is None:
                 packed_attention_hopper_kernel[grid](
-                    **arguments, **launch, OUT_PARTS=tile.out_parts, PRODUCER_REGISTERS=tile.producer_registers,
+                    **arguments, **launch, RAW_STAGES=tile.raw_stages, OUT_PARTS=tile.out_parts,
+                    PRODUCER_REGISTERS=tile.producer_registers,
                     num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             else:
@@ -320,6 +326,6 @@ def _sink_arguments(sinks: torch.Tensor | None, unused: torch.Tensor) -> dict[st
 
 
 def _aligned(x: torch.Tensor) -> bool:
-    """Whether each head's elements (of 2 bytes) begin at a multiple of 16 bytes; a dimension of 1 has any stride."""
+    """Whether each head's elements begin at a multiple of 16 bytes; a dimension of 1 has any stride."""
     strides = (stride for size, stride in zip(x.shape[:-1], x.stride()[:-1]) if size > 1)
-    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+    return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in strides)

@@ -1,4 +1,4 @@
-"""What both Hopper kernels are made of: layouts, barriers and the parity that a wait asks for, the soft cap, sinks."""
+"""What both Hopper kernels are made of: layouts, barriers, the parity that a wait asks for, FP8, soft cap, sinks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ ROWS = gl.constexpr(64)  # query rows of one consumer warpgroup: those of one pr
 # Arrivals that complete a phase of a "full" barrier that copies fill: each thread of the producer warpgroup arrives
 # when its own copies have landed.
 COPY_ARRIVALS = gl.constexpr(128)
+# Of one that the producer fills by converting: the warpgroup is past a barrier of its own.
+CONVERT_ARRIVALS = gl.constexpr(1)
 _TANH_FACTOR = gl.constexpr(2.0 * 1.4426950408889634)
 LOG2_E = gl.constexpr(1.4426950408889634)
 
@@ -21,10 +23,24 @@ def row_layout(head_dim):  # type: ignore[no-untyped-def]
     return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def raw_layout(head_dim):  # type: ignore[no-untyped-def]
+    """The same for elements of one byte: each thread moves 16 of them."""
+    threads = head_dim // 16  # of a row
+    return gl.BlockedLayout([1, 16], [32 // threads, threads], [4, 1], [1, 0])
+
+
 @gluon.jit
 def allocate_barriers(N: gl.constexpr):
     """N barriers, not yet initialised: [N, 1] in shared memory."""
     return gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def convert(tile, raw, HEAD_DIM: gl.constexpr):
+    """FP8 rows that have landed in ``raw``, to rows of a product's operand: exact in float16. Each thread reads 8
+    elements: so a quarter of a warp writes 128 bytes in a row, which no two of its threads do to the same bank."""
+    tile.store(raw.load(row_layout(HEAD_DIM)).to(tile.dtype))
 
 
 # The ``n``th use of a ring of STAGES is in stage n % STAGES. A wait returns when the phase of the given parity is

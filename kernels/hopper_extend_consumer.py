@@ -35,6 +35,7 @@ class ConsumerArgs(NamedTuple):
     stride_out_head: gl.tensor
     scale2: gl.tensor
     cap2: gl.tensor
+    v_scale: gl.tensor
 
 
 @gluon.jit
@@ -90,7 +91,7 @@ def _store_results(
         sink = gl.load(args.sinks_ptr + head, mask=direct, other=-float("inf"))
         top, total, keep = with_sink(top, total, sink.to(gl.float32) * LOG2_E)
         acc = acc * gl.expand_dims(keep, 1)
-    acc = acc * gl.expand_dims(1.0 / gl.where(total == 0.0, 1.0, total), 1)  # [ROWS, HEAD_DIM]
+    acc = acc * gl.expand_dims(args.v_scale / gl.where(total == 0.0, 1.0, total), 1)  # [ROWS, HEAD_DIM]
     lse2 = top + gl.log2(total)
     gl.store(args.lse2_ptr + query.to(gl.int64) * args.n_heads + head, lse2, mask=direct)
     if split >= 0:
@@ -121,6 +122,15 @@ def _store_results(
         out_row = query.to(gl.int64) * args.stride_out_token + head.to(gl.int64) * args.stride_out_head
         out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0)
         gl.store(args.out_ptr + out_offset, acc.to(args.out_ptr.dtype.element_ty), mask=gl.expand_dims(direct, 1))
+
+
+@gluon.jit
+def _converted_in_place(q_tile, dtype: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """The queries in ``dtype``, of as many bits; each thread writes where it read."""
+    converted = q_tile._reinterpret(dtype, [ROWS, HEAD_DIM], gl.NVMMASharedLayout(128, 16, 2))
+    converted.store(q_tile.load(row_layout(HEAD_DIM)).to(dtype))
+    fence_async_shared()
+    return converted
 
 
 @gluon.jit
@@ -167,6 +177,9 @@ def consume(
             if WHICH == 1:
                 # half a block behind consumer 0: else both multiply at the same time, then both do softmax
                 mbarrier.wait(pipe.stagger.index(q_stage), full_phase(nth_item, Q_STAGES))
+            queries = q_tile
+            if q_tile.dtype != pipe.k_stages.dtype:  # FP8 KV was converted to float16
+                queries = _converted_in_place(q_tile, pipe.k_stages.dtype, HEAD_DIM)
             # Not a loop over full blocks and one over masked ones: from two loops that multiply by the same queries, at
             # an address that changes, ptxas (CUDA 12.8) takes the address from the first even if that did not run.
             for b in range(blocks):
@@ -175,7 +188,7 @@ def consume(
                 mbarrier.wait(pipe.k_full.index(stage), phase)
                 fence_async_shared()  # q, K and V came by cp.async, products read them through the async proxy
                 k = pipe.k_stages.index(stage).permute((1, 0))  # [HEAD_DIM, BLOCK_N]
-                s = warpgroup_mma(q_tile, k, zeros, use_acc=False, is_async=True)
+                s = warpgroup_mma(queries, k, zeros, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])  # [ROWS, BLOCK_N]
                 if WHICH == 0:
                     if b == 0:

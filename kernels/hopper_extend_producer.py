@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from packinfer_sgl.kernels.columns import A_LEN, A_OFF, B_LEN, B_OFF, N_COLS, NEXT_TICKET, Q_CNT, Q_OFF
 from packinfer_sgl.kernels.hopper_common import ROWS, empty_phase, row_layout
+from packinfer_sgl.kernels.hopper_extend_fp8 import fill_last, fill_stages
 from packinfer_sgl.kernels.hopper_extend_pipeline import CONSUMERS, n_blocks, write_work_tile
 
 COPY_ROWS = gl.constexpr(32)  # that are copied together
@@ -50,10 +51,10 @@ def _copy_rows(rows, pointer, offsets, n_inside, HEAD_DIM: gl.constexpr, FIRST: 
 
 @gluon.jit
 def produce(
-    args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    args, pipe, raw, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, FP8_KV: gl.constexpr,
 ):  # fmt: skip
-    """Fill the stages with the items' queries and KV blocks, one after the other.
+    """Fill the stages with the items' queries and KV blocks, one after the other; FP8_KV through ``raw``.
 
     Each row offset is computed by one thread and passed through shared memory: the producer has few registers.
     """
@@ -99,13 +100,21 @@ def produce(
             stage = nth_block % STAGES
             phase = empty_phase(nth_block, STAGES)
             rest = length - b * BLOCK_N
-            mbarrier.wait(pipe.k_empty.index(stage), phase)
-            _copy_rows(pipe.k_stages.index(stage), args.k_ptr + head, args.kv_offsets, rest, HEAD_DIM)
-            async_copy.mbarrier_arrive(pipe.k_full.index(stage), increment_count=False)
-            mbarrier.wait(pipe.v_empty.index(stage), phase)
-            _copy_rows(pipe.v_stages.index(stage), args.v_ptr + head, args.kv_offsets, rest, HEAD_DIM)
-            async_copy.mbarrier_arrive(pipe.v_full.index(stage), increment_count=False)
+            if FP8_KV:
+                fill_stages(
+                    pipe, raw, args.k_ptr + head, args.v_ptr + head, args.kv_offsets, rest, nth_block, b == 0, HEAD_DIM,
+                    STAGES,
+                )  # fmt: skip
+            else:
+                mbarrier.wait(pipe.k_empty.index(stage), phase)
+                _copy_rows(pipe.k_stages.index(stage), args.k_ptr + head, args.kv_offsets, rest, HEAD_DIM)
+                async_copy.mbarrier_arrive(pipe.k_full.index(stage), increment_count=False)
+                mbarrier.wait(pipe.v_empty.index(stage), phase)
+                _copy_rows(pipe.v_stages.index(stage), args.v_ptr + head, args.kv_offsets, rest, HEAD_DIM)
+                async_copy.mbarrier_arrive(pipe.v_full.index(stage), increment_count=False)
             nth_block += 1
+        if FP8_KV:  # now, not with the next item: the consumers have no other block to go on with
+            fill_last(pipe, raw, nth_block - 1, HEAD_DIM, STAGES)
         # The tile scheduler: the first items are those of the CTAs' ids, the others go by tickets to whoever is free.
         # Items that take longest stand first.
         ticket = gl.atomic_add(args.counts_ptr + NEXT_TICKET, 1, sem="relaxed")

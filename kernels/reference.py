@@ -39,6 +39,7 @@ def packed_attention(
     *,
     sm_scale: float,
     logits_soft_cap: float = 0.0,
+    v_scale: float = 1.0,
     kv_lens: torch.Tensor | None = None,
     mask: MaskRows | None = None,
     sinks: torch.Tensor | None = None,
@@ -47,10 +48,12 @@ def packed_attention(
 
     Args:
         q: [n_queries, qo_heads, head_dim] float.
-        k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim], float.
+        k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim], float, of 8 bits as
+            well.
         kv_slots: [plan.kv_capacity] int64 slot list that the items point into.
         sm_scale: factor of the logits before the softmax.
         logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
+        v_scale: factor of the values.
         kv_lens: [n_rows] current length of each row, if the plan has items that grow.
         mask: custom mask, of what the plan lets a query see; no tails may ride in that plan.
         sinks: [qo_heads] float, see ``Runner.run``.
@@ -58,7 +61,8 @@ def packed_attention(
     Returns:
         out [n_queries, qo_heads, head_dim] and lse2 [n_queries, qo_heads], float32.
     """
-    k, v = (x.reshape(-1, *x.shape[-2:]) for x in (k, v))
+    k, v = (x.float().reshape(-1, *x.shape[-2:]) for x in (k, v))
+    v = v * v_scale
     out, lse2 = torch.zeros(q.shape), torch.full(q.shape[:2], -math.inf)
     part_out = torch.zeros(plan.n_partials, *q.shape[1:])
     part_lse2 = torch.full(part_out.shape[:2], -math.inf)

@@ -25,6 +25,8 @@ class Tile:
         stages: blocks in flight.
         q_stages: of the extend kernel, queries of so many items: with two those of the next come early.
         out_parts: of the Hopper decode kernel, into which the columns of an output are divided: 1 or 2.
+        raw_stages: for FP8 KV: blocks (of the extend kernel: K or V of a block) whose bytes are in flight, besides the
+            ``stages`` that are converted; 0 for KV that is multiplied as it is, and for the Triton kernel.
         warps: of a CTA of the Triton kernel; 0 where that never runs the class.
         registers: ``maxnreg``, low enough for CTAs of both tile classes to be co-resident. Of the Hopper kernels: the
             mean of all threads.
@@ -43,6 +45,7 @@ class Tile:
     warps: int
     registers: int
     producer_registers: int = 0
+    raw_stages: int = 0
     resident: int
     programs: int
     shares: int = 0
@@ -93,16 +96,28 @@ _EXTEND = Tile(
 EXTEND_TILES = {64: (_EXTEND,), 128: (_EXTEND,), 256: (replace(_EXTEND, tokens=64, q_stages=1),)}
 
 
+# The same for FP8 KV. Unmeasured: chosen by what the compiler says of registers and spills.
+_LARGE_FP8 = replace(_LARGE, stages=2, raw_stages=3)
+FP8_TILES = {
+    64: (_LARGE_FP8, TILES[64][1]),
+    128: (_LARGE_FP8, replace(TILES[128][1], registers=128)),
+    256: (replace(TILES[256][0], stages=2, raw_stages=3), TILES[256][1]),
+}
+_EXTEND_FP8 = replace(_EXTEND, producer_registers=104, raw_stages=1)
+FP8_EXTEND_TILES = {64: (_EXTEND_FP8,), 128: (_EXTEND_FP8,)}
+
+
 def most_group_size(head_dim: int) -> int:
     """Most query heads of a KV head, by the rows of the smallest tile."""
     return max(tile.rows for tile in (TILES[head_dim][-1], WIDE_TILES.get(head_dim)) if tile is not None)
 
 
-def decode_tiles(head_dim: int, group_size: int = 1) -> tuple[Tile, ...]:
+def decode_tiles(head_dim: int, group_size: int = 1, kv_bytes: int = 2) -> tuple[Tile, ...]:
     """The tile classes of plans without run B.
 
     Args:
         group_size: query heads of a KV head.
+        kv_bytes: of an element of KV: 1 for FP8.
 
     Raises:
         ValueError: a head dimension or group size that the kernels do not know.
@@ -114,22 +129,30 @@ def decode_tiles(head_dim: int, group_size: int = 1) -> tuple[Tile, ...]:
             f"packed attention at head dimension {head_dim} knows up to {most} query heads of a KV head, not "
             f"{group_size}"
         )
-    tiles = TILES[head_dim]
+    tiles = (FP8_TILES if kv_bytes == 1 else TILES)[head_dim]
     return tiles if group_size <= tiles[-1].rows else (*tiles[:-1], WIDE_TILES[head_dim])
 
 
-def tiles_for(head_dim: int, device: torch.device, extend: bool = False, *, group_size: int = 1) -> tuple[Tile, ...]:
+def tiles_for(
+    head_dim: int, device: torch.device, extend: bool = False, *, group_size: int = 1, kv_bytes: int = 2
+) -> tuple[Tile, ...]:
     """The tile classes on ``device``.
 
     Args:
         extend: whether plans have run B, and no custom mask.
-        group_size: query heads of a KV head.
+        group_size, kv_bytes: see ``decode_tiles``.
 
     Raises:
         ValueError: see ``decode_tiles``.
     """
-    tiles = decode_tiles(head_dim, group_size)
-    return EXTEND_TILES[head_dim] if extend and head_dim in EXTEND_TILES and is_hopper(device) else tiles
+    tiles = decode_tiles(head_dim, group_size, kv_bytes)
+    extends = FP8_EXTEND_TILES if kv_bytes == 1 else EXTEND_TILES
+    return extends[head_dim] if extend and head_dim in extends and is_hopper(device) else tiles
+
+
+def shape_tiles(shape: AttentionShape, device: torch.device, extend: bool = False) -> tuple[Tile, ...]:
+    """``tiles_for`` a layer of this shape."""
+    return tiles_for(shape.head_dim, device, extend, group_size=shape.group_size, kv_bytes=shape.kv_bytes)
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -150,9 +173,8 @@ def device_profile(device: torch.device) -> DeviceProfile:
 
 
 def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False) -> TilePolicy:
-    """How a plan for these kernels is cut on ``device``, for ``tiles_for`` it."""
-    tiles = tiles_for(shape.head_dim, device, extend, group_size=shape.group_size)
-    return policy_of(shape, tiles, multiprocessors(device), device_profile(device))
+    """How a plan for these kernels is cut on ``device``, for the tiles of ``shape_tiles``."""
+    return policy_of(shape, shape_tiles(shape, device, extend), multiprocessors(device), device_profile(device))
 
 
 def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int, profile: DeviceProfile = H200) -> TilePolicy:

@@ -46,6 +46,7 @@ class Runner(Protocol):
         *,
         sm_scale: float,
         logits_soft_cap: float,
+        v_scale: float = 1.0,
         mask: MaskRows | None = None,
         sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
@@ -55,10 +56,12 @@ class Runner(Protocol):
         Args:
             q: [n_queries, qo_heads, head_dim], on CUDA bfloat16 or float16; rows past the plan's queries are padding,
                 and come out as 0.
-            k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] of the table's page size.
+            k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim] of the table's page size, on
+                CUDA of q's dtype or float8_e4m3fn.
             kv_lens: [n] int current KV tokens of each row, on the device, if rows grow under the plan.
-            sm_scale: factor of the logits before the softmax.
+            sm_scale: factor of the logits before the softmax; that of FP8 keys is part of it.
             logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
+            v_scale: factor of the values.
             mask: what queries see of what the plan lets them see.
             sinks: [qo_heads] float32, bfloat16 or float16, on q's device: the logit (base e, not multiplied by
                 ``sm_scale``, not capped) of a virtual token without a value that every query of the head sees.

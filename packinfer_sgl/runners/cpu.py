@@ -82,6 +82,7 @@ class CpuRunner:
         *,
         sm_scale: float,
         logits_soft_cap: float,
+        v_scale: float = 1.0,
         mask: MaskRows | None = None,
         sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
@@ -94,7 +95,8 @@ class CpuRunner:
                 lse2[:] = sinks.float() * LOG2_E
             return out.zero_(), lse2
         out, lse2 = self._packed.run(
-            q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, mask=mask, sinks=sinks, out=out
+            q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale, mask=mask, sinks=sinks,
+            out=out,
         )  # fmt: skip
         out[len(self._packed.plan.merge_indptr) - 1 :] = 0  # padding
         return out, lse2

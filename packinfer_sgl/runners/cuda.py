@@ -128,6 +128,7 @@ class CudaRunner:
         *,
         sm_scale: float,
         logits_soft_cap: float,
+        v_scale: float = 1.0,
         mask: MaskRows | None = None,
         sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
@@ -135,7 +136,7 @@ class CudaRunner:
         packed = self._loaded
         return packed.run(
             q, k, v, packed.kv_slots if kv_lens is None else kv_lens, sm_scale=sm_scale,
-            logits_soft_cap=logits_soft_cap, page_size=self._page_size, windowed=self._windowed,
+            logits_soft_cap=logits_soft_cap, v_scale=v_scale, page_size=self._page_size, windowed=self._windowed,
             mask=None if mask is None else (mask.mask, mask.row_start), sinks=sinks, out=out,
         )  # fmt: skip
 

@@ -50,6 +50,7 @@ class Case:
     pool_rows: torch.Tensor
     soft_cap: float
     sinks: torch.Tensor | None  # [query heads]
+    v_scale: float
 
     @property
     def sm_scale(self) -> float:
@@ -71,6 +72,8 @@ def random_case(
     shares: int = 0,
     room_tokens: int = 8,
     soft_cap: float = 0.0,
+    kv_dtype: torch.dtype | None = None,
+    v_scale: float = 1.0,
     new: list[int] | None = None,
     window_left: int = -1,
     max_inline_tail_tokens: int = 0,
@@ -83,6 +86,7 @@ def random_case(
     divided among so many programs. With ``new`` the batch is an extend: each row's last so many tokens are queries,
     which see no later token, and none that lies more than ``window_left`` (if that is not -1) before their own.
     ``sinks``: the type of those of the layer; one hides all tokens, one is so low that it does not count.
+    ``kv_dtype``: that of the queries, if not another. Values count times ``v_scale``.
     """
     rng = np.random.default_rng(seed)
     n = len(tails)
@@ -123,7 +127,9 @@ def random_case(
     if sinks is not None:
         layer_sinks = torch.randn(kv_heads * group, generator=generator) * 3 + 2
         layer_sinks[0], layer_sinks[-1] = 40.0, -200.0
-    tiles = tiles or tiles_for(head_dim, torch.device(device), new is not None, group_size=group)
+    kv_dtype = kv_dtype or dtype
+    on = torch.device(device)
+    tiles = tiles or tiles_for(head_dim, on, new is not None, group_size=group, kv_bytes=kv_dtype.itemsize)
     tile_queries = tuple(max(1, tile.rows // group) for tile in tiles)
     if shares:  # an item costs as much as a token besides its own, so nearly any cut pays
         timings = [SplitTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]
@@ -135,7 +141,7 @@ def random_case(
     plan = make_plan(
         tree, lens, policy, kv_tokens_unique=total, qo_indptr=qo_indptr, visible=visible, room_tokens=room_tokens
     )
-    k, v = kv.to(device, dtype)
+    k, v = kv.to(device, kv_dtype)
     if page_size > 1:
         k, v = (x.view(pages, page_size, kv_heads, head_dim) for x in (k, v))
     return Case(
@@ -152,13 +158,15 @@ def random_case(
         pool_rows=torch.from_numpy(pool_row).long().to(device),
         soft_cap=soft_cap,
         sinks=None if layer_sinks is None else layer_sinks.to(device, sinks),
+        v_scale=v_scale,
     )
 
 
 def brute_force(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse2, in float64 on the CPU, row by row."""
     kv_heads, head_dim = case.k.shape[-2:]
-    k, v = (x.reshape(-1, kv_heads, head_dim).double().cpu() for x in (case.k, case.v))
+    k, v = (x.float().reshape(-1, kv_heads, head_dim).double().cpu() for x in (case.k, case.v))
+    v = v * case.v_scale
     q = case.q.double().cpu()
     group = q.shape[1] // kv_heads
     outs, lses, first = [], [], 0
@@ -207,7 +215,7 @@ def run_packed(case: Case, out: torch.Tensor | None = None) -> tuple[torch.Tenso
     page_size = case.k.shape[1] if case.k.dim() == 4 else 1
     packed.run(
         case.q, case.k, case.v, case.kv_lens,
-        sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap, page_size=page_size,
+        sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap, v_scale=case.v_scale, page_size=page_size,
         windowed=case.visible is not None, sinks=case.sinks, out=out, lse2=lse2,
     )  # fmt: skip
     return out, lse2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -16,10 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from packinfer_sgl.kernels.copy_slots import SlotCopier
-from packinfer_sgl.kernels.tiles import EXTEND_TILES, WIDE_TILES
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, FP8_EXTEND_TILES, WIDE_TILES
 from packinfer_sgl.planning.fitting import Capacity
 
 DTYPE = {64: torch.float16, 128: torch.bfloat16, 256: torch.bfloat16}
+FP8 = torch.float8_e4m3fn
 
 
 class Hopper:
@@ -60,15 +62,15 @@ def main() -> None:
             print(json.dumps({"kernel": kernel.metadata.name, **what, **use}), flush=True)
 
     JITFunction.run = compile_only
-    for head_dim, dtype in DTYPE.items():
-        extend = EXTEND_TILES.get(head_dim)
+    for (head_dim, dtype), kv_dtype in itertools.product(DTYPE.items(), (None, FP8)):
+        extend = (EXTEND_TILES if kv_dtype is None else FP8_EXTEND_TILES).get(head_dim)
         kinds = [(3, None, None, 4), (40, None, None, 4), (3, [5] * 3, extend, 4), (3, [5] * 3, None, 4)]
         if head_dim in WIDE_TILES:
             kinds[:0] = [(3, None, None, 32), (40, None, None, 32), (3, [5] * 3, extend, 32)]
         for rows, new, tiles, group in kinds:
             windowed = new is not None
-            what = {"head_dim": head_dim, "windowed": windowed, "group": group}
-            shape = {"head_dim": head_dim, "dtype": dtype, "tiles": tiles, "group": group}
+            what = {"head_dim": head_dim, "fp8": kv_dtype is FP8, "windowed": windowed, "group": group}
+            shape = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype, "tiles": tiles, "group": group}
             case = random_case(0, shared=[40] * (rows - 1), tails=[5] * rows, new=new, **shape)
             packed = make_packed(case, Capacity.of(case.plan))
             packed._pdl = packed._is_hopper = True
@@ -81,10 +83,10 @@ def main() -> None:
             if tiles is not None:
                 out, what["sinks"] = torch.empty_like(case.q, dtype=torch.float32), False
                 packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed, out=out)
-        what = {"head_dim": head_dim, "windowed": True, "group": 4}
+        what = {"head_dim": head_dim, "fp8": kv_dtype is FP8, "windowed": True, "group": 4}
         mask = torch.ones(40, dtype=torch.bool), torch.zeros(len(case.q), dtype=torch.int64)
         packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=True, mask=mask)
-        what = {"head_dim": head_dim, "windowed": False, "group": 4}
+        what["windowed"] = False
         SlotCopier([case.k, case.v]).copy(case.req_to_token[0, :5], 7)
 
 

@@ -135,8 +135,9 @@ class Machine:
         elementwise = {name: getattr(np, name) for name in ("maximum", "minimum", "exp2", "log2")}
         gl = SimpleNamespace(
             **elementwise, constexpr=lambda x: x, static_range=range, int32=np.int32, int64=np.int64,
-            uint32=np.uint32, float32=np.float32, BlockedLayout=layout, SliceLayout=layout, DotOperandLayout=layout,
-            NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SwizzledSharedLayout=layout,
+            uint32=np.uint32, float16=np.float16, float32=np.float32, BlockedLayout=layout, SliceLayout=layout,
+            DotOperandLayout=layout, NVMMADistributedLayout=layout, NVMMASharedLayout=layout,
+            SwizzledSharedLayout=layout,
             arange=lambda start, end, layout=None: tensor(np.arange(start, end, dtype=np.int32)),
             zeros=lambda shape, dtype, layout=None: tensor(np.zeros(shape, dtype)),
             full=lambda shape, value, dtype, layout=None: tensor(np.full(shape, value, dtype)),
@@ -154,7 +155,8 @@ class Machine:
                 MBarrierLayout=lambda: "barriers", init=self._init, wait=self._wait, arrive=self._arrive
             ),
             async_copy=SimpleNamespace(
-                async_copy_global_to_shared=self._copy, mbarrier_arrive=self._arrive_when_copied
+                async_copy_global_to_shared=self._copy, mbarrier_arrive=self._arrive_when_copied,
+                commit_group=self._commit, wait_group=self._wait_group,
             ),
             fence_async_shared=lambda: None, warpgroup_mma=self._mma, warpgroup_mma_wait=self._mma_wait,
         )  # fmt: skip
@@ -279,6 +281,14 @@ class Machine:
         barrier.pending += THREADS * increment_count
         for engine, threads in zip(self._cta.engines, (THREADS - 1, 1), strict=True):
             engine.add(lambda threads=threads: barrier.arrive(threads), is_last=True)
+
+    def _commit(self) -> None:
+        for engine in self._cta.engines:
+            engine.commit()
+
+    def _wait_group(self, pending: int) -> None:
+        engines = self._cta.engines
+        self.schedule.pause(until=lambda: all(engine.landed(pending) for engine in engines))
 
     def _mma(self, a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
         self.schedule.pause()

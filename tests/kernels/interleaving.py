@@ -55,11 +55,21 @@ class CopyEngine:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.groups: list[deque[Callable[[], None]]] = [deque()]  # the last still takes copies
+        self.committed: list[deque[Callable[[], None]]] = []
 
     def add(self, act: Callable[[], None], is_last: bool) -> None:
         self.groups[-1].append(act)
         if is_last:
             self.groups.append(deque())
+
+    def commit(self) -> None:
+        """What began since the commit before, or the arrival, is a group that can be waited for."""
+        self.committed.append(self.groups[-1])
+        self.groups.append(deque())
+
+    def landed(self, but: int) -> bool:
+        """Whether all committed groups but the last so many have landed."""
+        return not any(self.committed[: max(0, len(self.committed) - but)])
 
     def ready(self) -> bool:
         return any(self.groups)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -40,15 +40,24 @@ DECODE = (
         programs=1,
     ),
 )  # fmt: skip
+TILES = {
+    "extend": EXTEND, "decode": DECODE, "extend of FP8": (replace(EXTEND[0], raw_stages=1, tokens=64),),
+    "decode of FP8": (replace(DECODE[0], stages=2, raw_stages=3),),
+}  # fmt: skip
 # at head_dim 256
 OTHERS = {
-    "extend": (dataclasses.replace(EXTEND[0], q_stages=1),),
-    "decode": (dataclasses.replace(DECODE[0], out_parts=2),),
+    "extend": (replace(EXTEND[0], q_stages=1),),
+    "decode": (replace(DECODE[0], out_parts=2),),
+    "extend of FP8": (replace(EXTEND[0], raw_stages=1, tokens=64, q_stages=1),),
+    "decode of FP8": (replace(DECODE[0], stages=2, raw_stages=3, out_parts=2),),
 }
 HEAD_DIM = 16
+# In which modules the protocol is changed: of FP8 KV what differs.
 MODULES = {
     "extend": ("attention_hopper_extend", "hopper_extend_producer", "hopper_extend_consumer", "hopper_common"),
     "decode": ("attention_hopper_decode", "hopper_common"),
+    "extend of FP8": ("hopper_extend_fp8",),
+    "decode of FP8": ("hopper_decode_fp8",),
 }
 KERNELS = {
     "attention_hopper_extend": "packed_attention_extend_kernel",
@@ -59,14 +68,16 @@ BATCHES: dict[str, dict[str, Any]] = {
     "extend": {"shared": [90, 0], "tails": [40, 3, 190], "new": [40, 3, 9], "max_split_tokens": 130},
     "decode": {"shared": [90] * 5 + [0] * 3, "tails": [40] * 8 + [100], "max_split_tokens": 50, "room_tokens": 0},
 }
+# The bytes are elements of float16 here: nothing but their conversion is another.
+BATCHES |= {f"{kind} of FP8": {**batch, "v_scale": 0.75} for kind, batch in BATCHES.items()}
 
 
 class Launch:
     """One launch of a Hopper kernel over a random batch, to be run again and again."""
 
     def __init__(self, kind: str, batch: dict[str, Any], *, heads: int = 2, **more: Any) -> None:
-        shape = {"head_dim": HEAD_DIM, "dtype": torch.float16, "kv_heads": heads, "tiles": EXTEND, "room_tokens": 0}
-        shape["tiles"] = EXTEND if kind == "extend" else DECODE
+        shape = {"head_dim": HEAD_DIM, "dtype": torch.float16, "kv_heads": heads, "room_tokens": 0}
+        shape["tiles"] = TILES[kind]
         self.case = case = random_case(0, **{**shape, **batch, **more})
         self.packed = packed = make_packed(case, Capacity.of(case.plan))
         packed._is_hopper = True
@@ -74,7 +85,7 @@ class Launch:
         for row, start, tokens, offset, _ in case.plan.spans.tolist():
             slots = case.req_to_token[case.pool_rows[row], start : start + tokens]
             packed.kv_slots[offset : offset + tokens] = slots
-        self.module = f"attention_hopper_{kind}"
+        self.module = f"attention_hopper_{kind.partition(' ')[0]}"
 
     def run(self, machine: Machine, seed: int, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, ...]:
         """out, lse2, partial results and their lse2, of which those that were not written are NaN."""
@@ -103,7 +114,8 @@ class Launch:
             page_size = case.k.shape[1] if case.k.dim() == 4 else 1
             packed.run(
                 case.q, case.k, case.v, case.kv_lens, sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap,
-                page_size=page_size, windowed=case.visible is not None, sinks=case.sinks, out=out, lse2=lse2,
+                v_scale=case.v_scale, page_size=page_size, windowed=case.visible is not None, sinks=case.sinks, out=out,
+                lse2=lse2,
             )  # fmt: skip
         if self.module == "attention_hopper_extend":
             check_stagger(machine.events)
@@ -141,16 +153,18 @@ def check(launch: Launch, seed: int, dtype: torch.dtype = torch.float16) -> None
     torch.testing.assert_close(lse2.double(), expected_lse2, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["extend", "extend of FP8"])
 @pytest.mark.parametrize("name", EXTENDS)
-def test_extends_equal_brute_force(name: str) -> None:
-    launch = Launch("extend", EXTENDS[name], heads=1)
+def test_extends_equal_brute_force(name: str, kind: str) -> None:
+    launch = Launch(kind, EXTENDS[name], heads=1)
     check(launch, 0)
     check(launch, 1, torch.float32)  # stored from registers, not through shared memory
 
 
+@pytest.mark.parametrize("kind", ["decode", "decode of FP8"])
 @pytest.mark.parametrize("seed", range(3))
-def test_decode_equals_brute_force(seed: int) -> None:
-    check(Launch("decode", BATCHES["decode"]), seed)
+def test_decode_equals_brute_force(seed: int, kind: str) -> None:
+    check(Launch(kind, BATCHES[kind]), seed)
 
 
 @pytest.mark.parametrize("kind", BATCHES)
@@ -176,7 +190,7 @@ def test_the_order_does_not_matter(kind: str, tiles: str) -> None:
 def test_fewer_items_than_ctas(kind: str) -> None:
     for rows in (1, 2):
         batch = {"shared": [0] * (rows - 1), "tails": [70] * rows, "room_tokens": 0}
-        batch |= {"new": [5] * rows} if kind == "extend" else {}
+        batch |= {"new": [5] * rows} if kind.startswith("extend") else {}
         for seed in range(3):
             check(Launch(kind, batch, heads=1), seed)
 
@@ -201,7 +215,7 @@ def calls(tree: ast.Module) -> Iterator[ast.Expr]:
     for node in sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             called = ast.unparse(node.value.func)
-            if called.startswith("mbarrier.") or called == "async_copy.mbarrier_arrive":
+            if called in CHANGES:
                 yield node
 
 
@@ -210,7 +224,9 @@ def changed(call: ast.Call, how: str) -> ast.expr:
     count = next((k for k in call.keywords if k.arg == "count"), None)
     if how == "missing":
         return ast.Constant(None)
-    if how == "other phase":
+    if how == "one more pending":
+        call.args[0] = ast.BinOp(call.args[0], ast.Add(), ast.Constant(1))
+    elif how == "other phase":
         call.args[1] = ast.BinOp(call.args[1], ast.BitXor(), ast.Constant(1))
     else:
         assert count is not None
@@ -223,6 +239,8 @@ CHANGES = {
     "mbarrier.wait": ("missing", "other phase"),
     "mbarrier.arrive": ("missing", "count + 1"),
     "async_copy.mbarrier_arrive": ("missing",),
+    "async_copy.commit_group": ("missing",),
+    "async_copy.wait_group": ("missing", "one more pending"),
 }
 TEXTS = {
     ("hopper_common", "n // STAGES & 1 ^ 1", "n // STAGES & 1"),
@@ -233,6 +251,10 @@ TEXTS = {
     ("hopper_extend_consumer", "nth_block += blocks", "nth_block += 1"),
     ("hopper_extend_consumer", "next_stage = nth_item % Q_STAGES", "next_stage = 0"),
     ("attention_hopper_decode", "% STAGES", "% (STAGES - 1)"),
+    ("hopper_decode_fp8", "n % RAW_STAGES", "n % (RAW_STAGES - 1)"),
+    ("hopper_decode_fp8", "n >= RAW_STAGES", "n > RAW_STAGES"),
+    ("hopper_decode_fp8", "n - RAW_STAGES + 1", "n - RAW_STAGES + 2"),
+    ("hopper_extend_fp8", "before = (n - 1) % STAGES", "before = n % STAGES"),
 }
 
 

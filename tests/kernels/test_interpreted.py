@@ -19,6 +19,7 @@ from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 
+FP8 = torch.float8_e4m3fn
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {
     "nothing shared": {"shared": [0, 0], "tails": [5, 33, 1]},
@@ -44,7 +45,10 @@ CASES = {
     "sinks behind pieces": {"shared": [400, 0], "tails": [4, 290, 2], "sinks": torch.float32},
     "sinks of shares": {"shared": [0] * 4, "tails": [5, 133, 1, 70, 2], "shares": 3, "sinks": torch.float32},
     "float16": {"shared": [40, 20, 0], "tails": [4, 9, 2, 1], "dtype": torch.float16},
-}
+    "FP8 KV": {"shared": [40, 20, 0], "tails": [4, 9, 2, 1], "dtype": torch.float16, "kv_dtype": FP8, "v_scale": 0.75},
+    "FP8 KV in shares": {"shared": [0] * 2, "tails": [5, 73, 1], "shares": 3, "dtype": torch.float16, "kv_dtype": FP8,
+                         "v_scale": 1.5, "page_size": 16, "soft_cap": 0.7},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,6 +63,15 @@ def test_equals_brute_force(name: str) -> None:
     tolerance = 2e-3 if dtype == torch.float16 else 2e-6
     torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=tolerance, atol=tolerance)
+
+
+def test_extends_of_fp8_kv_equal_brute_force() -> None:
+    more = {"dtype": torch.float16, "kv_dtype": FP8, "v_scale": 0.75, "kv_heads": 1}
+    case = random_case(0, device=DEVICE, **EXTENDS["riding on a prefix in pieces"], **more)
+    out, lse2 = run_packed(case)
+    expected, expected_lse2 = brute_force(case)
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("sinks", [None, torch.float32], ids=["", "sinks"])

@@ -164,6 +164,18 @@ def test_half_precision(case: Case, heads: tuple[int, int], seed: int, dtype: to
 
 
 @settings(max_examples=60)
+@given(cases(), HEADS, st.integers(0, 999), st.sampled_from([0.0, 1.5]), st.sampled_from([1.0, 0.75]))
+def test_fp8_kv(case: Case, heads: tuple[int, int], seed: int, cap: float, v_scale: float) -> None:
+    """Values count times their scale, in results that are merged and in those that are not."""
+    q, k, v = inputs(case, *heads, 64, seed)
+    k, v = (x.to(torch.float8_e4m3fn) for x in (k, v))
+    want = attention64(q, k.double(), v.double() * v_scale, seen_slots(case), 0.125, cap)
+    how = {"sm_scale": 0.125, "logits_soft_cap": cap, "v_scale": v_scale}
+    assert_close(packed(case, case.plan()).run(q, k, v, **how), want, 1e-5)
+    assert_close(meant(case, case.plan(), q, k, v, **how), want, 1e-5)
+
+
+@settings(max_examples=60)
 @given(cases(), HEADS, st.integers(0, 999), st.sampled_from([1, 2, 5]), st.booleans())
 def test_pages(case: Case, heads: tuple[int, int], seed: int, page_size: int, heads_first: bool) -> None:
     q, k, v = inputs(case, *heads, 64, seed)
