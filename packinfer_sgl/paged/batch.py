@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from packinfer_sgl.kernels.reference import MaskRows
+from packinfer_sgl.kernels.reference import MaskRows, check_sinks
 from packinfer_sgl.paged.checks import (
     Dtype,
     Scale,
@@ -234,6 +234,7 @@ class PagedWrapper:
         return_lse: bool,
         lse_base: str = "log2",
         lse_layout: str = "NH",
+        sinks: torch.Tensor | None = None,
     ) -> Result:
         self._planned()
         shape = self._shape
@@ -250,6 +251,9 @@ class PagedWrapper:
             size = (n_queries, shape.qo_heads)
             check_device(lse, self.device, "lse")
             check_tensor(lse, size if lse_layout == "NH" else size[::-1], torch.float32, "lse")
+        if sinks is not None:
+            check_device(sinks, self.device, "sinks")
+            check_sinks(sinks, shape.qo_heads)
         q_scale, k_scale, v_scale = (as_number(s, f"{name}_scale") for s, name in zip(scales, "qkv", strict=True))
         sm_scale = self._sm_scale * q_scale * k_scale
         self._kernels.check_call(q, k, v, out, sm_scale)
@@ -258,7 +262,7 @@ class PagedWrapper:
         if len(q):
             with self._kernels.on_device():
                 lse2 = self._runner.run(
-                    q, k, v, sm_scale=sm_scale, logits_soft_cap=self._soft_cap, mask=self._mask, out=out
+                    q, k, v, sm_scale=sm_scale, logits_soft_cap=self._soft_cap, mask=self._mask, sinks=sinks, out=out
                 )[1]  # fmt: skip
         else:
             lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
