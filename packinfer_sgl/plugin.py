@@ -112,7 +112,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
 
     from packinfer_sgl.kernels.tiles import device_profile
     from packinfer_sgl.patches import hold
-    from packinfer_sgl.patches.arena import carve, drop_when_flushed
+    from packinfer_sgl.patches.arena import carve, when_flushed
     from packinfer_sgl.planning.cpu_profile import CPU
     from packinfer_sgl.serving.backend import wrap
     from packinfer_sgl.serving.batch_rows import want_rows
@@ -178,8 +178,9 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     }  # fmt: skip
     router = build_router(stock, runner, config, packable, slots, STATS)
     backend = wrap(stock, router)
+    when_flushed(router.read_scales)
     if router.arena is not None:
-        drop_when_flushed(router.arena)
+        when_flushed(router.arena.drop)
         STATS.sections["arena"] = router.arena.as_dict
     want_rows()
     STATS.active, STATS.reason = True, None

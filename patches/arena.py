@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
 from packinfer_sgl.patches.hook import Hook
-from packinfer_sgl.runners.arena import Arena
 
 # settings of SGLang with which a node of the radix tree may come to hold other KV, or no decode step is packed
 _REFUSED = (
@@ -65,19 +65,18 @@ def _error(why: str) -> ArenaError:
     return ArenaError(f"packinfer: --packinfer-arena-tokens {why}; change it, or leave the arena out (0)")
 
 
-_arena: Arena | None = None  # of this process
+_called: dict[str, Callable[[], object]] = {}  # in this process, by what it is
 
 
-def drop_when_flushed(arena: Arena) -> None:
-    """From now on ``arena`` loses its copies whenever SGLang's cache is flushed."""
-    global _arena
-    _arena = arena
+def when_flushed(call: Callable[[], object]) -> None:
+    """From now on ``call`` is called whenever SGLang's cache was flushed, in place of the one before of its name."""
+    _called[call.__qualname__] = call
 
 
 def drop_copies(flushed: bool, *args: Any, **kwargs: Any) -> None:
     """After ``Scheduler.flush_cache``, also when weights were updated: no node of the tree is left."""
-    if flushed and _arena is not None:
-        _arena.drop()
+    for call in list(_called.values()) if flushed else []:
+        call()
 
 
 def hooks() -> list[Hook]:

@@ -39,7 +39,7 @@ from bench.kernel_workloads import Workload, tree_workload, workloads
 from rich.console import Console
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, shape_tiles, tile_policy
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.plan import Col
 
@@ -51,7 +51,7 @@ def ours(x: Inputs) -> tuple[Method, dict]:
     work = x.work
     device = torch.device(x.device)
     windowed = work.kind != "decode"
-    tiles, sms = tiles_for(work.head_dim, device, windowed), multiprocessors(device)
+    tiles, sms = shape_tiles(work.shape, device, windowed), multiprocessors(device)
     profile = device_profile(device)
     started = time.perf_counter()
     if windowed:

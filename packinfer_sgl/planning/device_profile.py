@@ -84,7 +84,7 @@ class DeviceProfile:
     def knows(self, shape: AttentionShape) -> bool:
         """Whether times of extend batches of this shape were measured on this GPU."""
         dims = {EXTEND_HEAD_DIM} | {d for d in (64, 256) if None not in self._factors_of(d)}
-        return self.is_measured and shape.head_dim in dims
+        return self.is_measured and shape.head_dim in dims and shape.kv_bytes == 2
 
     def _factors_of(self, head_dim: int) -> tuple[float | None, float | None]:
         """The packed kernel's and the stock backend's."""

@@ -32,6 +32,7 @@ from packinfer_sgl.planning.prefix_tree import PrefixTree
 RUN_TOKENS = 64  # slots that follow each other for this long are read as fast as a copy
 COPY_TOKENS = 256  # what a copy costs besides its tokens, in KV tokens read
 STEP_BYTES = 128 << 20  # most KV that a step copies
+FP8_NAN = 0x7F  # the byte of a NaN in e4m3
 SPANS_PER_ROW = 4  # a plan gets no more spans than this for each row
 
 
@@ -295,13 +296,14 @@ class Arena:
     @contextmanager
     def sources_hidden(self, *buffers: torch.Tensor) -> Iterator[None]:
         """For debugging (``force``): inside, the slots that the plan reads copies of are NaN in ``buffers``."""
-        held = [buffer[self._sources] for buffer in buffers]
-        for buffer in buffers:
-            buffer[self._sources] = float("nan")
+        bits = [buffer.view(torch.uint8) if buffer.itemsize == 1 else buffer for buffer in buffers]
+        held = [buffer[self._sources] for buffer in bits]
+        for buffer in bits:
+            buffer[self._sources] = FP8_NAN if buffer.dtype == torch.uint8 else float("nan")
         try:
             yield
         finally:
-            for buffer, values in zip(buffers, held):
+            for buffer, values in zip(bits, held):
                 buffer[self._sources] = values
 
     def count_step(self) -> None:

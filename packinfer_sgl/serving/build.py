@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +12,13 @@ import torch
 from packinfer_sgl.config import Config
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
-from packinfer_sgl.kernels.tiles import device_profile, is_hopper, multiprocessors, tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import device_profile, is_hopper, multiprocessors, shape_tiles, tile_policy
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import decode_capacity, verify_capacity
 from packinfer_sgl.runners import cpu, cuda
 from packinfer_sgl.runners.arena import SPANS_PER_ROW, Arena
-from packinfer_sgl.serving.layers import LayerGate, full_pool, heads_of, sinks_of
+from packinfer_sgl.serving.layers import LayerGate, full_pool, heads_of, is_fp8, sinks_of
 from packinfer_sgl.serving.metrics import Stats
 from packinfer_sgl.serving.packed_path import Kind, PackedPath
 from packinfer_sgl.serving.router import Router
@@ -33,7 +34,7 @@ def build_router(
     stock: AttentionBackend,
     runner: Any,
     config: Config,
-    layers: list[RadixAttention],
+    layers: Sequence[RadixAttention],
     slots: range | None,
     stats: Stats,
 ) -> Router:
@@ -45,13 +46,13 @@ def build_router(
         layers: those that can be packed.
         slots: of the runner's KV pool, for the arena.
     """
-    packed = layers[0]
-    shape = AttentionShape(*heads_of(packed), runner.token_to_kv_pool.dtype.itemsize)
+    packed, pool = layers[0], runner.token_to_kv_pool
+    shape = AttentionShape(*heads_of(packed), pool.dtype.itemsize)
     req_to_token = runner.req_to_token_pool.req_to_token
     arena = None if slots is None else _arena(runner, shape, slots, force=config.check)
     parts: dict[str, Any] = {
-        "gate": LayerGate(heads_of(packed), stats), "stats": stats, "req_to_token": req_to_token,
-        "check": config.check, "arena": arena,
+        "gate": LayerGate(heads_of(packed), stats, layers if is_fp8(pool) else ()), "stats": stats,
+        "req_to_token": req_to_token, "check": config.check, "arena": arena,
     }  # fmt: skip
     # with context parallelism a rank has only some of the new tokens
     extend = config.extend if getattr(runner.server_args, "attn_cp_size", 1) == 1 else "off"
@@ -60,7 +61,7 @@ def build_router(
         decode = make.decode()  # now: it compiles
         path = make.extend(always=extend == "on") if extend != "off" else None
         return Router(**parts, on_gpu=False, make_decode=lambda max_rows: decode, extend=path, make_verify=None)
-    stock.needs_cpu_seq_lens, pool = True, runner.token_to_kv_pool  # plans are made on the host
+    stock.needs_cpu_seq_lens = True  # plans are made on the host
     paths = CudaPaths(shape, config, stats, req_to_token, pool.size, arena)
     # what the device record does not know, soft-capped layers among it, is left to the stock backend
     known = is_hopper(paths.device) and device_profile(paths.device).knows(shape) and not packed.logit_cap
@@ -119,7 +120,7 @@ class CudaPaths:
         capacity = decode_capacity(
             self.shape, max_rows=max_rows, room_tokens=cuda.ROOM_TOKENS, row_spans=SPANS_PER_ROW, **self._sizes
         )
-        tiles = tiles_for(self.shape.head_dim, self.device, group_size=self.shape.group_size)
+        tiles = shape_tiles(self.shape, self.device)
         runner = cuda.CudaRunner(self.shape, tiles, self.device, capacity=capacity)
         planner = cuda.decode_planner(self.shape, self.device, grouping=self.config.grouping, limits=capacity)
         planner.compile()
@@ -130,7 +131,7 @@ class CudaPaths:
 
     def extend(self, *, always: bool) -> PackedPath:
         """In buffers that grow; ``always``: every batch is packed, whatever is expected."""
-        tiles = tiles_for(self.shape.head_dim, self.device, extend=True, group_size=self.shape.group_size)
+        tiles = shape_tiles(self.shape, self.device, extend=True)
         planner = cuda.extend_planner(
             self.shape,
             tiles,
@@ -145,7 +146,7 @@ class CudaPaths:
     def verify(self, drafts: int, max_rows: int) -> PackedPath:
         """Of ``drafts`` new tokens a row, a chain; in buffers at fixed addresses. Each step has a plan of its own: rows
         grow by as many drafts as were accepted."""
-        tiles = tiles_for(self.shape.head_dim, self.device, extend=True, group_size=self.shape.group_size)
+        tiles = shape_tiles(self.shape, self.device, extend=True)
         tile_queries = max(1, tiles[0].rows // self.shape.group_size)
         capacity = verify_capacity(self.shape, drafts, tile_queries, max_rows=max_rows, **self._sizes)
         runner = cuda.CudaRunner(self.shape, tiles, self.device, capacity=capacity, replayed=True)

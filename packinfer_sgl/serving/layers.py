@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from packinfer_sgl.kernels.tiles import TILES, most_group_size
 from packinfer_sgl.reasons import LayerReason
 from packinfer_sgl.serving.metrics import Stats
+
+FP8 = torch.float8_e4m3fn
+FP8_CAPABILITY = (8, 9)  # of a GPU that converts it in one instruction; Triton takes no other
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -50,6 +54,39 @@ def linear_layers(runner: Any) -> list[int]:
     return list(getattr(runner.req_to_token_pool, "mamba_map", ()))
 
 
+def is_fp8(pool: Any) -> bool:
+    """Whether a pool holds KV of 8 bits with one scale for the keys and one for the values of a layer."""
+    return bool(pool.dtype == FP8)
+
+
+def kv_scales(layer: RadixAttention) -> tuple[float, float]:
+    """Factors of a layer's keys and values as an FP8 pool holds them. May wait for the GPU: not in a capture."""
+    scales = []
+    for name in ("k_scale", "v_scale"):
+        known = getattr(layer, f"{name}_float", None)  # None where SGLang read the scales from a file of their own
+        known = getattr(layer, name, None) if known is None else known
+        scales.append(1.0 if known is None else float(known))
+    return scales[0], scales[1]
+
+
+def _kv_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
+    """Why the kernels cannot read the KV of a pool, for its dtype or its scales, or None."""
+    device = torch.device(pool.device)
+    if not is_fp8(pool):
+        on_gpu = device.type == "cuda"
+        known = pool.dtype in (torch.bfloat16, torch.float16) if on_gpu else pool.dtype.is_floating_point
+        return None if known and pool.dtype.itemsize >= 2 else LayerReason.KV_DTYPE
+    if getattr(pool, "is_quantized_kv_cache", False):
+        return LayerReason.KV_DTYPE
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        return LayerReason.KV_DTYPE
+    if any(isinstance(s, torch.Tensor) and s.numel() != 1 for s in (layer.k_scale, layer.v_scale)):
+        return LayerReason.KV_SCALES
+    if device.type == "cpu" and kv_scales(layer) != (1.0, 1.0):
+        return LayerReason.KV_SCALES
+    return None
+
+
 def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
     """Why this layer can never run on the packed kernels, or None."""
     from sglang.srt.layers.radix_attention import AttentionType
@@ -73,20 +110,31 @@ def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
             return LayerReason.HEAD_DIM
         if layer.tp_q_head_num > most_group_size(layer.head_dim) * layer.tp_k_head_num:
             return LayerReason.GROUP_SIZE
-        if pool.dtype not in (torch.bfloat16, torch.float16):
-            return LayerReason.KV_DTYPE
-    if not pool.dtype.is_floating_point or pool.dtype.itemsize < 2:
-        return LayerReason.KV_DTYPE
-    return None
+    return _kv_reason(layer, pool)
 
 
 class LayerGate:
-    """Which layers are packed: those that can be, of the shape for which plans are made."""
+    """Which layers are packed: those that can be, of the shape for which plans are made; and their scales."""
 
-    def __init__(self, heads: tuple[int, int, int], stats: Stats) -> None:
-        """``heads``: ``heads_of`` the layers that are packed."""
-        self._heads, self._stats = heads, stats
+    def __init__(self, heads: tuple[int, int, int], stats: Stats, layers: Sequence[RadixAttention] = ()) -> None:
+        """
+        Args:
+            heads: ``heads_of`` the layers that are packed.
+            layers: those with an FP8 pool.
+        """
+        self._heads, self._stats, self._layers = heads, stats, layers
         self._reasons: dict[int, LayerReason | None] = {}
+        self._scales: dict[int, tuple[float, float]] = {}
+        self.read_scales()
+
+    def read_scales(self) -> bool:
+        """Read the scales of FP8 KV, which new weights may have changed; whether they did."""
+        before, self._scales = self._scales, {layer.layer_id: kv_scales(layer) for layer in self._layers}
+        return before != self._scales
+
+    def scales(self, layer: RadixAttention) -> tuple[float, float]:
+        """Factors of its keys and values as they lie in the pool."""
+        return self._scales.get(layer.layer_id, (1.0, 1.0))
 
     def reason(self, layer: RadixAttention, pool: Any) -> LayerReason | None:
         """Why this layer is not packed, or None; counted when first asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +18,7 @@ from packinfer_sgl.reasons import BatchReason, LayerReason
 from packinfer_sgl.runners.arena import Arena
 from packinfer_sgl.serving.batch_reasons import chain_drafts, decode_reason, extend_reason, mode_reason
 from packinfer_sgl.serving.batch_rows import BatchRows, running_rows
-from packinfer_sgl.serving.layers import LayerGate
+from packinfer_sgl.serving.layers import LayerGate, is_fp8
 from packinfer_sgl.serving.metrics import Stats
 from packinfer_sgl.serving.packed_path import Kind, PackedPath
 
@@ -25,8 +26,13 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+logger = logging.getLogger(__name__)
+
 # Rows of an eager batch for which buffers are held on a GPU; graphs may need more, and drafts have those of graphs.
 EAGER_ROWS = 256
+# How far a row of the stock backend may be from a packed one where KV is FP8: fa3 and triton round queries and weights
+# to e4m3, too, which alone moves rows of random KV by up to 0.09 (logits of standard deviation 4).
+FP8_LIMIT = 0.12
 
 
 class Router:
@@ -81,6 +87,14 @@ class Router:
         """Graphs of up to so many rows will be captured."""
         self._decode = self._make_decode(max(max_rows, EAGER_ROWS))
         self._verify, self._graph_rows = None, max_rows  # an eager dummy run may have made one
+
+    def read_scales(self) -> None:
+        """The scales of FP8 KV again, after new weights; what was captured keeps those from before."""
+        if self.gate.read_scales() and self._graph_rows:
+            logger.error(
+                "packinfer: new weights changed the scales of FP8 KV, and captured graphs keep the old ones: restart "
+                "the server, or start it with --disable-cuda-graph"
+            )
 
     # --- what runs a pass
 
@@ -232,28 +246,38 @@ class Router:
         if reason is not None:
             self.stats.set_layer(layer.layer_id, reason)
             return stock(q, k, v, layer, batch, save_kv_cache, **more)
+        given = (k.clone(), v.clone()) if self._compares and v is not None else (k, v)
         if save_kv_cache:
             _write_kv(pool, layer, batch.out_cache_loc, k, v)
         q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         kv = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         hides = self._compares and path.kind is Kind.DECODE and self.arena is not None
         with self.arena.sources_hidden(*kv) if hides and self.arena is not None else nullcontext():
+            k_scale, v_scale = self.gate.scales(layer)
             out = path.run(
-                q, *kv, batch.seq_lens, sm_scale=layer.scaling, logits_soft_cap=layer.logit_cap, sinks=more.get("sinks")
+                q, *kv, batch.seq_lens, sm_scale=layer.scaling * k_scale, logits_soft_cap=layer.logit_cap,
+                v_scale=v_scale, sinks=more.get("sinks"),
             )  # fmt: skip
         out = out.view(len(q), -1)
         if self._compares:
-            expected = stock(q, k, v, layer, batch, False, **more).view_as(out)
-            self._compare(out[: self._tokens], expected[: self._tokens], layer.layer_id)
+            # copies from before the write: SGLang divides k and v by the scales of FP8 KV in place
+            expected = stock(q, *given, layer, batch, False, **more).view_as(out)
+            self._compare(out[: self._tokens], expected[: self._tokens], layer.layer_id, is_fp8(pool))
         return out
 
-    def _compare(self, out: torch.Tensor, stock: torch.Tensor, layer_id: int) -> None:
-        """Raise RuntimeError if a row of ``out`` ([n, heads * head_dim]) is not the stock backend's within rounding."""
+    def _compare(self, out: torch.Tensor, stock: torch.Tensor, layer_id: int, with_fp8: bool) -> None:
+        """Raise RuntimeError if a row of ``out`` ([n, heads * head_dim]) is not the stock backend's within rounding.
+
+        ``with_fp8``: KV is FP8.
+        """
         error = (out.float() - stock.float()).norm(dim=1) / stock.float().norm(dim=1)
         worst = float(error.max())
         self.stats.check_error = max(self.stats.check_error, worst)
         # float32: sums of some thousand terms in another order; half precision: probabilities and output rounded again
-        if not worst <= {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[out.dtype]:
+        limit = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[out.dtype]
+        if with_fp8 and out.dtype != torch.float32:
+            limit = FP8_LIMIT
+        if not worst <= limit:
             raise RuntimeError(
                 f"packinfer: layer {layer_id}, row {int(error.argmax())} of {len(out)}: packed attention is off the "
                 f"stock backend's by {worst:.2g}; please report this with the SGLang version"
@@ -282,4 +306,5 @@ def _if_rows(rows: BatchRows | None, n: int) -> BatchRows | None:
 def _write_kv(pool: Any, layer: RadixAttention, slots: torch.Tensor, k: Any, v: Any) -> None:
     from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-    pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)
+    scales = (layer.k_scale, layer.v_scale) if is_fp8(pool) else ()  # FP8 checkpoints have them for any pool
+    pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v, *scales)

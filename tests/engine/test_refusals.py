@@ -106,7 +106,7 @@ def runner(**more: object) -> SimpleNamespace:
     return SimpleNamespace(**{**common, "server_args": args, "model": torch.nn.Module(), **more})
 
 
-def test_fp8_kv_runs_on_the_stock_backend(model, monkeypatch):
+def test_a_model_whose_kv_is_not_read_runs_on_the_stock_backend(model, monkeypatch):
     from sglang.srt import runtime_context
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.server_args import ServerArgs
@@ -124,7 +124,7 @@ def test_fp8_kv_runs_on_the_stock_backend(model, monkeypatch):
     monkeypatch.setitem(ATTENTION_BACKENDS, "torch_native", lambda runner: stock)
     runtime_context.publish(ServerArgs(model_path=model, attention_backend="packinfer"), role="scheduler")
     try:
-        fp8 = pool(torch.float8_e4m3fn)
+        fp8 = pool(torch.float8_e5m2)
         found = create_backend(
             runner(model=torch.nn.Sequential(with_layer), token_to_kv_pool=fp8, req_to_token_pool=None)
         )

@@ -188,7 +188,7 @@ def test_reasons_of_layers():
     assert layer_reason(layer(sliding_window_size=128), pool()) is LayerReason.SLIDING_WINDOW
     assert layer_reason(layer(use_irope=True), pool()) is LayerReason.SLIDING_WINDOW  # chunks of Llama 4
     assert layer_reason(layer(v_head_dim=8), pool()) is LayerReason.UNEQUAL_HEAD_DIMS
-    assert layer_reason(layer(), pool(torch.float8_e4m3fn)) is LayerReason.KV_DTYPE
+    assert layer_reason(layer(), pool(torch.float8_e5m2)) is LayerReason.KV_DTYPE
     assert layer_reason(layer(), windowed()) is None
     assert layer_reason(layer(), linear()) is None
     assert layer_reason(layer(sliding_window_size=128), windowed()) is LayerReason.SLIDING_WINDOW

@@ -38,7 +38,9 @@ class Stock:
     """A stock backend: it answers ``STOCK``, and its methods are those that SGLang calls."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.token_to_kv_pool = SimpleNamespace(get_key_buffer=lambda layer: k, get_value_buffer=lambda layer: v)
+        self.token_to_kv_pool = SimpleNamespace(
+            get_key_buffer=lambda layer: k, get_value_buffer=lambda layer: v, dtype=k.dtype
+        )
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None: ...
     def init_forward_metadata(self, batch: Any) -> None: ...
@@ -84,7 +86,7 @@ class Server:
         self.k, self.v = (x.half().to(DEVICE) for x in (k, v))
         self.stats = Stats()
         paths = on_cuda(SHAPE, self.table, self.stats, pool_tokens)
-        gate = SimpleNamespace(reason=lambda layer, pool: None)
+        gate = SimpleNamespace(reason=lambda layer, pool: None, scales=lambda layer: (1.0, 1.0))
         self.router = Router(
             gate, self.stats, req_to_token=self.table, on_gpu=True, make_decode=paths.decode,
             extend=paths.extend(always=True), make_verify=paths.verify if verify else None, check=check,
