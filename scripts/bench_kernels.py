@@ -69,7 +69,9 @@ def ours(x: Inputs) -> tuple[Method, dict]:
     lse2 = torch.empty(sum(work.new), work.qo_heads, device=device)
 
     def call(i: int) -> None:
-        packed.run(x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, windowed=windowed, out=x.out[i], lse2=lse2)
+        packed.run(
+            x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, windowed=windowed, sinks=x.sinks, out=x.out[i], lse2=lse2
+        )
 
     classes = [plan.items[plan.items[:, Col.TILE_CLASS] == i] for i in range(len(plan.class_indptr) - 1)]
     info = {
@@ -132,7 +134,8 @@ def bench(work: Workload, contiguous: bool, families: set[str]) -> dict:
             method(0)
             torch.cuda.synchronize()
             wrong = error(results, reference)
-            if wrong > 0.02:  # bf16: two roundings of 2^-9 relative each stay far below
+            # bf16: two roundings of 2^-9 relative each stay far below; with FP8 FA3 rounds queries and weights by 2^-4
+            if wrong > (0.1 if work.fp8 and name.startswith("fa3") else 0.02):
                 failed[name] = f"wrong by {wrong:.3f}"
                 continue
             timed[name] = Timed(method, x.copies)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from bench.kernel_workloads import Workload
 
+FP8 = torch.float8_e4m3fn
 L2_BYTES = 60 << 20
 SCORES = 1 << 24  # of one head, that the reference holds at once
 
@@ -26,8 +27,10 @@ class Inputs:
         self.copies = min(24, max(2, -(-7 * L2_BYTES // kv_bytes)))
         make = lambda *size: torch.randn(*size, device=device, dtype=torch.bfloat16)  # noqa: E731
         self.q = [make(sum(work.new), work.qo_heads, work.head_dim) for _ in range(self.copies)]
-        self.k = [make(self.n_slots, work.kv_heads, work.head_dim) for _ in range(self.copies)]
-        self.v = [make(self.n_slots, work.kv_heads, work.head_dim) for _ in range(self.copies)]
+        kv = lambda: make(self.n_slots, work.kv_heads, work.head_dim).to(FP8 if work.fp8 else torch.bfloat16)  # noqa: E731
+        self.k = [kv() for _ in range(self.copies)]
+        self.v = [kv() for _ in range(self.copies)]
+        self.sinks = make(work.qo_heads) if work.sinks else None
         self.out = [torch.empty_like(q) for q in self.q]
         n_nodes = len(work.node_tokens)
         self.rows = [
@@ -53,7 +56,9 @@ class Inputs:
                 end = min(begin + step, indptr[r + 1])
                 scores = self.q[0][begin:end].float().transpose(0, 1) @ k.transpose(1, 2) * self.sm_scale
                 scores.masked_fill_(position >= see_to[begin:end, None], -torch.inf)
-                outs.append((scores.softmax(-1) @ v).transpose(0, 1))
+                if self.sinks is not None:  # a token without a value
+                    scores = torch.cat([scores, self.sinks.float()[:, None, None].expand(-1, end - begin, 1)], -1)
+                outs.append((scores.softmax(-1)[..., : len(slots)] @ v).transpose(0, 1))
         return torch.cat(outs)
 
     def page_lists(self, page_size: int, rows: list[list[np.ndarray]] | None = None) -> list[np.ndarray]:

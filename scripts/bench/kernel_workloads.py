@@ -41,11 +41,13 @@ class Workload:
     tails: list[int]
     new: list[int] = field(default_factory=list)
     head_dim: int = HEAD_DIM
+    fp8: bool = False  # KV, e4m3, scales of 1
+    sinks: bool = False
     shape: AttentionShape = field(init=False)
 
     def __post_init__(self) -> None:
         self.new = self.new or [1] * len(self.paths)
-        self.shape = AttentionShape(self.qo_heads, self.kv_heads, self.head_dim, 2)
+        self.shape = AttentionShape(self.qo_heads, self.kv_heads, self.head_dim, 1 if self.fp8 else 2)
 
     @property
     def kind(self) -> str:
@@ -225,24 +227,26 @@ def ragged() -> list[Workload]:
 
 
 def models() -> list[Workload]:
-    """Heads of models that people serve: head dimension 256 and many query heads a KV head (H), 64 (G).
+    """Of models that people serve: head dimension 256 and many query heads a KV head (H), 64 and sinks (G), FP8 KV (F).
 
     Their random batches (HR, GR) are three of four of ``ragged``.
     """
-    extend = {work.name.split()[0]: work for work in [*extends(), *drafts(), *ragged()]}
+    known = {work.name.split()[0]: work for work in [*decodes(), *extends(), *drafts(), *ragged()]}
     random = [f"R{i}" for i in range(0, 40, 2)] + [f"R{i}" for i in range(1, 40, 4)]
 
-    def as_model(letter: str, qo_heads: int, kv_heads: int, head_dim: int) -> list[Workload]:
-        shape = {"qo_heads": qo_heads, "kv_heads": kv_heads, "head_dim": head_dim}
-        return [replace(extend[name], name=letter + extend[name].name, **shape) for name in ["P3", "M2", "V1", *random]]
+    def as_model(letter: str, names: list[str], **more: int | bool) -> list[Workload]:
+        return [replace(known[name], name=letter + known[name].name, **more) for name in names]
+
+    extend = ["P3", "M2", "V1"]
 
     return [
         tree_workload("H1 16k prefix, 64 x 512", (24, 4), [1, 64], [16384, 512], 128, head_dim=256),
         tree_workload("H2 8 groups of 2k, 64 x 256", (16, 2), [8, 64], [2048, 256], 64, head_dim=256),
         Workload("H3 64 x 4k", 24, 4, [], [[]] * 64, [4096] * 64, head_dim=256),
         tree_workload("H4 16k prefix, 64 x 512", (32, 2), [1, 64], [16384, 512], 128),
-        *as_model("H", 24, 4, 256),
-        tree_workload("G1 8k prefix, 64 x 256", (64, 8), [1, 64], [8192, 256], 64, head_dim=64),
-        Workload("G2 64 x 2k", 64, 8, [], [[]] * 64, [2048] * 64, head_dim=64),
-        *as_model("G", 64, 8, 64),
+        *as_model("H", extend + random, qo_heads=24, kv_heads=4, head_dim=256),
+        replace(tree_workload("G1 8k prefix, 64 x 256", (64, 8), [1, 64], [8192, 256], 64, head_dim=64), sinks=True),
+        Workload("G2 64 x 2k", 64, 8, [], [[]] * 64, [2048] * 64, head_dim=64, sinks=True),
+        *as_model("G", extend + random, qo_heads=64, kv_heads=8, head_dim=64, sinks=True),
+        *as_model("F", ["D1", "D2", "D7", "D11", "D5", "D4", *extend], fp8=True),
     ]
