@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,19 @@ def sinks_of(model: Any) -> dict[RadixAttention, torch.Tensor]:
         for layer in module.children()
         if isinstance(layer, RadixAttention) and isinstance(getattr(module, "sinks", None), torch.Tensor)
     }
+
+
+def check_base(stock: Any, base: str, model: Any) -> None:
+    """Raise UnsupportedModel if layers have attention sinks and the stock backend does not take them: its batches would
+    end the server."""
+    if not sinks_of(model):
+        return
+    takes = inspect.signature(stock.forward_decode).parameters
+    if "sinks" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        raise UnsupportedModel(
+            f"packinfer: {type(model).__name__} has attention sinks, which SGLang's {base} does not take; choose "
+            "--packinfer-base-backend triton or fa3 (with --packinfer-wrap: --attention-backend)"
+        )
 
 
 def linear_layers(runner: Any) -> list[int]:

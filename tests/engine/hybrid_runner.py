@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+import faults
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -68,6 +69,7 @@ def main(kind: str, folder: str) -> None:
 
     if kind == "gpt_oss":
         # SGLang checks the name for it; of the backends that it names, a CPU can only run those of Intel's CPUs
+        faults.take_sinks()
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
         ATTENTION_BACKENDS["triton"].factory = ATTENTION_BACKENDS["torch_native"].factory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -192,6 +193,29 @@ def test_reasons_of_layers():
     assert layer_reason(layer(), windowed()) is None
     assert layer_reason(layer(), linear()) is None
     assert layer_reason(layer(sliding_window_size=128), windowed()) is LayerReason.SLIDING_WINDOW
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "takes"),
+    [("triton_backend", "TritonAttnBackend", True), ("flashinfer_backend", "FlashInferAttnBackend", False),
+     ("torch_native_backend", "TorchNativeAttnBackend", False)],
+)  # fmt: skip
+def test_stock_backends_that_take_sinks(room, name, takes):
+    from packinfer_sgl.serving.layers import UnsupportedModel, check_base
+
+    backend = getattr(importlib.import_module(f"sglang.srt.layers.attention.{room}"), name)
+    model, attention = torch.nn.Sequential(), torch.nn.Module()
+    attention.attn = layer_and_pools()[0]()
+    model.append(attention)
+    check_base(backend, name, model)  # nobody asks for sinks
+    attention.sinks = torch.nn.Parameter(torch.zeros(4))
+    if takes:
+        check_base(backend, name, model)
+        return
+    with pytest.raises(
+        UnsupportedModel, match=f"packinfer: Sequential has attention sinks, which SGLang's {name} does"
+    ):
+        check_base(backend, name, model)
 
 
 @pytest.mark.parametrize(
