@@ -35,10 +35,10 @@ PROFILES = {
         stock_tile_us=3.88,
         stock_call_us=3.69,
         extend_margin=1.08,  # of 60 measured batches none that it lets through was slower packed
-        extend_factor_64=None,
-        extend_factor_256=None,
-        stock_factor_64=None,
-        stock_factor_256=None,
+        extend_factor_64=1.37,
+        extend_factor_256=1.08,
+        stock_factor_64=1.34,
+        stock_factor_256=1,
     ),
     # An H100 80GB HBM3. Plans by the H200's record are within 1 % of those by this one in all but single requests; what
     # differs is which extend batches are packed.
