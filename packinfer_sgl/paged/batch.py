@@ -19,6 +19,7 @@ from packinfer_sgl.paged.checks import (
     check_indptr,
     check_tensor,
     pages_needed,
+    refuse,
 )
 from packinfer_sgl.paged.kernels import kernels_on
 from packinfer_sgl.planning.batch import StepBatch
@@ -274,6 +275,11 @@ class PagedWrapper:
         if lse is not None:
             result = lse.copy_(result)
         return (out, result) if return_lse else out
+
+    def _sinks(self, args: tuple[Any, ...], sinks: torch.Tensor | None) -> torch.Tensor | None:
+        """Those of a call of ``run``; ``args``: what was given by position behind the cache."""
+        refuse(args=args or None)
+        return sinks
 
     def _replan(self, causal: bool, window_left: int, logits_soft_cap: float | None, sm_scale: float | None) -> None:
         """What FlashInfer's deprecated ``forward`` is told wins over what ``plan`` was told."""
