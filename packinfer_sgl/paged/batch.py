@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from packinfer_sgl.kernels.reference import MaskRows, check_sinks
+from packinfer_sgl.kernels.reference import MaskRows
 from packinfer_sgl.paged.checks import (
     Dtype,
     Scale,
@@ -254,7 +254,6 @@ class PagedWrapper:
             check_tensor(lse, size if lse_layout == "NH" else size[::-1], torch.float32, "lse")
         if sinks is not None:
             check_device(sinks, self.device, "sinks")
-            check_sinks(sinks, shape.qo_heads)
         q_scale, k_scale, v_scale = (as_number(s, f"{name}_scale") for s, name in zip(scales, "qkv", strict=True))
         sm_scale = self._sm_scale * q_scale * k_scale
         self._kernels.check_call(q, k, v, out, sm_scale)
