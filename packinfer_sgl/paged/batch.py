@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from packinfer_sgl.kernels.reference import MaskRows, check_sinks
+from packinfer_sgl.kernels.reference import MaskRows
 from packinfer_sgl.paged.checks import (
     Dtype,
     Scale,
@@ -19,6 +19,7 @@ from packinfer_sgl.paged.checks import (
     check_indptr,
     check_tensor,
     pages_needed,
+    refuse,
 )
 from packinfer_sgl.paged.kernels import kernels_on
 from packinfer_sgl.planning.batch import StepBatch
@@ -253,7 +254,6 @@ class PagedWrapper:
             check_tensor(lse, size if lse_layout == "NH" else size[::-1], torch.float32, "lse")
         if sinks is not None:
             check_device(sinks, self.device, "sinks")
-            check_sinks(sinks, shape.qo_heads)
         q_scale, k_scale, v_scale = (as_number(s, f"{name}_scale") for s, name in zip(scales, "qkv", strict=True))
         sm_scale = self._sm_scale * q_scale * k_scale
         self._kernels.check_call(q, k, v, out, sm_scale)
@@ -274,6 +274,11 @@ class PagedWrapper:
         if lse is not None:
             result = lse.copy_(result)
         return (out, result) if return_lse else out
+
+    def _sinks(self, args: tuple[Any, ...], sinks: torch.Tensor | None) -> torch.Tensor | None:
+        """Those of a call of ``run``; ``args``: what was given by position behind the cache."""
+        refuse(args=args or None)
+        return sinks
 
     def _replan(self, causal: bool, window_left: int, logits_soft_cap: float | None, sm_scale: float | None) -> None:
         """What FlashInfer's deprecated ``forward`` is told wins over what ``plan`` was told."""

@@ -369,14 +369,13 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         The others, and what is returned, are those of :meth:`BatchDecodeWithPagedKVCacheWrapper.run`.
         """
         refuse(
-            args=args or None, kv_cache_sf=kv_cache_sf,
-            skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
+            kv_cache_sf=kv_cache_sf, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
             use_fp16_softmax=use_fp16_softmax, uses_spcompress=uses_spcompress,
         )  # fmt: skip
         self._check_window(window_left)
         if lse_base not in ("log2", "ln") or lse_layout not in ("NH", "HN"):
             raise ValueError(f"lse_base must be log2 or ln, lse_layout NH or HN: {lse_base!r}, {lse_layout!r}")
-        scales = (q_scale, k_scale, v_scale)
+        scales, sinks = (q_scale, k_scale, v_scale), self._sinks(args, sinks)
         return self._attend(q, paged_kv_cache, scales, out, lse, return_lse, lse_base, lse_layout, sinks)
 
     run_return_lse = partialmethod(run, return_lse=True)

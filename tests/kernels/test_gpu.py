@@ -153,12 +153,13 @@ def test_random_extends(group: int, head_dim: int, dtype: torch.dtype, page_size
 
 # Of which rows are written by one item, and which are merged from a few partial results, or from many.
 SINK_BATCHES = {
-    "direct": {"shared": [0] * 20, "tails": [90] * 21},
+    "direct": {"shared": [0] * 20, "tails": [90] * 21, "max_split_tokens": 1 << 30},
     "few partial results": {"shared": [300] * 20, "tails": [30] * 21, "max_split_tokens": 1 << 30},
     "many partial results": {"shared": [900] * 20, "tails": [500] * 21, "max_split_tokens": 64},
     "one row": {"shared": [], "tails": [4000], "max_split_tokens": 100},
     "equal shares": {"shared": [0] * 20, "tails": [90, 2000, 5] * 7, "shares": 41},
-    "an extend": {"shared": [0] * 6, "tails": [1, 31, 33, 64, 130, 257, 4], "new": [1, 31, 33, 64, 130, 257, 4]},
+    "an extend": {"shared": [0] * 6, "tails": [1, 31, 33, 64, 130, 257, 4], "new": [1, 31, 33, 64, 130, 257, 4],
+                  "max_split_tokens": 1 << 30},
     "few listed": {"shared": [300] * 15, "tails": [20] * 16, "new": [20] * 16, "max_split_tokens": 1 << 30},
     "many listed": {"shared": [900, 0, 900], "tails": [400] * 4, "new": [70] * 4, "max_split_tokens": 100},
     "riding tails": EXTENDS["riding tails"],
