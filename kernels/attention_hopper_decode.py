@@ -10,13 +10,14 @@ Map, for head_dim 128, BLOCK_N 64, STAGES 3 (``tiles.TILES``):
     CTA         8 warps.  WG0 consumer: 64 query rows.  WG1 producer: cp.async.
     registers   maxnreg 112 x 256 threads = 28,672 = 64 x 128 (producer) + 160 x 128 (consumer); 36,864 are left, for
                 three CTAs of the small class
-    smem        K 3 x 16 KiB | V 3 x 16 KiB | Q 16 KiB = 112 of 227 KiB, and 9 barriers
+    smem        K 3 x 16 KiB | V 3 x 16 KiB | Q 16 KiB = 112 of 227 KiB, and 12 barriers
     scheduling  static: CTA i runs (item, KV head) pairs i, i + n_ctas, ...; both warpgroups count them alike
 
     barrier   arrivals            arrived at by                   awaited by                     use, parity
     k_full    128, one a thread   producer, when K has landed     consumer, before QK            n, full
     v_full    128, one a thread   producer, when V has landed     consumer, before PV            n, full
-    kv_empty  1                   consumer, after PV              producer, before it copies K   n, empty
+    k_empty   1                   consumer, after QK              producer, before it copies K   n, empty
+    v_empty   1                   consumer, after PV              producer, before it copies V   n, empty
 
     n counts the KV blocks of all items of a CTA; its stage is n % STAGES, its parity full_phase(n) or empty_phase(n).
     Q needs no barrier: the consumer loads it itself, between two items.
@@ -31,7 +32,7 @@ the next item's blocks before it has converted an item's last. Queries and weigh
 
     smem        RAW_STAGES 3, STAGES 2: K raw 3 x 8 KiB | V raw 3 x 8 KiB | K 2 x 16 KiB | V 2 x 16 KiB | Q 16 KiB
     k_full      1 arrival, when all threads have converted K and made it visible to products; v_full likewise
-    kv_empty    is awaited before K is converted; n is that of the block that is converted
+    k_empty     is awaited before K is converted, v_empty before V; n is that of the block that is converted
 
     producer  |K0 V0|K1 V1|K2 V2|to 0|K3 V3|to 1|K4 V4|to 2| ... |to n - 1, to n|      (Kn Vn: bytes; to n: convert)
 
@@ -81,7 +82,8 @@ class KvPipeline(NamedTuple):
     v_stages: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
-    kv_empty: gl.shared_memory_descriptor
+    k_empty: gl.shared_memory_descriptor
+    v_empty: gl.shared_memory_descriptor
 
 
 class ProducerArgs(NamedTuple):
@@ -146,9 +148,10 @@ def _produce(
             slot = gl.load(a_slots + j + BLOCK_N + at)
             offset = gl.expand_dims(head + kv_row, 1) + gl.expand_dims(d, 0)  # [BLOCK_N, HEAD_DIM]
             stage = n % STAGES
-            mbarrier.wait(pipe.kv_empty.index(stage), empty_phase(n, STAGES))
+            mbarrier.wait(pipe.k_empty.index(stage), empty_phase(n, STAGES))
             async_copy.async_copy_global_to_shared(pipe.k_stages.index(stage), args.k_ptr + offset, mask=inside)
             async_copy.mbarrier_arrive(pipe.k_full.index(stage), increment_count=False)
+            mbarrier.wait(pipe.v_empty.index(stage), empty_phase(n, STAGES))
             async_copy.async_copy_global_to_shared(pipe.v_stages.index(stage), args.v_ptr + offset, mask=inside)
             async_copy.mbarrier_arrive(pipe.v_full.index(stage), increment_count=False)
             n += 1
@@ -260,6 +263,7 @@ def _consume(
         top = gl.full([ROWS], -float("inf"), gl.float32, o_rows)
         total = gl.zeros([ROWS], gl.float32, o_rows)
         s = warpgroup_mma_wait(0, deps=[_begin_scores(args, pipe, n, BLOCK_N, STAGES, s_layout)])
+        mbarrier.arrive(pipe.k_empty.index(n % STAGES), count=1)
         for _ in range(BLOCK_N, a_len, BLOCK_N):  # all blocks but the last
             next_s = _begin_scores(args, pipe, n + 1, BLOCK_N, STAGES, s_layout)
             if SOFT_CAP:
@@ -275,7 +279,8 @@ def _consume(
                 s, acc, right = warpgroup_mma_wait(0, deps=[next_s, acc, right])
             else:
                 s, acc = warpgroup_mma_wait(0, deps=[next_s, acc])
-            mbarrier.arrive(pipe.kv_empty.index(n % STAGES), count=1)
+            mbarrier.arrive(pipe.k_empty.index((n + 1) % STAGES), count=1)
+            mbarrier.arrive(pipe.v_empty.index(n % STAGES), count=1)
             n += 1
         if SOFT_CAP:
             s = soft_capped(s, args.scale2, args.cap2)
@@ -292,7 +297,7 @@ def _consume(
             acc, right = warpgroup_mma_wait(0, deps=[acc, right])
         else:
             acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(pipe.kv_empty.index(n % STAGES), count=1)
+        mbarrier.arrive(pipe.v_empty.index(n % STAGES), count=1)
         n += 1
 
         _store_results(args, acc, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, SINKS, 0, o_layout)
@@ -331,12 +336,16 @@ def packed_attention_hopper_kernel(
         q_tile = gl.allocate_shared_memory(dtype, [ROWS, HEAD_DIM], layout)
         k_full = allocate_barriers(STAGES)
         v_full = allocate_barriers(STAGES)
-        kv_empty = allocate_barriers(STAGES)
+        k_empty = allocate_barriers(STAGES)
+        v_empty = allocate_barriers(STAGES)
         for i in gl.static_range(STAGES):
             mbarrier.init(k_full.index(i), count=full_arrivals)
             mbarrier.init(v_full.index(i), count=full_arrivals)
-            mbarrier.init(kv_empty.index(i), count=CONSUMER_ARRIVALS)
-        pipe = KvPipeline(k_stages=k_stages, v_stages=v_stages, k_full=k_full, v_full=v_full, kv_empty=kv_empty)
+            mbarrier.init(k_empty.index(i), count=CONSUMER_ARRIVALS)
+            mbarrier.init(v_empty.index(i), count=CONSUMER_ARRIVALS)
+        pipe = KvPipeline(
+            k_stages=k_stages, v_stages=v_stages, k_full=k_full, v_full=v_full, k_empty=k_empty, v_empty=v_empty
+        )  # fmt: skip
         consumer = ConsumerArgs(
             q_ptr=q_ptr, out_ptr=out_ptr, lse2_ptr=lse2_ptr, part_out_ptr=part_out_ptr, part_lse2_ptr=part_lse2_ptr,
             items_ptr=items_ptr, query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, sinks_ptr=sinks_ptr,

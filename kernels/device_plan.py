@@ -137,7 +137,8 @@ class PackedCuda:
         if len(plan.class_indptr) != len(self.tiles) + 1:
             raise ValueError(f"a plan of {len(plan.class_indptr) - 1} tile classes for {len(self.tiles)} tiles")
         for i, tile in enumerate(self.tiles):
-            if tile.kernel == "triton" or (tile.kernel == "hopper_decode" and not self._is_hopper):
+            # the Triton kernel runs classes of the decode kernel, too: elsewhere, and with run B
+            if tile.kernel == "triton" or (tile.kernel == "hopper_decode" and (plan.windowed or not self._is_hopper)):
                 continue
             items = plan.items[plan.class_indptr[i] : plan.class_indptr[i + 1]]
             for column, what in ((OPEN_ROW, "grow"), (NEXT_ITEM, "are followed by others")):

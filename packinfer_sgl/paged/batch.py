@@ -262,12 +262,11 @@ class PagedWrapper:
         if len(q):
             with self._kernels.on_device():
                 lse2 = self._runner.run(
-                    q, k, v, sm_scale=sm_scale, logits_soft_cap=self._soft_cap, mask=self._mask, sinks=sinks, out=out
+                    q, k, v, sm_scale=sm_scale, logits_soft_cap=self._soft_cap, v_scale=v_scale, mask=self._mask,
+                    sinks=sinks, out=out,
                 )[1]  # fmt: skip
         else:
             lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
-        if v_scale != 1:
-            out *= v_scale
         result = lse2 * math.log(2) if lse_base == "ln" else lse2
         if lse_layout == "HN":
             result = result.t().contiguous()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from packinfer_sgl.kernels.tiles import TILES, most_group_size
+from packinfer_sgl.kernels.tiles import FP8_CAPABILITY, TILES, most_group_size
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.prefix_tree import Int32
 
@@ -15,6 +15,7 @@ Dtype = str | torch.dtype
 Scale = float | torch.Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KV_DTYPES = (*DTYPES, torch.float8_e4m3fn)
 
 
 def pages_needed(indptr: Int32, indices: Int32, pages: Int32) -> int:
@@ -67,8 +68,10 @@ def as_int32(x: torch.Tensor, name: str) -> Int32:
 
 def as_dtype(dtype: Dtype, name: str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in DTYPES:
-        raise NotImplementedError(f"{name}={dtype} is not supported: use float32, float16 or bfloat16")
+    known = KV_DTYPES if name == "kv_data_type" else DTYPES
+    if found not in known:
+        names = [str(each).removeprefix("torch.") for each in known]
+        raise NotImplementedError(f"{name}={dtype} is not supported: use {', '.join(names[:-1])} or {names[-1]}")
     return found
 
 
@@ -97,11 +100,18 @@ def as_flags(
     return mask.clone()
 
 
-def check_cuda_layer(shape: AttentionShape, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+def check_cuda_layer(
+    shape: AttentionShape, q_dtype: torch.dtype, kv_dtype: torch.dtype, capability: tuple[int, int]
+) -> None:
     """Raise NotImplementedError for a layer that the GPU kernels cannot do."""
     if q_dtype == torch.float32:
         raise NotImplementedError("q_data_type=float32 is not supported on CUDA: use float16 or bfloat16")
-    if kv_dtype != q_dtype:
+    if kv_dtype == torch.float8_e4m3fn and capability < FP8_CAPABILITY:
+        raise NotImplementedError(
+            f"kv_data_type={kv_dtype} is not supported on GPUs before compute capability 8.9: this one has "
+            f"{capability[0]}.{capability[1]}"
+        )
+    if kv_dtype not in (q_dtype, torch.float8_e4m3fn):
         raise NotImplementedError(f"kv_data_type={kv_dtype} is not supported on CUDA with q_data_type={q_dtype}")
     if shape.head_dim not in TILES:
         raise NotImplementedError(f"head_dim={shape.head_dim} is not supported on CUDA: use one of {sorted(TILES)}")

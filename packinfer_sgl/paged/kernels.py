@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, tiles_for
+from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, shape_tiles
 from packinfer_sgl.paged.checks import check_cuda_call, check_cuda_layer
 from packinfer_sgl.paged.graph_buffers import PARTIAL_BYTES, GraphBuffers, check_pages, pinned
 from packinfer_sgl.planning.batch import SlotTable
@@ -77,7 +77,9 @@ class OnCuda:
 
     def check_layer(self, shape: AttentionShape, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
         """Raise NotImplementedError for what the kernels cannot do."""
-        check_cuda_layer(shape, q_dtype, kv_dtype)
+        on_gpu = self.device.type == "cuda"  # where the tests run the kernels without one, all is converted
+        capability = torch.cuda.get_device_capability(self.device) if on_gpu else (9, 0)
+        check_cuda_layer(shape, q_dtype, kv_dtype, capability)
 
     def check_masks(self, **masks: torch.Tensor | None) -> None:
         for name, mask in masks.items():
@@ -98,8 +100,7 @@ class OnCuda:
         limits = self._limits or Capacity.unlimited(partials=PARTIAL_BYTES // row_bytes)
         if not inlines:
             return self._cuda.decode_planner(shape, self.device, grouping=GROUPING, limits=limits, room_tokens=0)
-        tiles = tiles_for(shape.head_dim, self.device, True, group_size=shape.group_size)
-        sms = multiprocessors(self.device)
+        tiles, sms = shape_tiles(shape, self.device, True), multiprocessors(self.device)
         return self._cuda.extend_planner(
             shape, tiles, sms, grouping=GROUPING, always=True, profile=device_profile(self.device), limits=limits,
             must_fit=True,
@@ -109,7 +110,7 @@ class OnCuda:
         self, plan: Plan, tables: tuple[Int32, ...], page_size: int, shape: AttentionShape, inlines: bool
     ) -> Runner:
         """Upload the plan and the page tables on the current stream, and look up the slots there."""
-        tiles = tiles_for(shape.head_dim, self.device, inlines, group_size=shape.group_size)
+        tiles = shape_tiles(shape, self.device, inlines)
         if self._runner is None or (self._runner.shape, self._runner.tiles) != (shape, tiles):
             if self._runner is not None:
                 self._runner.free()  # the old one makes room first

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from packinfer_sgl.kernels.tiles import TILES, most_group_size
+from packinfer_sgl.kernels.tiles import FP8_CAPABILITY, TILES, most_group_size
 from packinfer_sgl.reasons import LayerReason
 from packinfer_sgl.serving.metrics import Stats
 
 FP8 = torch.float8_e4m3fn
-FP8_CAPABILITY = (8, 9)  # of a GPU that converts it in one instruction; Triton takes no other
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention

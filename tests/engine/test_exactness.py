@@ -89,6 +89,17 @@ def test_the_stock_server_does_not_notice_broken_hooks(stock_engine):
     assert stock_engine.state["active"] is False and stock_engine.state["reason"]
 
 
+@pytest.mark.contract
+def test_fp8_kv_equals_stock(model):
+    """Layer by layer. Texts may differ: a last bit of float32 decides how a key of the next layer is rounded to FP8."""
+    engine = {"model_path": model, "attention_backend": "packinfer", **POOL, "kv_cache_dtype": "fp8_e4m3"}
+    rounds = ["tree", "cold", "flush", "tree"]
+    ran = run_engine({"engine": engine, "rounds": rounds}, {"check": True, "extend": "on", "arena_tokens": 600})
+    state = ran.state
+    assert state["active"] and state["packed_steps"] > 30 and state["packed_extends"] > 3
+    assert state["fallback_layers"] == {} and state["arena"]["copies"] > 0 and 0 < state["check_error"] < 1e-5
+
+
 def test_one_missing_token_shows(model, stock, tmp_path):
     """The tests above can see a bug as small as one prefix token that one group does not read."""
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL}

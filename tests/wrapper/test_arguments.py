@@ -28,6 +28,8 @@ BOTH: dict[str, list[tuple[str, Any]]] = {
         ("q_data_type", torch.float8_e4m3fn),
         ("q_data_type", "no such thing"),
         ("kv_data_type", torch.uint8),
+        ("kv_data_type", torch.float8_e5m2),
+        ("o_data_type", torch.float8_e4m3fn),
         ("o_data_type", torch.float64),
     ],
     RUN: [

@@ -64,6 +64,21 @@ def test_small_batches(decode: bool, head_dim: int) -> None:
         check(batch, replace(layer, qo_heads=kv_heads * rng.choice([1, 3]), kv_heads=kv_heads, head_dim=head_dim), seed)
 
 
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
+@pytest.mark.usefixtures("all_shared")
+def test_small_batches_of_fp8_kv(decode: bool) -> None:
+    """Masks and windows among them; each scale counts once."""
+    for seed in range(8):
+        rng = random.Random(f"{decode} fp8 {seed}")
+        batch = cases.random_batch(rng, decode=decode)
+        scales = {"k_scale": 0.5, "v_scale": rng.choice([1, 0.25])}
+        layer = replace(cases.random_layer(rng), q_dtype=torch.float16, kv_dtype=FP8, run=scales, cuda=True)
+        check(batch, replace(layer, qo_heads=3, kv_heads=1, head_dim=64), seed)
+
+
 @pytest.mark.parametrize("name", EDGES)
 @pytest.mark.usefixtures("all_shared")
 def test_edges(name: str) -> None:
@@ -84,10 +99,14 @@ LAYERS = [
     ]
 ]
 
+LAYERS += [replace(layer, kv_dtype=FP8, run={"k_scale": 0.5, "v_scale": 0.25}) for layer in LAYERS[::2]]
+
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sharing", ["by cost", "all_shared"])
-@pytest.mark.parametrize(("page_size", "layer"), list(zip([1, 16, 3, 64, 1, 4, 8, 32], LAYERS)))
+@pytest.mark.parametrize(
+    ("page_size", "layer"), list(zip([1, 16, 3, 64, 1, 4, 8, 32, 16, 1, 8, 64], LAYERS, strict=True))
+)
 def test_random_batches(page_size: int, layer: Layer, sharing: str, request: pytest.FixtureRequest) -> None:
     """Decode and prefill, causal and not, windows, scattered pages with gaps, requests without queries or KV."""
     if sharing == "all_shared":
@@ -280,6 +299,7 @@ def test_what_the_kernels_cannot_do_is_refused_by_name() -> None:
         ("q_data_type", batch, replace(HALF, q_dtype=torch.float32, kv_dtype=torch.float32)),
         ("kv_data_type", batch, replace(HALF, kv_dtype=torch.bfloat16)),
         ("kv_data_type", batch, replace(HALF, kv_dtype=torch.float32)),
+        ("kv_data_type", batch, replace(HALF, kv_dtype=torch.float8_e5m2)),
         ("head_dim=32", batch, replace(HALF, head_dim=32)),
         ("num_qo_heads=33 .* at head_dim=64 at most 32", batch, replace(HALF, qo_heads=33)),
         ("num_qo_heads=17 .* at head_dim=256 at most 16", batch, replace(HALF, qo_heads=17, head_dim=256)),

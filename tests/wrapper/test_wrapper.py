@@ -62,6 +62,20 @@ def test_random_batches_half(decode: bool, dtype: torch.dtype, monkeypatch: pyte
         check(cases.random_batch(rng, decode=decode), layer, seed)
 
 
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
+def test_random_batches_of_fp8_kv(decode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the scales that the cache was divided by, each of them once."""
+    all_kept(monkeypatch)
+    for seed in range(30):
+        rng = random.Random(f"{decode} fp8 {seed}")
+        q_dtype, o_dtype = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.float16)][seed % 3]
+        scales = {"k_scale": rng.choice([0.5, torch.tensor(0.5)]), "v_scale": rng.choice([1, 0.25])}
+        layer = replace(
+            cases.random_layer(rng), q_dtype=q_dtype, kv_dtype=torch.float8_e4m3fn, o_dtype=o_dtype, run=scales
+        )
+        check(cases.random_batch(rng, decode=decode), layer, seed)
+
+
 @pytest.mark.parametrize("batch", EDGES.values(), ids=EDGES.keys())
 @pytest.mark.usefixtures("sharing")
 def test_edges(batch: Batch) -> None:
