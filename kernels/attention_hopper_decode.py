@@ -8,20 +8,23 @@ on the same SM and read their KV meanwhile.
 Map, for head_dim 128, BLOCK_N 64, STAGES 3 (``tiles.TILES``):
 
     CTA         8 warps.  WG0 consumer: 64 query rows.  WG1 producer: cp.async.
-    registers   maxnreg 96 x 256 threads = 24,576 = 64 x 128 (producer) + 128 x 128 (consumer)
-    smem        K 3 x 16 KiB | V 3 x 16 KiB | Q 16 KiB = 112 of 227 KiB, and 9 barriers
+    registers   maxnreg 112 x 256 threads = 28,672 = 64 x 128 (producer) + 160 x 128 (consumer); 36,864 are left, for
+                three CTAs of the small class
+    smem        K 3 x 16 KiB | V 3 x 16 KiB | Q 16 KiB = 112 of 227 KiB, and 12 barriers
     scheduling  static: CTA i runs (item, KV head) pairs i, i + n_ctas, ...; both warpgroups count them alike
 
     barrier   arrivals            arrived at by                   awaited by                     use, parity
     k_full    128, one a thread   producer, when K has landed     consumer, before QK            n, full
     v_full    128, one a thread   producer, when V has landed     consumer, before PV            n, full
-    kv_empty  1                   consumer, after PV              producer, before it copies K   n, empty
+    k_empty   1                   consumer, after QK              producer, before it copies K   n, empty
+    v_empty   1                   consumer, after PV              producer, before it copies V   n, empty
 
     n counts the KV blocks of all items of a CTA; its stage is n % STAGES, its parity full_phase(n) or empty_phase(n).
     Q needs no barrier: the consumer loads it itself, between two items.
 
     producer  |K0 V0|K1 V1|K2 V2|   K3 V3|   K4 V4| ...     up to STAGES blocks ahead, across items
-    consumer        |Q|QK0|softmax|PV0|QK1|softmax|PV1| ... |store|Q| ...
+    consumer        |Q|QK0|QK1    |PV0|QK2    |PV1| ... |store|Q| ...
+                          |softmax|   |softmax|             one block's beside the next block's product
 
 FP8 KV (RAW_STAGES > 0): the producer copies its bytes to a ring of RAW_STAGES blocks that nobody else sees, and fills a
 stage by converting the block that was begun RAW_STAGES - 1 blocks before, to float16, which is exact. It goes on with
@@ -29,14 +32,14 @@ the next item's blocks before it has converted an item's last. Queries and weigh
 
     smem        RAW_STAGES 3, STAGES 2: K raw 3 x 8 KiB | V raw 3 x 8 KiB | K 2 x 16 KiB | V 2 x 16 KiB | Q 16 KiB
     k_full      1 arrival, when all threads have converted K and made it visible to products; v_full likewise
-    kv_empty    is awaited before K is converted; n is that of the block that is converted
+    k_empty     is awaited before K is converted, v_empty before V; n is that of the block that is converted
 
     producer  |K0 V0|K1 V1|K2 V2|to 0|K3 V3|to 1|K4 V4|to 2| ... |to n - 1, to n|      (Kn Vn: bytes; to n: convert)
 
 Within the producer, ``wait_group`` waits for a thread's own copies, and the compiler lets the warpgroup meet before it
 reads what others copied, before it copies over what others read, and between its fence and the arrival.
 
-Taken for granted (``device_plan`` checks it): no run B, no item that grows or that another follows.
+Taken for granted (``device_plan`` checks it): no run B, no item that is empty, grows, or that another follows.
 """
 
 from __future__ import annotations
@@ -58,12 +61,14 @@ from packinfer_sgl.kernels.columns import A_LEN, A_OFF, N_COLS, Q_CNT, Q_OFF, SP
 from packinfer_sgl.kernels.hopper_common import (
     CONVERT_ARRIVALS,
     COPY_ARRIVALS,
+    LOG2_E,
     ROWS,
     allocate_barriers,
     empty_phase,
     full_phase,
     row_layout,
     soft_capped,
+    with_sink,
 )
 from packinfer_sgl.kernels.hopper_decode_fp8 import RawRing, produce_from_fp8
 
@@ -77,7 +82,8 @@ class KvPipeline(NamedTuple):
     v_stages: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
-    kv_empty: gl.shared_memory_descriptor
+    k_empty: gl.shared_memory_descriptor
+    v_empty: gl.shared_memory_descriptor
 
 
 class ProducerArgs(NamedTuple):
@@ -102,6 +108,7 @@ class ConsumerArgs(NamedTuple):
     items_ptr: gl.tensor
     query_rows_ptr: gl.tensor
     partial_rows_ptr: gl.tensor
+    sinks_ptr: gl.tensor
     first: gl.tensor
     work: gl.tensor
     kv_heads: gl.tensor
@@ -141,9 +148,10 @@ def _produce(
             slot = gl.load(a_slots + j + BLOCK_N + at)
             offset = gl.expand_dims(head + kv_row, 1) + gl.expand_dims(d, 0)  # [BLOCK_N, HEAD_DIM]
             stage = n % STAGES
-            mbarrier.wait(pipe.kv_empty.index(stage), empty_phase(n, STAGES))
+            mbarrier.wait(pipe.k_empty.index(stage), empty_phase(n, STAGES))
             async_copy.async_copy_global_to_shared(pipe.k_stages.index(stage), args.k_ptr + offset, mask=inside)
             async_copy.mbarrier_arrive(pipe.k_full.index(stage), increment_count=False)
+            mbarrier.wait(pipe.v_empty.index(stage), empty_phase(n, STAGES))
             async_copy.async_copy_global_to_shared(pipe.v_stages.index(stage), args.v_ptr + offset, mask=inside)
             async_copy.mbarrier_arrive(pipe.v_full.index(stage), increment_count=False)
             n += 1
@@ -167,37 +175,75 @@ def _load_q(args, q_off, q_cnt, kv_head, GROUP: gl.constexpr, HEAD_DIM: gl.const
 @gluon.jit
 def _store_results(
     args, acc, top, total, q_off, q_cnt, split, kv_head,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, o_layout: gl.constexpr,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, SINKS: gl.constexpr, FIRST_D: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """The same rows' results ([ROWS, HEAD_DIM], [ROWS], [ROWS]): to the output, or to the item's partial results."""
+    """The same rows' results ([ROWS, columns from FIRST_D on], [ROWS], [ROWS]): to the output, or to the item's partial
+    results."""
     row = gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout))
+    d = FIRST_D + gl.arange(0, acc.shape[1], gl.SliceLayout(0, o_layout))
     live = row // GROUP < q_cnt
     head = kv_head * GROUP + row % GROUP
     query = gl.load(args.query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)
     part = gl.load(args.partial_rows_ptr + q_off + row // GROUP, mask=live, other=0)
     direct = live & (part < 0)
     partial = live & (part >= 0)
+    if SINKS:
+        sink = gl.load(args.sinks_ptr + head, mask=direct, other=-float("inf"))
+        top, total, keep = with_sink(top, total, sink.to(gl.float32) * LOG2_E)
+        acc = acc * gl.expand_dims(keep, 1)
     result = acc * gl.expand_dims(args.v_scale / gl.where(total == 0.0, 1.0, total), 1)
     lse2 = top + gl.log2(total)
     out_row = query * args.stride_out_token + head.to(gl.int64) * args.stride_out_head
     out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0)
     gl.store(args.out_ptr + out_offset, result.to(args.out_ptr.dtype.element_ty), mask=gl.expand_dims(direct, 1))
-    gl.store(args.lse2_ptr + query * args.n_heads + head, lse2, mask=direct)
+    if FIRST_D == 0:
+        gl.store(args.lse2_ptr + query * args.n_heads + head, lse2, mask=direct)
     part_row = (part + split).to(gl.int64) * args.n_heads + head
     part_offset = gl.expand_dims(part_row * HEAD_DIM, 1) + gl.expand_dims(d, 0)
     gl.store(args.part_out_ptr + part_offset, result, mask=gl.expand_dims(partial, 1))
-    gl.store(args.part_lse2_ptr + part_row, lse2, mask=partial)
+    if FIRST_D == 0:
+        gl.store(args.part_lse2_ptr + part_row, lse2, mask=partial)
+
+
+@gluon.jit
+def _begin_scores(args, pipe, n, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr):
+    """Begin the product of the queries with the keys of block ``n``."""
+    stage = n % STAGES
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+    mbarrier.wait(pipe.k_full.index(stage), full_phase(n, STAGES))
+    fence_async_shared()  # keys came by cp.async, the product reads them through the async proxy
+    k = pipe.k_stages.index(stage).permute((1, 0))  # [HEAD_DIM, BLOCK_N]
+    return warpgroup_mma(args.q_tile, k, zeros, use_acc=False, is_async=True)  # [ROWS, BLOCK_N]
+
+
+@gluon.jit
+def _softmax_block(
+    args, s, top, total, SOFT_CAP: gl.constexpr, s_layout: gl.constexpr, o_rows: gl.constexpr
+):  # fmt: skip
+    """Online softmax: the weights of a block, the new ``top`` and ``total``, and the factor of all before the block."""
+    new_top = gl.maximum(top, gl.convert_layout(gl.max(s, 1), o_rows) * (1.0 if SOFT_CAP else args.scale2))  # [ROWS]
+    shift = gl.expand_dims(gl.convert_layout(new_top, gl.SliceLayout(1, s_layout)), 1)
+    p = gl.exp2(s - shift if SOFT_CAP else s * args.scale2 - shift)  # [ROWS, BLOCK_N]
+    keep = gl.exp2(top - new_top)
+    return p, new_top, total * keep + gl.convert_layout(gl.sum(p, 1), o_rows), keep
+
+
+@gluon.jit
+def _begin_values(pipe, n, p_operand, acc, STAGES: gl.constexpr, FIRST_D: gl.constexpr):
+    """Begin the product of the weights with the values of block ``n``, columns from FIRST_D on."""
+    v = pipe.v_stages.index(n % STAGES).slice(FIRST_D, acc.shape[1], dim=1)
+    return warpgroup_mma(p_operand, v, acc, is_async=True)
 
 
 @gluon.jit
 def _consume(
     args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SOFT_CAP: gl.constexpr,
+    SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, OUT_PARTS: gl.constexpr,
 ):  # fmt: skip
     """The consumer warpgroup: online softmax over the blocks in the ring, and the results."""
+    WIDTH: gl.constexpr = HEAD_DIM // OUT_PARTS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = pipe.k_stages.dtype
@@ -211,51 +257,69 @@ def _consume(
         split = gl.load(item_ptr + SPLIT)
         _load_q(args, q_off, q_cnt, kv_head, GROUP, HEAD_DIM)
 
-        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
+        acc = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
+        if OUT_PARTS == 2:
+            right = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
         top = gl.full([ROWS], -float("inf"), gl.float32, o_rows)
         total = gl.zeros([ROWS], gl.float32, o_rows)
-        for j in range(0, a_len, BLOCK_N):
-            stage = n % STAGES
-            phase = full_phase(n, STAGES)
-            zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-            mbarrier.wait(pipe.k_full.index(stage), phase)
-            fence_async_shared()  # keys came by cp.async, the product reads them through the async proxy
-            k = pipe.k_stages.index(stage).permute((1, 0))  # [HEAD_DIM, BLOCK_N]
-            s = warpgroup_mma(args.q_tile, k, zeros, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])  # [ROWS, BLOCK_N]
+        s = warpgroup_mma_wait(0, deps=[_begin_scores(args, pipe, n, BLOCK_N, STAGES, s_layout)])
+        mbarrier.arrive(pipe.k_empty.index(n % STAGES), count=1)
+        for _ in range(BLOCK_N, a_len, BLOCK_N):  # all blocks but the last
+            next_s = _begin_scores(args, pipe, n + 1, BLOCK_N, STAGES, s_layout)
             if SOFT_CAP:
                 s = soft_capped(s, args.scale2, args.cap2)
-            if j + BLOCK_N > a_len:
-                pos = j + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-                s = gl.where(gl.expand_dims(pos < a_len, 0), s, -float("inf"))
-            s_top = gl.convert_layout(gl.max(s, 1), o_rows)
-            new_top = gl.maximum(top, s_top if SOFT_CAP else s_top * args.scale2)  # [ROWS]
-            shift = gl.expand_dims(gl.convert_layout(new_top, gl.SliceLayout(1, s_layout)), 1)
-            p = gl.exp2(s - shift if SOFT_CAP else s * args.scale2 - shift)  # [ROWS, BLOCK_N]
-            keep = gl.exp2(top - new_top)
-            total = total * keep + gl.convert_layout(gl.sum(p, 1), o_rows)
+            p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, s_layout, o_rows)
             acc = acc * gl.expand_dims(keep, 1)
-            top = new_top
             p_operand = gl.convert_layout(p.to(dtype), p_layout)
-            mbarrier.wait(pipe.v_full.index(stage), phase)
+            mbarrier.wait(pipe.v_full.index(n % STAGES), full_phase(n, STAGES))
             fence_async_shared()
-            acc = warpgroup_mma(p_operand, pipe.v_stages.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])  # [ROWS, HEAD_DIM]
-            mbarrier.arrive(pipe.kv_empty.index(stage), count=1)
+            acc = _begin_values(pipe, n, p_operand, acc, STAGES, 0)
+            if OUT_PARTS == 2:
+                right = _begin_values(pipe, n, p_operand, right * gl.expand_dims(keep, 1), STAGES, WIDTH)
+                s, acc, right = warpgroup_mma_wait(0, deps=[next_s, acc, right])
+            else:
+                s, acc = warpgroup_mma_wait(0, deps=[next_s, acc])
+            mbarrier.arrive(pipe.k_empty.index((n + 1) % STAGES), count=1)
+            mbarrier.arrive(pipe.v_empty.index(n % STAGES), count=1)
             n += 1
+        if SOFT_CAP:
+            s = soft_capped(s, args.scale2, args.cap2)
+        pos = (a_len - 1) // BLOCK_N * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+        s = gl.where(gl.expand_dims(pos < a_len, 0), s, -float("inf"))
+        p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, s_layout, o_rows)
+        acc = acc * gl.expand_dims(keep, 1)
+        p_operand = gl.convert_layout(p.to(dtype), p_layout)
+        mbarrier.wait(pipe.v_full.index(n % STAGES), full_phase(n, STAGES))
+        fence_async_shared()
+        acc = _begin_values(pipe, n, p_operand, acc, STAGES, 0)
+        if OUT_PARTS == 2:
+            right = _begin_values(pipe, n, p_operand, right * gl.expand_dims(keep, 1), STAGES, WIDTH)
+            acc, right = warpgroup_mma_wait(0, deps=[acc, right])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(pipe.v_empty.index(n % STAGES), count=1)
+        n += 1
 
-        _store_results(args, acc, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, o_layout)
+        _store_results(args, acc, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, SINKS, 0, o_layout)
+        if OUT_PARTS == 2:
+            _store_results(
+                args, right, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, SINKS, WIDTH, o_layout
+            )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
 def packed_attention_hopper_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
-    query_rows_ptr, partial_rows_ptr, stride_q_token, stride_q_head, stride_out_token, stride_out_head, stride_page,
-    stride_slot, stride_kv_head, scale2, cap2, v_scale, first_count, last_count, kv_heads, n_heads,
+    query_rows_ptr, partial_rows_ptr, sinks_ptr, stride_q_token, stride_q_head, stride_out_token, stride_out_head,
+    stride_page, stride_slot, stride_kv_head, scale2, cap2, v_scale, first_count, last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    STAGES: gl.constexpr, RAW_STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    SINKS: gl.constexpr, STAGES: gl.constexpr, RAW_STAGES: gl.constexpr, OUT_PARTS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 64, for items without run B that do not grow.
+
+    With OUT_PARTS 2 values are multiplied by halves of HEAD_DIM: a product of 256 columns wants more registers than
+    CTAs of the other tile class leave.
 
     A thread of the producer gets PRODUCER_REGISTERS, one of the consumer what ``maxnreg`` leaves.
     """
@@ -272,18 +336,22 @@ def packed_attention_hopper_kernel(
         q_tile = gl.allocate_shared_memory(dtype, [ROWS, HEAD_DIM], layout)
         k_full = allocate_barriers(STAGES)
         v_full = allocate_barriers(STAGES)
-        kv_empty = allocate_barriers(STAGES)
+        k_empty = allocate_barriers(STAGES)
+        v_empty = allocate_barriers(STAGES)
         for i in gl.static_range(STAGES):
             mbarrier.init(k_full.index(i), count=full_arrivals)
             mbarrier.init(v_full.index(i), count=full_arrivals)
-            mbarrier.init(kv_empty.index(i), count=CONSUMER_ARRIVALS)
-        pipe = KvPipeline(k_stages=k_stages, v_stages=v_stages, k_full=k_full, v_full=v_full, kv_empty=kv_empty)
+            mbarrier.init(k_empty.index(i), count=CONSUMER_ARRIVALS)
+            mbarrier.init(v_empty.index(i), count=CONSUMER_ARRIVALS)
+        pipe = KvPipeline(
+            k_stages=k_stages, v_stages=v_stages, k_full=k_full, v_full=v_full, k_empty=k_empty, v_empty=v_empty
+        )  # fmt: skip
         consumer = ConsumerArgs(
             q_ptr=q_ptr, out_ptr=out_ptr, lse2_ptr=lse2_ptr, part_out_ptr=part_out_ptr, part_lse2_ptr=part_lse2_ptr,
-            items_ptr=items_ptr, query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, first=first,
-            work=work, kv_heads=kv_heads, n_heads=n_heads, stride_q_token=stride_q_token, stride_q_head=stride_q_head,
-            stride_out_token=stride_out_token, stride_out_head=stride_out_head, scale2=scale2, cap2=cap2,
-            v_scale=v_scale, q_tile=q_tile,
+            items_ptr=items_ptr, query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, sinks_ptr=sinks_ptr,
+            first=first, work=work, kv_heads=kv_heads, n_heads=n_heads, stride_q_token=stride_q_token,
+            stride_q_head=stride_q_head, stride_out_token=stride_out_token, stride_out_head=stride_out_head,
+            scale2=scale2, cap2=cap2, v_scale=v_scale, q_tile=q_tile,
         )  # fmt: skip
         producer = ProducerArgs(
             k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, first=first, work=work,
@@ -298,7 +366,7 @@ def packed_attention_hopper_kernel(
             )
             gl.warp_specialize(
                 [
-                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
+                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS)),
                     (produce_from_fp8, (producer, pipe, raw, HEAD_DIM, BLOCK_N, PAGE, STAGES, RAW_STAGES)),
                 ],
                 [4],
@@ -307,7 +375,7 @@ def packed_attention_hopper_kernel(
         else:
             gl.warp_specialize(
                 [
-                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
+                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS)),
                     (_produce, (producer, pipe, HEAD_DIM, BLOCK_N, PAGE, STAGES)),
                 ],
                 [4],

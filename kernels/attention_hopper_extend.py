@@ -62,7 +62,6 @@ from packinfer_sgl.kernels.hopper_extend_consumer import ConsumerArgs, consume
 from packinfer_sgl.kernels.hopper_extend_pipeline import (
     CONSUMERS,
     EMPTY_ARRIVALS,
-    Q_STAGES,
     STAGGER_ARRIVALS,
     WORK_COLS,
     WORK_FULL_ARRIVALS,
@@ -74,11 +73,12 @@ from packinfer_sgl.kernels.hopper_extend_producer import COPY_ROWS, ProducerArgs
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
 def packed_attention_extend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
-    query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, stride_q_token, stride_q_head, stride_out_token,
-    stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, v_scale, first_count, last_count, kv_heads,
-    n_heads,
+    query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, sinks_ptr, stride_q_token, stride_q_head,
+    stride_out_token, stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, v_scale, first_count,
+    last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    STAGES: gl.constexpr, FP8_KV: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    SINKS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, FP8_KV: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that do not grow and that none follows.
 
@@ -126,8 +126,9 @@ def packed_attention_extend_kernel(
         consumer = ConsumerArgs(
             out_ptr=out_ptr, lse2_ptr=lse2_ptr, part_out_ptr=part_out_ptr, part_lse2_ptr=part_lse2_ptr,
             query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, win_lo_ptr=win_lo_ptr,
-            win_hi_ptr=win_hi_ptr, work=work, kv_heads=kv_heads, n_heads=n_heads, stride_out_token=stride_out_token,
-            stride_out_head=stride_out_head, scale2=scale2, cap2=cap2, v_scale=v_scale,
+            win_hi_ptr=win_hi_ptr, sinks_ptr=sinks_ptr, work=work, kv_heads=kv_heads, n_heads=n_heads,
+            stride_out_token=stride_out_token, stride_out_head=stride_out_head, scale2=scale2, cap2=cap2,
+            v_scale=v_scale,
         )  # fmt: skip
         producer = ProducerArgs(
             q_ptr=q_ptr, k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, counts_ptr=counts_ptr,
@@ -143,9 +144,9 @@ def packed_attention_extend_kernel(
             )  # fmt: skip
         gl.warp_specialize(
             [
-                (consume, (0, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
-                (consume, (1, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP)),
-                (produce, (producer, pipe, raw, GROUP, HEAD_DIM, BLOCK_N, PAGE, STAGES, FP8_KV)),
+                (consume, (0, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP, SINKS)),
+                (consume, (1, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP, SINKS)),
+                (produce, (producer, pipe, raw, GROUP, HEAD_DIM, BLOCK_N, PAGE, STAGES, Q_STAGES, FP8_KV)),
             ],
             [4, 4],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -16,6 +16,9 @@ and weights are then float16, too. Its scales cost nothing: that of the keys is 
 of the last factor of each result, direct or partial.
 
 ``lse2`` is the log-sum-exp in base 2. The empty state is an output of 0 with an lse2 of -inf.
+
+With SINKS each softmax also has a virtual token with its head's sink as logit and no value. It must come in once for
+each query and head: here where an item writes the output itself, in ``merge.py`` for partial results.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from packinfer_sgl.kernels.columns import (
 # B, of which each query row sees a window.
 FULL, TAIL, WINDOW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _TANH_FACTOR = tl.constexpr(2.0 * 1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Kv(NamedTuple):
@@ -60,6 +64,16 @@ class Kv(NamedTuple):
 def _soft_capped(s, scale2, cap2):
     """``cap * tanh(scale * s / cap)`` in base 2, by exp2: exact at both ends."""
     return cap2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale2 * _TANH_FACTOR / cap2)))
+
+
+@triton.jit
+def with_sink(top, total, sink2):
+    """A softmax state with one more token, of logit ``sink2`` (base 2) and without a value: its ``top`` and ``total``,
+    and the factor of what was summed before. A sink of -inf changes nothing."""
+    new_top = tl.maximum(top, sink2)
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    keep = tl.exp2(top - shift)
+    return new_top, total * keep + tl.exp2(sink2 - shift), keep
 
 
 @triton.jit
@@ -134,11 +148,11 @@ def _attend(
 @triton.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
 def packed_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
-    query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, kv_lens_ptr, mask_ptr, mask_rows_ptr, stride_q_token,
-    stride_q_head, stride_out_token, stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, v_scale,
-    first_count, last_count, kv_heads, n_heads,
+    query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, kv_lens_ptr, mask_ptr, mask_rows_ptr, sinks_ptr,
+    stride_q_token, stride_q_head, stride_out_token, stride_out_head, stride_page, stride_slot, stride_kv_head, scale2,
+    cap2, v_scale, first_count, last_count, kv_heads, n_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
-    RUN_B: tl.constexpr, CUSTOM_MASK: tl.constexpr, SOFT_CAP: tl.constexpr, PEEL: tl.constexpr,
+    RUN_B: tl.constexpr, CUSTOM_MASK: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, PEEL: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Items ``counts[first_count]`` to ``counts[last_count] - 1``, each with those that follow it; all KV heads of an
@@ -216,6 +230,11 @@ def packed_attention_kernel(
                     scale2=scale2, cap2=cap2, HEAD_DIM=HEAD_DIM, BLOCK_N=BLOCK_N, PAGE=PAGE, MASK=TAIL,
                     CUSTOM_MASK=CUSTOM_MASK, SOFT_CAP=SOFT_CAP, STAGES=1 if PEEL else STAGES,
                 )  # fmt: skip
+            if SINKS:
+                is_direct = tl.load(partial_rows_ptr + q_off + nth, mask=live, other=0) < 0
+                sink = tl.load(sinks_ptr + head, mask=is_direct, other=-float("inf"))
+                top, total, keep = with_sink(top, total, sink.to(tl.float32) * LOG2_E)
+                acc = acc * keep[:, None]
             result = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
             lse2 = top + tl.log2(total)
             # read now or again rather than kept in registers across the loops

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from packinfer_sgl.kernels.reference import LOG2_E, MaskRows
+from packinfer_sgl.kernels.reference import LOG2_E, MaskRows, check_sinks, with_sinks
 from packinfer_sgl.planning.plan import Col, Plan
 
 SLAB_BYTES = 6 << 20  # gathered keys of one batched product; best of 1 to 16 MiB on two cores
@@ -169,6 +169,7 @@ class PackedReference:
         logits_soft_cap: float = 0.0,
         v_scale: float = 1.0,
         mask: MaskRows | None = None,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of every query over its row's KV, each span read once for its group.
@@ -181,16 +182,24 @@ class PackedReference:
             logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
             v_scale: factor of the values.
             mask: custom mask, of what the plan lets a query see; no tails may ride in that plan.
+            sinks: [qo_heads] float, see ``Runner.run``.
             out: [n_queries, qo_heads, head_dim] where to write; default: a new tensor of q's dtype.
 
         Returns:
-            out, and lse2 [n_queries, qo_heads] float32 (-inf with an all-zero output for a query that sees nothing).
+            out, and lse2 [n_queries, qo_heads] float32 (-inf, or the sink, with an all-zero output for a query that
+            sees nothing).
+
+        Raises:
+            ValueError: sinks of another shape or type.
         """
         n_queries, qo_heads, head_dim = q.shape
         out = torch.empty_like(q) if out is None else out
         lse2 = torch.empty(n_queries, qo_heads, dtype=torch.float32)
         out[self._empty_out] = 0
         lse2[self._empty_out] = -math.inf
+        if sinks is not None:
+            check_sinks(sinks, qo_heads)
+            lse2[self._empty_out] = sinks.float() * LOG2_E
         # results of all classes, after one empty state
         results = [(torch.zeros(1, qo_heads, head_dim), torch.full((1, qo_heads), -math.inf))]
         for c in self.classes:
@@ -206,15 +215,28 @@ class PackedReference:
                 o, lse = _attend_fused(q[c.queries], keys, values, hidden, sm_scale)
             o = o if v_scale == 1 else o * v_scale
             if len(c.out_from):
-                out[c.out_to] = o[c.out_from].to(out.dtype)
-                lse2[c.out_to] = lse[c.out_from]
+                _write(out, lse2, c.out_to, o[c.out_from], lse[c.out_from], sinks)
             results.append((o, lse))
         if len(self._part_at):
             o, lse = (torch.cat(x) for x in zip(*results))
             o, lse = merge_states(o, lse, self._part_at, self._merge_indptr)
-            out[self._merged] = o.to(out.dtype)
-            lse2[self._merged] = lse
+            _write(out, lse2, self._merged, o, lse, sinks)
         return out, lse2
+
+
+def _write(
+    out: torch.Tensor,
+    lse2: torch.Tensor,
+    rows: torch.Tensor,
+    o: torch.Tensor,
+    o_lse2: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Finished results of ``rows`` [n] of the output, to it; here the sink comes in, once for each query and head."""
+    if sinks is not None:
+        o, o_lse2 = with_sinks(o, o_lse2, sinks)
+    out[rows] = o.to(out.dtype)
+    lse2[rows] = o_lse2
 
 
 def _mask_index(mask: MaskRows, c: ItemClass) -> torch.Tensor:

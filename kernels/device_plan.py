@@ -12,6 +12,7 @@ from packinfer_sgl.kernels.attention_hopper_decode import packed_attention_hoppe
 from packinfer_sgl.kernels.attention_hopper_extend import packed_attention_extend_kernel
 from packinfer_sgl.kernels.attention_triton import packed_attention_kernel
 from packinfer_sgl.kernels.columns import (
+    A_LEN,
     MAX_CLASSES,
     N_COUNTS,
     N_MERGED,
@@ -22,6 +23,7 @@ from packinfer_sgl.kernels.columns import (
     OPEN_ROW,
 )
 from packinfer_sgl.kernels.merge import merge_kernel, merge_listed_kernel
+from packinfer_sgl.kernels.reference import check_sinks
 from packinfer_sgl.kernels.slot_list_triton import append_kernel, snapshot_kernel
 from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.planning.fitting import Capacity
@@ -135,12 +137,15 @@ class PackedCuda:
         if len(plan.class_indptr) != len(self.tiles) + 1:
             raise ValueError(f"a plan of {len(plan.class_indptr) - 1} tile classes for {len(self.tiles)} tiles")
         for i, tile in enumerate(self.tiles):
-            if tile.kernel == "triton" or (tile.kernel == "hopper_decode" and not self._is_hopper):
+            # the Triton kernel runs classes of the decode kernel, too: elsewhere, and with run B
+            if tile.kernel == "triton" or (tile.kernel == "hopper_decode" and (plan.windowed or not self._is_hopper)):
                 continue
             items = plan.items[plan.class_indptr[i] : plan.class_indptr[i + 1]]
             for column, what in ((OPEN_ROW, "grow"), (NEXT_ITEM, "are followed by others")):
                 if items[:, int(column)].max(initial=-1) >= 0:
                     raise ValueError(f"the {tile.kernel} kernel runs no items that {what}")
+            if tile.kernel == "hopper_decode" and items[:, int(A_LEN)].min(initial=1) < 1:
+                raise ValueError("the hopper_decode kernel runs no empty items")
         self._has_run_b = bool(plan.items[:, Col.B_LEN].any())
 
     def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor, page_size: int = 1) -> None:
@@ -184,6 +189,7 @@ class PackedCuda:
         page_size: int = 1,
         windowed: bool = False,
         mask: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         lse2: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,14 +208,20 @@ class PackedCuda:
             windowed: whether the plan has run B.
             mask: what queries see of what the plan lets them see: [n] bool, and [n_queries] int64 of each query the
                 flag for KV position 0. The plan must have no inline tails (``TilePolicy.max_inline_tail_tokens``).
+            sinks: [qo_heads] float, see ``Runner.run``.
 
         Returns:
             out as q, and lse2 [n_queries, qo_heads] float32.
+
+        Raises:
+            ValueError: sinks of another shape or type; what the hopper_extend kernel does not take.
         """
         n, n_heads, head_dim = q.shape
         out = torch.empty_like(q) if out is None else out
         lse2 = torch.empty(n, n_heads, dtype=torch.float32, device=q.device) if lse2 is None else lse2
         assert windowed or not self._has_run_b, "the loaded plan has run B"
+        if sinks is not None:
+            check_sinks(sinks, n_heads)
         copies = any(tile.kernel == "hopper_extend" for tile in self.tiles)  # 16 bytes at a time
         if (copies or k.itemsize == 1) and not (_aligned(k) and _aligned(v)):
             raise ValueError("heads of K and V that do not begin at multiples of 16 bytes are not supported")
@@ -217,8 +229,8 @@ class PackedCuda:
             if mask is not None:
                 raise ValueError("the hopper_extend kernel takes no custom mask")
             q = q if _aligned(q) else q.clone(memory_format=torch.contiguous_format)
-        self._attend(q, k, v, kv_lens, out, lse2, sm_scale, logits_soft_cap, v_scale, page_size, windowed, mask)
-        self._merge(out, lse2, windowed)
+        self._attend(q, k, v, kv_lens, out, lse2, sm_scale, logits_soft_cap, v_scale, page_size, windowed, mask, sinks)
+        self._merge(out, lse2, windowed, sinks)
         return out, lse2
 
     def _attend(
@@ -235,6 +247,7 @@ class PackedCuda:
         page_size: int,
         windowed: bool,
         mask: tuple[torch.Tensor, torch.Tensor] | None,
+        sinks: torch.Tensor | None,
     ) -> None:
         """Launch the kernel of each tile class. Arguments as for ``run``."""
         n, n_heads, head_dim = q.shape
@@ -249,6 +262,7 @@ class PackedCuda:
             "stride_slot": stride_slot, "stride_kv_head": stride_head, "scale2": sm_scale * LOG2_E,
             "cap2": logits_soft_cap * LOG2_E, "v_scale": v_scale, "kv_heads": self.kv_heads, "n_heads": n_heads,
             "GROUP": group, "HEAD_DIM": head_dim, "PAGE": page_size, "SOFT_CAP": logits_soft_cap > 0,
+            **_sink_arguments(sinks, lse2),
         }  # fmt: skip
         windows = {"win_lo_ptr": view["win_lo"], "win_hi_ptr": view["win_hi"]}
         flags, flags_from = (view["counts"], view["counts"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
@@ -266,13 +280,14 @@ class PackedCuda:
             }  # fmt: skip
             if tile.kernel == "hopper_extend":
                 packed_attention_extend_kernel[grid](
-                    **arguments, **windows, **launch, FP8_KV=tile.raw_stages > 0,
+                    **arguments, **windows, **launch, Q_STAGES=tile.q_stages, FP8_KV=tile.raw_stages > 0,
                     CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
                     num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             elif tile.kernel == "hopper_decode" and self._is_hopper and not windowed and mask is None:
                 packed_attention_hopper_kernel[grid](
-                    **arguments, **launch, RAW_STAGES=tile.raw_stages, PRODUCER_REGISTERS=tile.producer_registers,
+                    **arguments, **launch, RAW_STAGES=tile.raw_stages, OUT_PARTS=tile.out_parts,
+                    PRODUCER_REGISTERS=tile.producer_registers,
                     num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             else:
@@ -285,7 +300,7 @@ class PackedCuda:
                 )  # fmt: skip
             is_first = False
 
-    def _merge(self, out: torch.Tensor, lse2: torch.Tensor, windowed: bool) -> None:
+    def _merge(self, out: torch.Tensor, lse2: torch.Tensor, windowed: bool, sinks: torch.Tensor | None) -> None:
         """Launch the merge of partial results, and of queries past the plan's."""
         n, n_heads, head_dim = out.shape
         # an SM holds 32 CTAs at once: where there are more, each merges several heads
@@ -297,13 +312,18 @@ class PackedCuda:
             "merge_indptr_ptr": self._view["merge_indptr"], "counts_ptr": self._view["counts"], "out_ptr": out,
             "lse2_ptr": lse2, "stride_out_token": out.stride(0), "stride_out_head": out.stride(1), "n_heads": n_heads,
             "HEAD_DIM": head_dim, "HEADS": heads, "BLOCK_P": at_once, "PDL": self._pdl, "num_warps": warps,
-            "launch_pdl": self._pdl,
+            "launch_pdl": self._pdl, **_sink_arguments(sinks, lse2),
         }  # fmt: skip
         if not windowed:
             merge_kernel[n, n_heads // heads](**arguments, most_queries=self.capacity.queries)
         elif many := n if self.replayed else self._n_merged + n - self._n_queries:
             grid = (min(many, max(1, 32 * self._sms * heads // n_heads)), n_heads // heads)
             merge_listed_kernel[grid](**arguments, merged_ptr=self._view["merged"], n_rows=n)
+
+
+def _sink_arguments(sinks: torch.Tensor | None, unused: torch.Tensor) -> dict[str, object]:
+    """What each kernel is told of sinks; ``unused`` stands for them where there are none."""
+    return {"sinks_ptr": unused if sinks is None else sinks.contiguous(), "SINKS": sinks is not None}
 
 
 def _aligned(x: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What both Hopper kernels are made of: layouts, barriers and the parity that a wait asks for, FP8, the soft cap."""
+"""What both Hopper kernels are made of: layouts, barriers, the parity that a wait asks for, FP8, soft cap, sinks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COPY_ARRIVALS = gl.constexpr(128)
 # Of one that the producer fills by converting: the warpgroup is past a barrier of its own.
 CONVERT_ARRIVALS = gl.constexpr(1)
 _TANH_FACTOR = gl.constexpr(2.0 * 1.4426950408889634)
+LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.constexpr_function
@@ -62,3 +63,12 @@ def empty_phase(n, STAGES: gl.constexpr):
 def soft_capped(s, scale2, cap2):
     """``cap * tanh(scale * s / cap)`` in base 2, by exp2: exact at both ends."""
     return cap2 * (1.0 - 2.0 / (1.0 + gl.exp2(s * scale2 * _TANH_FACTOR / cap2)))
+
+
+@gluon.jit
+def with_sink(top, total, sink2):
+    """As ``attention_triton.with_sink``."""
+    new_top = gl.maximum(top, sink2)
+    shift = gl.where(new_top == -float("inf"), 0.0, new_top)
+    keep = gl.exp2(top - shift)
+    return new_top, total * keep + gl.exp2(sink2 - shift), keep

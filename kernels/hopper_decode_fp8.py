@@ -23,10 +23,11 @@ class RawRing(NamedTuple):
 def _convert_block(pipe, raw, n, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, RAW_STAGES: gl.constexpr):
     """Fill the ``n``th block's stage from its raw bytes, which have landed."""
     stage = n % STAGES
-    mbarrier.wait(pipe.kv_empty.index(stage), empty_phase(n, STAGES))
+    mbarrier.wait(pipe.k_empty.index(stage), empty_phase(n, STAGES))
     convert(pipe.k_stages.index(stage), raw.k.index(n % RAW_STAGES), HEAD_DIM)
     fence_async_shared()  # products read through the async proxy
     mbarrier.arrive(pipe.k_full.index(stage), count=1)
+    mbarrier.wait(pipe.v_empty.index(stage), empty_phase(n, STAGES))
     convert(pipe.v_stages.index(stage), raw.v.index(n % RAW_STAGES), HEAD_DIM)
     fence_async_shared()
     mbarrier.arrive(pipe.v_full.index(stage), count=1)

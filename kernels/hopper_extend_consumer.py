@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from packinfer_sgl.kernels.columns import A_LEN, B_LEN, Q_CNT, Q_OFF, SPLIT
-from packinfer_sgl.kernels.hopper_common import ROWS, full_phase, row_layout, soft_capped
-from packinfer_sgl.kernels.hopper_extend_pipeline import CONSUMERS, Q_STAGES, W, n_blocks, read_work_tile
+from packinfer_sgl.kernels.hopper_common import LOG2_E, ROWS, full_phase, row_layout, soft_capped, with_sink
+from packinfer_sgl.kernels.hopper_extend_pipeline import CONSUMERS, W, n_blocks, read_work_tile
 
 
 class ConsumerArgs(NamedTuple):
@@ -25,6 +25,7 @@ class ConsumerArgs(NamedTuple):
     part_lse2_ptr: gl.tensor
     query_rows_ptr: gl.tensor
     partial_rows_ptr: gl.tensor
+    sinks_ptr: gl.tensor
     win_lo_ptr: gl.tensor
     win_hi_ptr: gl.tensor
     work: gl.tensor  # (item, KV head) pairs
@@ -73,7 +74,7 @@ def _softmax_block(
 @gluon.jit
 def _store_results(
     args, acc, top, total, query, part, q_tile, q_empty, first_row, q_cnt, split, kv_head,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, o_layout: gl.constexpr,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, SINKS: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """ROWS rows' results, to the output or to the item's partial results; then the Q stage is given back.
 
@@ -86,6 +87,10 @@ def _store_results(
     live = row // GROUP < q_cnt
     direct = live & (part < 0)
     partial = live & (part >= 0)
+    if SINKS:
+        sink = gl.load(args.sinks_ptr + head, mask=direct, other=-float("inf"))
+        top, total, keep = with_sink(top, total, sink.to(gl.float32) * LOG2_E)
+        acc = acc * gl.expand_dims(keep, 1)
     acc = acc * gl.expand_dims(args.v_scale / gl.where(total == 0.0, 1.0, total), 1)  # [ROWS, HEAD_DIM]
     lse2 = top + gl.log2(total)
     gl.store(args.lse2_ptr + query.to(gl.int64) * args.n_heads + head, lse2, mask=direct)
@@ -131,7 +136,7 @@ def _converted_in_place(q_tile, dtype: gl.constexpr, HEAD_DIM: gl.constexpr):
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, SOFT_CAP: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over the KV blocks for ROWS rows of each tile, the first for WHICH 0, and their results."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -201,7 +206,7 @@ def consume(
                 mbarrier.arrive(pipe.v_empty.index(stage), count=1)
             _store_results(
                 args, acc, gl.convert_layout(top, o_rows), gl.convert_layout(total, o_rows), query, part, q_tile,
-                pipe.q_empty.index(q_stage), FIRST_ROW, q_cnt, split, kv_head, GROUP, HEAD_DIM, o_layout,
+                pipe.q_empty.index(q_stage), FIRST_ROW, q_cnt, split, kv_head, GROUP, HEAD_DIM, SINKS, o_layout,
             )  # fmt: skip
         else:
             # no row of mine is live: give everything back in step with consumer 0

@@ -10,7 +10,6 @@ from triton.experimental.gluon import language as gl
 from packinfer_sgl.kernels.columns import N_COLS, TILE_CLASS
 
 CONSUMERS = gl.constexpr(2)  # warpgroups, each ROWS of a tile
-Q_STAGES = gl.constexpr(2)  # queries of the next item come while those of one are multiplied
 WORK_COLS = gl.constexpr(16)  # of a work tile: N_COLS, up to a power of two
 
 # Arrivals that complete a phase, besides COPY_ARRIVALS; those of a warpgroup count once.

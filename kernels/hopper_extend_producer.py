@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from packinfer_sgl.kernels.columns import A_LEN, A_OFF, B_LEN, B_OFF, N_COLS, NEXT_TICKET, Q_CNT, Q_OFF
 from packinfer_sgl.kernels.hopper_common import ROWS, empty_phase, row_layout
 from packinfer_sgl.kernels.hopper_extend_fp8 import fill_last, fill_stages
-from packinfer_sgl.kernels.hopper_extend_pipeline import CONSUMERS, Q_STAGES, n_blocks, write_work_tile
+from packinfer_sgl.kernels.hopper_extend_pipeline import CONSUMERS, n_blocks, write_work_tile
 
 COPY_ROWS = gl.constexpr(32)  # that are copied together
 
@@ -52,7 +52,7 @@ def _copy_rows(rows, pointer, offsets, n_inside, HEAD_DIM: gl.constexpr, FIRST: 
 @gluon.jit
 def produce(
     args, pipe, raw, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr,
-    STAGES: gl.constexpr, FP8_KV: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, FP8_KV: gl.constexpr,
 ):  # fmt: skip
     """Fill the stages with the items' queries and KV blocks, one after the other; FP8_KV through ``raw``.
 

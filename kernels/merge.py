@@ -1,4 +1,4 @@
-"""Merge of the partial results of each query, as one softmax over all KV tokens that its items saw."""
+"""Merge of the partial results of each query, as one softmax over all KV tokens that its items saw, and the sink."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from packinfer_sgl.kernels.attention_triton import LOG2_E, with_sink
 from packinfer_sgl.kernels.columns import N_MERGED, N_QUERIES
 
 
 @triton.jit
-def _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM: tl.constexpr, BLOCK_P: tl.constexpr):
+def _merge(
+    part_out_ptr, part_lse2_ptr, sinks_ptr, begin, end, head, n_heads,
+    HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """The softmax over the union of what partial results ``begin`` to ``end`` of a head saw, BLOCK_P at a time.
 
     Returns the result [HEAD_DIM] and its lse2.
@@ -31,6 +35,9 @@ def _merge(part_out_ptr, part_lse2_ptr, begin, end, head, n_heads, HEAD_DIM: tl.
         acc = acc * keep + tl.sum(weight[:, None] * o, 0)
         total = total * keep + tl.sum(weight, 0)
         top = new_top
+    if SINKS:
+        top, total, keep = with_sink(top, total, tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E)
+        acc = acc * keep
     return acc / tl.where(total == 0.0, 1.0, total), top + tl.log2(total)
 
 
@@ -43,8 +50,8 @@ def _out_rows(out_ptr, stride_out_token, stride_out_head, query, head, HEAD_DIM:
 
 @triton.jit
 def _merge_query(
-    part_out_ptr, part_lse2_ptr, out_ptr, lse2_ptr, stride_out_token, stride_out_head, n_heads, query, begin, end,
-    first_head, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr,
+    part_out_ptr, part_lse2_ptr, sinks_ptr, out_ptr, lse2_ptr, stride_out_token, stride_out_head, n_heads, query, begin,
+    end, first_head, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Partial results ``begin`` to ``end`` of HEADS heads of a query, to the output."""
     head = first_head + tl.arange(0, HEADS)
@@ -61,13 +68,19 @@ def _merge_query(
         top = tl.max(lse2, 1)
         weight = tl.exp2(lse2 - tl.where(top == -float("inf"), 0.0, top)[:, None])
         total = tl.sum(weight, 1)
-        result = tl.sum(weight[:, :, None] * o, 1) / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc = tl.sum(weight[:, :, None] * o, 1)
+        if SINKS:
+            top, total, keep = with_sink(top, total, tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E)
+            acc = acc * keep[:, None]
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(out, result.to(out_ptr.dtype.element_ty))
         tl.store(lse2_out, top + tl.log2(total))
     else:
         for i in tl.static_range(HEADS):
             h = first_head + i
-            one, one_lse2 = _merge(part_out_ptr, part_lse2_ptr, begin, end, h, n_heads, HEAD_DIM, BLOCK_P)
+            one, one_lse2 = _merge(
+                part_out_ptr, part_lse2_ptr, sinks_ptr, begin, end, h, n_heads, HEAD_DIM, SINKS, BLOCK_P
+            )  # fmt: skip
             out_row = out_ptr + query.to(tl.int64) * stride_out_token + h.to(tl.int64) * stride_out_head
             tl.store(out_row + d, one.to(out_ptr.dtype.element_ty))
             tl.store(lse2_ptr + query.to(tl.int64) * n_heads + h, one_lse2)
@@ -75,9 +88,9 @@ def _merge_query(
 
 @triton.jit(do_not_specialize=["n_heads", "most_queries"])
 def merge_kernel(
-    part_out_ptr, part_lse2_ptr, merge_indptr_ptr, counts_ptr, out_ptr, lse2_ptr, stride_out_token, stride_out_head,
-    n_heads, most_queries,
-    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
+    part_out_ptr, part_lse2_ptr, merge_indptr_ptr, counts_ptr, sinks_ptr, out_ptr, lse2_ptr, stride_out_token,
+    stride_out_head, n_heads, most_queries,
+    HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (query, i) merges the partial results of a query for the ``i``th HEADS of its heads.
 
@@ -102,16 +115,17 @@ def merge_kernel(
         tl.store(lse2_out, tl.full([HEADS], -float("inf"), tl.float32))
     elif end > begin:
         _merge_query(
-            part_out_ptr, part_lse2_ptr, out_ptr, lse2_ptr, stride_out_token, stride_out_head, n_heads, query=query,
-            begin=begin, end=end, first_head=first_head, HEAD_DIM=HEAD_DIM, HEADS=HEADS, BLOCK_P=BLOCK_P,
+            part_out_ptr, part_lse2_ptr, sinks_ptr, out_ptr, lse2_ptr, stride_out_token, stride_out_head, n_heads,
+            query=query, begin=begin, end=end, first_head=first_head, HEAD_DIM=HEAD_DIM, SINKS=SINKS, HEADS=HEADS,
+            BLOCK_P=BLOCK_P,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_rows"])
 def merge_listed_kernel(
-    part_out_ptr, part_lse2_ptr, merge_indptr_ptr, merged_ptr, counts_ptr, out_ptr, lse2_ptr, stride_out_token,
-    stride_out_head, n_heads, n_rows,
-    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
+    part_out_ptr, part_lse2_ptr, merge_indptr_ptr, merged_ptr, counts_ptr, sinks_ptr, out_ptr, lse2_ptr,
+    stride_out_token, stride_out_head, n_heads, n_rows,
+    HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``merge_kernel`` where queries are many and few of them have partial results: those in a list.
 
@@ -125,8 +139,9 @@ def merge_listed_kernel(
         begin = tl.load(merge_indptr_ptr + query)
         end = tl.load(merge_indptr_ptr + query + 1)
         _merge_query(
-            part_out_ptr, part_lse2_ptr, out_ptr, lse2_ptr, stride_out_token, stride_out_head, n_heads, query=query,
-            begin=begin, end=end, first_head=first_head, HEAD_DIM=HEAD_DIM, HEADS=HEADS, BLOCK_P=BLOCK_P,
+            part_out_ptr, part_lse2_ptr, sinks_ptr, out_ptr, lse2_ptr, stride_out_token, stride_out_head, n_heads,
+            query=query, begin=begin, end=end, first_head=first_head, HEAD_DIM=HEAD_DIM, SINKS=SINKS, HEADS=HEADS,
+            BLOCK_P=BLOCK_P,
         )  # fmt: skip
     head = first_head + tl.arange(0, HEADS)
     n_queries = tl.load(counts_ptr + N_QUERIES)

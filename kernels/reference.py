@@ -42,6 +42,7 @@ def packed_attention(
     v_scale: float = 1.0,
     kv_lens: torch.Tensor | None = None,
     mask: MaskRows | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query of a plan over its row's KV. All tensors on the CPU.
 
@@ -55,6 +56,7 @@ def packed_attention(
         v_scale: factor of the values.
         kv_lens: [n_rows] current length of each row, if the plan has items that grow.
         mask: custom mask, of what the plan lets a query see; no tails may ride in that plan.
+        sinks: [qo_heads] float, see ``Runner.run``.
 
     Returns:
         out [n_queries, qo_heads, head_dim] and lse2 [n_queries, qo_heads], float32.
@@ -84,7 +86,8 @@ def packed_attention(
         indptr = torch.from_numpy(plan.merge_indptr).long()
         indptr = torch.cat([indptr[:1], indptr[merged + 1]])
         out[merged], lse2[merged] = merge_states(part_out, part_lse2, torch.arange(plan.n_partials), indptr)
-    return out, lse2
+    # once for each query and head, whether its result came from one item or from several
+    return (out, lse2) if sinks is None else with_sinks(out, lse2, sinks)
 
 
 def _what_is_seen(
@@ -145,6 +148,36 @@ def merge_states(
         outs.append((weights[..., None] * o[rows]).sum(0) / torch.where(total == 0, 1.0, total)[..., None])
         lses.append(top + total.log2())
     return torch.stack(outs), torch.stack(lses)
+
+
+def fits_sinks(sinks: torch.Tensor, qo_heads: int) -> bool:
+    """Whether there is one float32, float16 or bfloat16 for each query head."""
+    return tuple(sinks.shape) == (qo_heads,) and sinks.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_sinks(sinks: torch.Tensor, qo_heads: int) -> None:
+    """Raise ValueError unless ``fits_sinks``."""
+    if not fits_sinks(sinks, qo_heads):
+        raise ValueError(
+            f"sinks must be one float32, float16 or bfloat16 for each of {qo_heads} query heads, are {sinks.dtype} "
+            f"{tuple(sinks.shape)}"
+        )
+
+
+def with_sinks(o: torch.Tensor, lse2: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Finished results with one more token in each softmax, of the head's sink as logit and without a value.
+
+    Args:
+        o: [n, heads, head_dim] float32.
+        lse2: [n, heads] float32.
+        sinks: [heads] float, in natural-log units.
+
+    Returns:
+        The same of both; what saw nothing has an output of 0 and its sink as lse2.
+    """
+    with_sink = torch.logaddexp2(lse2, sinks.float() * LOG2_E)
+    seen = torch.exp2(lse2 - torch.where(with_sink.isinf(), 0.0, with_sink))  # weight of all that has a value
+    return o * seen[..., None], with_sink
 
 
 def copy_slots(buffers: Sequence[torch.Tensor], slots: torch.Tensor, to: int) -> None:

@@ -23,6 +23,8 @@ class Tile:
         rows: query rows, that is tokens times query heads of a KV head.
         tokens: KV tokens of a block.
         stages: blocks in flight.
+        q_stages: of the extend kernel, queries of so many items: with two those of the next come early.
+        out_parts: of the Hopper decode kernel, into which the columns of an output are divided: 1 or 2.
         raw_stages: for FP8 KV: blocks (of the extend kernel: K or V of a block) whose bytes are in flight, besides the
             ``stages`` that are converted; 0 for KV that is multiplied as it is, and for the Triton kernel.
         warps: of a CTA of the Triton kernel; 0 where that never runs the class.
@@ -38,6 +40,8 @@ class Tile:
     rows: int
     tokens: int
     stages: int
+    q_stages: int = 2
+    out_parts: int = 1
     warps: int
     registers: int
     producer_registers: int = 0
@@ -54,71 +58,99 @@ class Tile:
 
 # Large tiles of decode plans, and of all plans where no Hopper kernel takes them.
 _LARGE = Tile(
-    kernel="hopper_decode", rows=64, tokens=64, stages=3, warps=4, registers=96, producer_registers=64,
+    kernel="hopper_decode", rows=64, tokens=64, stages=3, warps=4, registers=112, producer_registers=64,
     resident=1, programs=1,
 )  # fmt: skip
 # Largest class first. Those of head_dim 128 were measured with scripts/tune_kernels.py on an H200; 64 and 256 are
 # right by test, but their speed is unmeasured.
 TILES = {
     64: (
-        _LARGE,
-        Tile(
-            kernel="triton", rows=16, tokens=64, stages=3, warps=4, registers=128, resident=4, programs=8, shares=5
-        ),
+        replace(_LARGE, tokens=128, registers=128),
+        Tile(kernel="triton", rows=16, tokens=32, stages=3, warps=4, registers=128, resident=4, programs=8, shares=4),
     ),
     128: (
         _LARGE,
         Tile(kernel="triton", rows=16, tokens=32, stages=3, warps=4, registers=96, resident=4, programs=8, shares=5),
     ),
     256: (
-        Tile(kernel="triton", rows=64, tokens=32, stages=2, warps=4, registers=255, resident=1, programs=1),
-        Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=255, resident=2, programs=4, shares=2),
+        Tile(
+            kernel="hopper_decode", rows=64, tokens=32, stages=3, out_parts=2, warps=4, registers=136,
+            producer_registers=64, resident=1, programs=1,
+        ),
+        Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=168, resident=3, programs=6, shares=3),
     ),
 }  # fmt: skip
+# The small class where a token has more rows than that of ``TILES``: up to 32 query heads of a KV head. Unmeasured; so
+# many registers that it spills none, and two CTAs run beside one of the large class.
+WIDE_TILES = {
+    64: Tile(kernel="triton", rows=32, tokens=64, stages=3, warps=4, registers=128, resident=4, programs=8, shares=4),
+    128: Tile(kernel="triton", rows=32, tokens=32, stages=3, warps=4, registers=144, resident=3, programs=6, shares=3),
+}
 # Of plans with run B on Hopper. Unmeasured at head_dim 64.
 _EXTEND = Tile(
     kernel="hopper_extend", rows=128, tokens=128, stages=2, warps=0, registers=168, producer_registers=56,
     resident=1, programs=1,
 )  # fmt: skip
-EXTEND_TILES = {64: (_EXTEND,), 128: (_EXTEND,)}
+EXTEND_TILES = {64: (_EXTEND,), 128: (_EXTEND,), 256: (replace(_EXTEND, tokens=64, q_stages=1),)}
 
 
 FP8_CAPABILITY = (8, 9)  # of a GPU whose FP8 Triton converts
 # The same for FP8 KV. Unmeasured: chosen by what the compiler says of registers and spills.
-_LARGE_FP8 = replace(_LARGE, stages=2, raw_stages=3)
 FP8_TILES = {
-    64: (_LARGE_FP8, TILES[64][1]),
-    128: (_LARGE_FP8, replace(TILES[128][1], registers=128)),
-    256: (
-        Tile(
-            kernel="hopper_decode", rows=64, tokens=32, stages=2, warps=4, registers=160, producer_registers=64,
-            raw_stages=3, resident=1, programs=1,
-        ),
-        Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=255, resident=2, programs=4, shares=2),
-    ),
-}  # fmt: skip
+    64: (replace(TILES[64][0], raw_stages=3), TILES[64][1]),
+    128: (replace(_LARGE, raw_stages=3), replace(TILES[128][1], registers=128, shares=4)),
+    256: (replace(TILES[256][0], raw_stages=2), TILES[256][1]),
+}
 _EXTEND_FP8 = replace(_EXTEND, producer_registers=104, raw_stages=1)
 FP8_EXTEND_TILES = {64: (_EXTEND_FP8,), 128: (_EXTEND_FP8,)}
 
 
-def tiles_for(head_dim: int, device: torch.device, extend: bool = False, *, kv_bytes: int = 2) -> tuple[Tile, ...]:
-    """The tile classes for a head dimension; raises ValueError for one that the kernels do not know.
+def most_group_size(head_dim: int) -> int:
+    """Most query heads of a KV head, by the rows of the smallest tile."""
+    return max(tile.rows for tile in (TILES[head_dim][-1], WIDE_TILES.get(head_dim)) if tile is not None)
+
+
+def decode_tiles(head_dim: int, group_size: int = 1, kv_bytes: int = 2) -> tuple[Tile, ...]:
+    """The tile classes of plans without run B.
 
     Args:
-        extend: whether plans have run B, and no custom mask.
+        group_size: query heads of a KV head.
         kv_bytes: of an element of KV: 1 for FP8.
+
+    Raises:
+        ValueError: a head dimension or group size that the kernels do not know.
     """
     if head_dim not in TILES:
         raise ValueError(f"packed attention knows head dimensions {sorted(TILES)}, not {head_dim}")
-    decode_tiles, extend_tiles = (FP8_TILES, FP8_EXTEND_TILES) if kv_bytes == 1 else (TILES, EXTEND_TILES)
-    if extend and head_dim in extend_tiles and is_hopper(device):
-        return extend_tiles[head_dim]
-    return decode_tiles[head_dim]
+    if group_size > (most := most_group_size(head_dim)):
+        raise ValueError(
+            f"packed attention at head dimension {head_dim} knows up to {most} query heads of a KV head, not "
+            f"{group_size}"
+        )
+    tiles = (FP8_TILES if kv_bytes == 1 else TILES)[head_dim]
+    return tiles if group_size <= tiles[-1].rows else (*tiles[:-1], WIDE_TILES[head_dim])
+
+
+def tiles_for(
+    head_dim: int, device: torch.device, extend: bool = False, *, group_size: int = 1, kv_bytes: int = 2
+) -> tuple[Tile, ...]:
+    """The tile classes on ``device``.
+
+    Args:
+        extend: whether plans have run B, and no custom mask.
+        group_size, kv_bytes: see ``decode_tiles``.
+
+    Raises:
+        ValueError: see ``decode_tiles``.
+    """
+    tiles = decode_tiles(head_dim, group_size, kv_bytes)
+    extends = FP8_EXTEND_TILES if kv_bytes == 1 else EXTEND_TILES
+    return extends[head_dim] if extend and head_dim in extends and is_hopper(device) else tiles
 
 
 def shape_tiles(shape: AttentionShape, device: torch.device, extend: bool = False) -> tuple[Tile, ...]:
     """``tiles_for`` a layer of this shape."""
-    return tiles_for(shape.head_dim, device, extend, kv_bytes=shape.kv_bytes)
+    return tiles_for(shape.head_dim, device, extend, group_size=shape.group_size, kv_bytes=shape.kv_bytes)
 
 
 def is_hopper(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from packinfer_sgl.paged.sink_wrapper import BatchAttentionWithAttentionSinkWrapper
     from packinfer_sgl.paged.wrapper import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
 _here = Path(__file__).parent
@@ -13,13 +14,17 @@ if not (_here / "kernels").is_dir():  # source checkout: kernels/ and patches/ s
     __path__.append(str(_here.parent))
 
 __version__ = "0.1.0"
-__all__ = ["BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper"]
+__all__ = [
+    "BatchAttentionWithAttentionSinkWrapper",
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "BatchPrefillWithPagedKVCacheWrapper",
+]
 
 
 def __getattr__(name: str) -> object:
     """The wrappers are imported when first asked for: they need torch, the package does not."""
     if name in __all__:
-        from packinfer_sgl.paged import wrapper
+        from packinfer_sgl.paged import sink_wrapper, wrapper
 
-        return getattr(wrapper, name)
+        return getattr(sink_wrapper if "Sink" in name else wrapper, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -117,7 +117,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     from packinfer_sgl.serving.backend import wrap
     from packinfer_sgl.serving.batch_rows import want_rows
     from packinfer_sgl.serving.build import build_router
-    from packinfer_sgl.serving.layers import layer_reasons, linear_layers
+    from packinfer_sgl.serving.layers import check_base, layer_reasons, linear_layers
     from packinfer_sgl.serving.metrics import STATS, start_prometheus
 
     checks = check()
@@ -142,6 +142,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     from sglang.srt.runtime_context import get_parallel
 
     reasons = layer_reasons(runner)
+    check_base(stock, base, runner.model)
     STATS.base_backend = base
     STATS.details = {
         "version": __version__,

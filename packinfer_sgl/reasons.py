@@ -27,12 +27,12 @@ class LayerReason(str, Enum):
     NOT_DECODER = "not_decoder"
     UNEQUAL_HEAD_DIMS = "unequal_head_dims"
     CUSTOM_MASK = "custom_mask"  # set by the model for a batch: images that are seen from both sides
-    EXTRA_ARGUMENTS = "extra_arguments"  # sinks, rope halves, score modifiers: anything passed beyond q, k, v
+    EXTRA_ARGUMENTS = "extra_arguments"  # rope halves, score modifiers: anything passed beyond q, k, v and sinks
     TEMPERATURE_BY_LENGTH = "temperature_by_length"
     HEAD_DIM = "head_dim"  # a head dimension that the GPU kernels have no tiles for
     GROUP_SIZE = "group_size"  # more query heads per KV head than a small tile has rows
     OTHER_SHAPE = "other_shape"  # other heads than the first packed layer, for which plans are made
-    SINKS = "sinks"
+    SINKS = "sinks"  # attention sinks that are not one float for each query head
     KV_DTYPE = "kv_dtype"  # FP8 other than e4m3, FP4, integers; FP8 on GPUs before compute capability 8.9
     KV_SCALES = "kv_scales"  # of FP8 KV: one for each head, or any over torch_native, which knows none
     KV_POOL = "kv_pool"  # KV that does not lie in one [slots, heads, head_dim] buffer per layer

@@ -33,12 +33,13 @@ import flashinfer
 import torch
 import triton
 from bench.kernel_baselines import Method, baselines
+from bench.kernel_inputs import Inputs
 from bench.kernel_report import floor, show, write
-from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload, workloads
+from bench.kernel_workloads import Workload, tree_workload, workloads
 from rich.console import Console
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, shape_tiles, tile_policy
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.plan import Col
 
@@ -50,7 +51,7 @@ def ours(x: Inputs) -> tuple[Method, dict]:
     work = x.work
     device = torch.device(x.device)
     windowed = work.kind != "decode"
-    tiles, sms = tiles_for(HEAD_DIM, device, windowed), multiprocessors(device)
+    tiles, sms = shape_tiles(work.shape, device, windowed), multiprocessors(device)
     profile = device_profile(device)
     started = time.perf_counter()
     if windowed:
@@ -60,7 +61,7 @@ def ours(x: Inputs) -> tuple[Method, dict]:
     plan_us = (time.perf_counter() - started) * 1e6
     packed = PackedCuda(
         Capacity.of(plan), tiles, qo_heads=work.qo_heads, kv_heads=work.kv_heads,
-        head_dim=HEAD_DIM, device=device,
+        head_dim=work.head_dim, device=device,
     )  # fmt: skip
     packed.load(plan)
     packed.snapshot(x.table(1), torch.arange(len(x.rows), device=device))
@@ -68,7 +69,9 @@ def ours(x: Inputs) -> tuple[Method, dict]:
     lse2 = torch.empty(sum(work.new), work.qo_heads, device=device)
 
     def call(i: int) -> None:
-        packed.run(x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, windowed=windowed, out=x.out[i], lse2=lse2)
+        packed.run(
+            x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, windowed=windowed, sinks=x.sinks, out=x.out[i], lse2=lse2
+        )
 
     classes = [plan.items[plan.items[:, Col.TILE_CLASS] == i] for i in range(len(plan.class_indptr) - 1)]
     info = {
@@ -131,7 +134,8 @@ def bench(work: Workload, contiguous: bool, families: set[str]) -> dict:
             method(0)
             torch.cuda.synchronize()
             wrong = error(results, reference)
-            if wrong > 0.02:  # bf16: two roundings of 2^-9 relative each stay far below
+            # bf16: two roundings of 2^-9 relative each stay far below; with FP8 FA3 rounds queries and weights by 2^-4
+            if wrong > (0.1 if work.fp8 and name.startswith("fa3") else 0.02):
                 failed[name] = f"wrong by {wrong:.3f}"
                 continue
             timed[name] = Timed(method, x.copies)

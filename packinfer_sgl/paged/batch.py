@@ -19,6 +19,7 @@ from packinfer_sgl.paged.checks import (
     check_indptr,
     check_tensor,
     pages_needed,
+    refuse,
 )
 from packinfer_sgl.paged.kernels import kernels_on
 from packinfer_sgl.planning.batch import StepBatch
@@ -234,6 +235,7 @@ class PagedWrapper:
         return_lse: bool,
         lse_base: str = "log2",
         lse_layout: str = "NH",
+        sinks: torch.Tensor | None = None,
     ) -> Result:
         self._planned()
         shape = self._shape
@@ -250,6 +252,8 @@ class PagedWrapper:
             size = (n_queries, shape.qo_heads)
             check_device(lse, self.device, "lse")
             check_tensor(lse, size if lse_layout == "NH" else size[::-1], torch.float32, "lse")
+        if sinks is not None:
+            check_device(sinks, self.device, "sinks")
         q_scale, k_scale, v_scale = (as_number(s, f"{name}_scale") for s, name in zip(scales, "qkv", strict=True))
         sm_scale = self._sm_scale * q_scale * k_scale
         self._kernels.check_call(q, k, v, out, sm_scale)
@@ -259,7 +263,7 @@ class PagedWrapper:
             with self._kernels.on_device():
                 lse2 = self._runner.run(
                     q, k, v, sm_scale=sm_scale, logits_soft_cap=self._soft_cap, v_scale=v_scale, mask=self._mask,
-                    out=out,
+                    sinks=sinks, out=out,
                 )[1]  # fmt: skip
         else:
             lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
@@ -269,6 +273,11 @@ class PagedWrapper:
         if lse is not None:
             result = lse.copy_(result)
         return (out, result) if return_lse else out
+
+    def _sinks(self, args: tuple[Any, ...], sinks: torch.Tensor | None) -> torch.Tensor | None:
+        """Those of a call of ``run``; ``args``: what was given by position behind the cache."""
+        refuse(args=args or None)
+        return sinks
 
     def _replan(self, causal: bool, window_left: int, logits_soft_cap: float | None, sm_scale: float | None) -> None:
         """What FlashInfer's deprecated ``forward`` is told wins over what ``plan`` was told."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from packinfer_sgl.kernels.tiles import FP8_CAPABILITY, TILES
+from packinfer_sgl.kernels.tiles import FP8_CAPABILITY, TILES, most_group_size
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.prefix_tree import Int32
 
@@ -16,7 +16,6 @@ Scale = float | torch.Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KV_DTYPES = (*DTYPES, torch.float8_e4m3fn)
-MAX_GROUP = 16  # query heads of a KV head on CUDA: the rows of the smallest tile
 
 
 def pages_needed(indptr: Int32, indices: Int32, pages: Int32) -> int:
@@ -116,10 +115,10 @@ def check_cuda_layer(
         raise NotImplementedError(f"kv_data_type={kv_dtype} is not supported on CUDA with q_data_type={q_dtype}")
     if shape.head_dim not in TILES:
         raise NotImplementedError(f"head_dim={shape.head_dim} is not supported on CUDA: use one of {sorted(TILES)}")
-    if shape.group_size > MAX_GROUP:
+    if shape.group_size > (most := most_group_size(shape.head_dim)):
         raise NotImplementedError(
             f"num_qo_heads={shape.qo_heads} for num_kv_heads={shape.kv_heads} is not supported on CUDA: "
-            f"at most {MAX_GROUP} query heads may share a KV head"
+            f"at head_dim={shape.head_dim} at most {most} query heads may share a KV head"
         )
 
 

@@ -20,14 +20,14 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     all of them. :attr:`kv_tokens` tells how much is saved.
 
     The interface is that of FlashInfer 0.6.15 to 0.7.2. What is not supported raises ``NotImplementedError`` with the
-    argument's name: position encoding, JIT variants, sinks, e5m2 and FP4, block tables, control of the KV split.
+    argument's name: position encoding, JIT variants, e5m2 and FP4, block tables, control of the KV split.
 
     On the CPU products, softmax and merging are float32. On CUDA Triton kernels run, for float16 or bfloat16 queries
-    and KV of the same type or float8_e4m3fn, ``head_dim`` 64, 128 or 256 and up to 16 query heads per KV head; queries,
-    output, K and V need a contiguous last dimension, and K and V equal strides; custom masks with ``use_cuda_graph``,
-    logits factors (``sm_scale`` with the scales) that are not above 0 and scales in GPU memory are refused. All tensors
-    are on the wrapper's device, except that page tables may lie on any: :meth:`plan` reads them on the host, and
-    uploads on the current stream. :meth:`run` never waits for the GPU.
+    and KV of the same type or float8_e4m3fn, ``head_dim`` 64 or 128 with up to 32 query heads per KV head or 256 with
+    16; queries, output, K and V need a contiguous last dimension, and K and V equal strides; custom masks with
+    ``use_cuda_graph``, logits factors (``sm_scale`` with the scales) that are not above 0 and scales in GPU memory are
+    refused. All tensors are on the wrapper's device, except that page tables may lie on any: :meth:`plan` reads them on
+    the host, and uploads on the current stream. :meth:`run` never waits for the GPU.
 
     With ``use_cuda_graph`` a graph that captured :meth:`run` (after a first run, which compiles the kernels) replays
     whatever :meth:`plan` took in last. The batch size and the number of pages are bounded by the buffers, the number
@@ -195,16 +195,19 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             Without effect: kernels overlap with those before them where the GPU can.
         window_left, q_len_per_req : Optional[int]
             None, or what was planned.
+        sinks : Optional[torch.Tensor]
+            A logit of each query head, shape ``[num_qo_heads]``, float32, float16 or bfloat16: that of one more token,
+            without a value, which every query sees. No scale and no cap applies to it; the log-sum-exp counts it.
 
         Returns
         -------
         Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
             The output; with ``return_lse`` also the log-sum-exp of the logits, in base 2. A query that sees no token
-            has output 0 and log-sum-exp ``-inf``.
+            has output 0 and log-sum-exp ``-inf``, or its sink.
         """
         refuse(
-            args=args or None, sinks=sinks,
-            skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor, kv_cache_sf=kv_cache_sf,
+            args=args or None, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
+            kv_cache_sf=kv_cache_sf,
         )  # fmt: skip
         self._check_window(window_left)
         if q_len_per_req not in (None, self._q_len_per_req):
@@ -215,7 +218,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
                 f"q must be the {planned} queries that were planned, {len(self._q_lens)} requests with "
                 f"q_len_per_req={self._q_len_per_req}, is {tuple(q.shape)}"
             )
-        return self._attend(q, paged_kv_cache, (q_scale, k_scale, v_scale), out, lse, return_lse)
+        return self._attend(q, paged_kv_cache, (q_scale, k_scale, v_scale), out, lse, return_lse, sinks=sinks)
 
     run_return_lse = partialmethod(run, return_lse=True)
 
@@ -367,15 +370,14 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         The others, and what is returned, are those of :meth:`BatchDecodeWithPagedKVCacheWrapper.run`.
         """
         refuse(
-            args=args or None, sinks=sinks, kv_cache_sf=kv_cache_sf,
-            skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
+            kv_cache_sf=kv_cache_sf, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
             use_fp16_softmax=use_fp16_softmax, uses_spcompress=uses_spcompress,
         )  # fmt: skip
         self._check_window(window_left)
         if lse_base not in ("log2", "ln") or lse_layout not in ("NH", "HN"):
             raise ValueError(f"lse_base must be log2 or ln, lse_layout NH or HN: {lse_base!r}, {lse_layout!r}")
-        scales = (q_scale, k_scale, v_scale)
-        return self._attend(q, paged_kv_cache, scales, out, lse, return_lse, lse_base, lse_layout)
+        scales, sinks = (q_scale, k_scale, v_scale), self._sinks(args, sinks)
+        return self._attend(q, paged_kv_cache, scales, out, lse, return_lse, lse_base, lse_layout, sinks)
 
     run_return_lse = partialmethod(run, return_lse=True)
 

@@ -80,6 +80,12 @@ class CostModel:
         """Time of one partial result of one query (float32 output and ``lse2`` of all heads), in us."""
         return self.partial_us + 2 * shape.qo_heads * (shape.head_dim + 1) * 4 / self.partial_bytes_per_us
 
+    def for_group_size(self, group_size: int) -> CostModel:
+        """The same for so many query heads of a KV head: where a small tile does not hold those of a token, one of
+        twice its rows takes its place."""
+        rows = 2 * self.small_rows
+        return self if group_size <= self.small_rows else replace(self, small_rows=rows, small_as_rows=rows)
+
     def without_partials(self) -> CostModel:
         """The same for tails that are inlined in their prefix's tiles, which leave no partial results."""
         return replace(self, partial_us=0, partial_bytes_per_us=math.inf)

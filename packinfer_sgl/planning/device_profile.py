@@ -14,7 +14,8 @@ from packinfer_sgl.planning.policy import SplitTiming
 from packinfer_sgl.planning.prefix_tree import Int32
 from packinfer_sgl.planning.schedule import makespan_us
 
-LARGE_ROWS, SMALL_ROWS = 64, 16  # query rows of the decode kernels' tile classes (kernels/tiles.py)
+# Query rows of the decode kernels' tile classes (kernels/tiles.py); see ``CostModel.for_group_size``, too.
+LARGE_ROWS, SMALL_ROWS = 64, 16
 # Of the extend kernel and of FlashAttention-3: rows of a tile and of a warpgroup, KV tokens of a block; and the head
 # dimension at which their times were measured.
 EXTEND_ROWS, WARPGROUP_ROWS, EXTEND_BLOCK, EXTEND_HEAD_DIM = 128, 64, 128, 128
@@ -48,6 +49,8 @@ class DeviceProfile:
         stock_block_us, stock_half_block_us, stock_tile_us, stock_call_us: the same of FlashAttention-3, which takes
             tiles of half the rows if every request of a batch fits one.
         extend_margin: by hand: how many times faster packed must be expected to be for an extend batch to be packed.
+        extend_factor_64, extend_factor_256, stock_factor_64, stock_factor_256: a block's time an element at such a head
+            dimension, over that at ``EXTEND_HEAD_DIM``; None where none was measured.
     """
 
     name: str
@@ -73,6 +76,28 @@ class DeviceProfile:
     stock_tile_us: float
     stock_call_us: float
     extend_margin: float
+    extend_factor_64: float | None = None
+    extend_factor_256: float | None = None
+    stock_factor_64: float | None = None
+    stock_factor_256: float | None = None
+
+    def knows(self, shape: AttentionShape) -> bool:
+        """Whether times of extend batches of this shape were measured on this GPU."""
+        dims = {EXTEND_HEAD_DIM} | {d for d in (64, 256) if None not in self._factors_of(d)}
+        return self.is_measured and shape.head_dim in dims and shape.kv_bytes == 2
+
+    def _factors_of(self, head_dim: int) -> tuple[float | None, float | None]:
+        """The packed kernel's and the stock backend's."""
+        factors = {
+            64: (self.extend_factor_64, self.stock_factor_64),
+            256: (self.extend_factor_256, self.stock_factor_256),
+        }
+        return factors.get(head_dim, (1.0, 1.0))
+
+    def _widths(self, head_dim: int) -> tuple[float, float]:
+        """How many times as long as of ``EXTEND_HEAD_DIM`` a block takes; what was not measured counts by elements."""
+        packed, stock = self._factors_of(head_dim)
+        return (packed or 1.0) * head_dim / EXTEND_HEAD_DIM, (stock or 1.0) * head_dim / EXTEND_HEAD_DIM
 
     @cached_property
     def decode_cost(self) -> CostModel:
@@ -126,7 +151,7 @@ class DeviceProfile:
         multiplied_us = programs * rows * 4 * shape.head_dim / self.flops_per_us
         return SplitTiming(
             parallel=programs / shape.kv_heads,
-            fixed_us=self.small_item_us if rows <= SMALL_ROWS else self.large_item_us,
+            fixed_us=self.small_item_us if rows < LARGE_ROWS else self.large_item_us,
             token_us=max(moved_us, multiplied_us),
             partial_us=self.decode_cost.partials_us(shape),
             stream_k_ctas=int(sms * stream_k / shape.kv_heads),
@@ -137,7 +162,7 @@ class DeviceProfile:
     def extend_timing(self, shape: AttentionShape, sms: int, *, rows: int, block: int) -> SplitTiming:
         """By which the KV of extend tiles is split: of ``rows`` query rows, in blocks of ``block`` KV tokens. Each of
         the ``sms`` multiprocessors runs one program."""
-        token_us = self.extend_block_us / EXTEND_BLOCK * rows / EXTEND_ROWS * shape.head_dim / EXTEND_HEAD_DIM
+        token_us = self.extend_block_us / EXTEND_BLOCK * rows / EXTEND_ROWS * self._widths(shape.head_dim)[0]
         return SplitTiming(
             parallel=sms / shape.kv_heads,
             fixed_us=self.extend_item_us,
@@ -165,7 +190,7 @@ class DeviceProfile:
         full_us = self.extend_block_us * rows / EXTEND_ROWS
         block_us = full_us - (full_us - self.extend_half_block_us) * idle / max(warpgroups - 1, 1)
         blocks = -(-tokens // block) * (block / EXTEND_BLOCK)
-        item_us = blocks * (block_us * (shape.head_dim / EXTEND_HEAD_DIM)) + self.extend_item_us
+        item_us = blocks * (block_us * self._widths(shape.head_dim)[0]) + self.extend_item_us
         busy_us = max(
             makespan_us(-np.sort(-item_us), shape.kv_heads, sms),
             plan.kv_tokens_unique * shape.token_bytes / self.bytes_per_us,
@@ -174,15 +199,15 @@ class DeviceProfile:
         return float(busy_us) + partials_us + self.extend_call_us
 
     def stock_extend_us(self, q_lens: Int32, kv_lens: Int32, shape: AttentionShape, sms: int) -> float:
-        """Expected time of the stock backend in one layer; 0 on a GPU that was not measured, as nothing says that the
-        packed kernels are faster there.
+        """Expected time of the stock backend in one layer; 0 for shapes or on a GPU that were not measured, as nothing
+        says that the packed kernels are faster there.
 
         It is that of FlashAttention-3, the fastest measured stock backend, so this is a lower bound for the others.
 
         Args:
             q_lens, kv_lens: [n_rows] int32 new tokens, and KV tokens, of each row.
         """
-        if not self.is_measured:
+        if not self.knows(shape):
             return 0.0
         query_rows = q_lens.astype(np.int64) * shape.group_size
         is_narrow = query_rows.max() <= WARPGROUP_ROWS
@@ -199,5 +224,5 @@ class DeviceProfile:
             splits = np.ceil(row_blocks / share).astype(np.int64)[row]
             blocks = np.repeat(blocks / splits, splits)
         block_us = self.stock_half_block_us if is_narrow else self.stock_block_us
-        tile_us = blocks * (block_us * shape.head_dim / EXTEND_HEAD_DIM) + self.stock_tile_us
+        tile_us = blocks * (block_us * self._widths(shape.head_dim)[1]) + self.stock_tile_us
         return float(makespan_us(-np.sort(-tile_us), shape.kv_heads, sms)) + self.stock_call_us

@@ -35,6 +35,10 @@ PROFILES = {
         stock_tile_us=3.88,
         stock_call_us=3.69,
         extend_margin=1.08,  # of 60 measured batches none that it lets through was slower packed
+        extend_factor_64=1.37,
+        extend_factor_256=1.08,
+        stock_factor_64=1.34,
+        stock_factor_256=1,
     ),
     # An H100 80GB HBM3. Plans by the H200's record are within 1 % of those by this one in all but single requests; what
     # differs is which extend batches are packed.
@@ -64,6 +68,10 @@ PROFILES = {
         stock_call_us=2.8,
         # of 60 measured batches 54 go where they were faster, and none took over 1.03 of the stock backend's time
         extend_margin=1.08,
+        extend_factor_64=None,
+        extend_factor_256=None,
+        stock_factor_64=None,
+        stock_factor_256=None,
     ),
 }
 H200 = PROFILES["H200"]

@@ -48,6 +48,7 @@ class Runner(Protocol):
         logits_soft_cap: float,
         v_scale: float = 1.0,
         mask: MaskRows | None = None,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of every query over its row's KV in one layer. May be captured.
@@ -62,8 +63,14 @@ class Runner(Protocol):
             logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
             v_scale: factor of the values.
             mask: what queries see of what the plan lets them see.
+            sinks: [qo_heads] float32, bfloat16 or float16, on q's device: the logit (base e, not multiplied by
+                ``sm_scale``, not capped) of a virtual token without a value that every query of the head sees.
             out: where to write, as q; default: a new tensor.
 
         Returns:
-            out, and lse2 [n_queries, qo_heads] float32, undefined for padding.
+            out, and lse2 [n_queries, qo_heads] float32, undefined for padding. It counts the sink, as FlashInfer's and
+            FlashAttention's do: a query that sees nothing has an output of 0, and -inf or its sink in base 2.
+
+        Raises:
+            ValueError: sinks of another shape or type.
         """

@@ -7,7 +7,7 @@ import math
 import torch
 
 from packinfer_sgl.kernels.cpu_attention import PackedReference
-from packinfer_sgl.kernels.reference import MaskRows
+from packinfer_sgl.kernels.reference import LOG2_E, MaskRows, check_sinks
 from packinfer_sgl.planning.batch import SlotTable
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
@@ -84,13 +84,19 @@ class CpuRunner:
         logits_soft_cap: float,
         v_scale: float = 1.0,
         mask: MaskRows | None = None,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._packed is None:
             out = torch.empty_like(q) if out is None else out
-            return out.zero_(), torch.full(q.shape[:2], -math.inf)
+            lse2 = torch.full(q.shape[:2], -math.inf)
+            if sinks is not None:
+                check_sinks(sinks, q.shape[1])
+                lse2[:] = sinks.float() * LOG2_E
+            return out.zero_(), lse2
         out, lse2 = self._packed.run(
-            q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale, mask=mask, out=out
+            q, k, v, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale, mask=mask, sinks=sinks,
+            out=out,
         )  # fmt: skip
         out[len(self._packed.plan.merge_indptr) - 1 :] = 0  # padding
         return out, lse2

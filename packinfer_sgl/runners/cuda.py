@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -38,7 +39,7 @@ def decode_planner(
     shape: AttentionShape, device: torch.device, *, grouping: str, limits: Capacity, room_tokens: int = ROOM_TOKENS
 ) -> DecodePlanner:
     """Plans for batches whose queries see all of their row."""
-    cost, policy = device_profile(device).decode_cost, tile_policy(shape, device)
+    cost, policy = device_profile(device).decode_cost.for_group_size(shape.group_size), tile_policy(shape, device)
     return DecodePlanner(shape, cost, policy, grouping=grouping, limits=limits, room_tokens=room_tokens)
 
 
@@ -129,13 +130,14 @@ class CudaRunner:
         logits_soft_cap: float,
         v_scale: float = 1.0,
         mask: MaskRows | None = None,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         packed = self._loaded
         return packed.run(
             q, k, v, packed.kv_slots if kv_lens is None else kv_lens, sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap, v_scale=v_scale, page_size=self._page_size, windowed=self._windowed,
-            mask=None if mask is None else (mask.mask, mask.row_start), out=out,
+            mask=None if mask is None else (mask.mask, mask.row_start), sinks=sinks, out=out,
         )  # fmt: skip
 
     def free(self) -> None:
@@ -170,6 +172,7 @@ def warm_up(
     v: torch.Tensor,
     dtype: torch.dtype,
     logits_soft_cap: float,
+    sinks: Sequence[torch.Tensor | None] = (None,),
 ) -> None:
     """Run attention and merge in each form that extend batches may need, so that no request waits for a compiler.
 
@@ -179,6 +182,7 @@ def warm_up(
         k, v: a layer's, as for ``Runner.run``.
         dtype: of its queries.
         logits_soft_cap: the layer's, as for ``Runner.run``.
+        sinks: of layers of each form, as for ``Runner.run``.
     """
     shape, sms = runner.shape, multiprocessors(k.device)
     policy = policy_of(shape, runner.tiles, sms, device_profile(k.device))
@@ -199,5 +203,6 @@ def warm_up(
         )
         runner.load(plan, table)
         q = torch.zeros(queries + 1, shape.qo_heads, shape.head_dim, dtype=dtype, device=k.device)
-        runner.run(q, k, v, sm_scale=1.0, logits_soft_cap=logits_soft_cap)
+        for form in sinks:
+            runner.run(q, k, v, sm_scale=1.0, logits_soft_cap=logits_soft_cap, sinks=form)
     runner.free()  # batches need larger buffers

@@ -12,13 +12,13 @@ import torch
 from packinfer_sgl.config import Config
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
-from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, shape_tiles, tile_policy
+from packinfer_sgl.kernels.tiles import device_profile, is_hopper, multiprocessors, shape_tiles, tile_policy
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import decode_capacity, verify_capacity
 from packinfer_sgl.runners import cpu, cuda
 from packinfer_sgl.runners.arena import SPANS_PER_ROW, Arena
-from packinfer_sgl.serving.layers import LayerGate, full_pool, heads_of, is_fp8, is_measured
+from packinfer_sgl.serving.layers import LayerGate, full_pool, heads_of, is_fp8, sinks_of
 from packinfer_sgl.serving.metrics import Stats
 from packinfer_sgl.serving.packed_path import Kind, PackedPath
 from packinfer_sgl.serving.router import Router
@@ -38,7 +38,7 @@ def build_router(
     slots: range | None,
     stats: Stats,
 ) -> Router:
-    """The router of layers like the first.
+    """The router of layers of the first one's shape.
 
     Args:
         stock: the backend beneath.
@@ -63,13 +63,15 @@ def build_router(
         return Router(**parts, on_gpu=False, make_decode=lambda max_rows: decode, extend=path, make_verify=None)
     stock.needs_cpu_seq_lens = True  # plans are made on the host
     paths = CudaPaths(shape, config, stats, req_to_token, pool.size, arena)
-    measured = is_measured(packed, pool, req_to_token.device)
+    # what the device record does not know, soft-capped layers among it, is left to the stock backend
+    known = is_hopper(paths.device) and device_profile(paths.device).knows(shape) and not packed.logit_cap
     path = None
-    if extend == "on" or (extend == "auto" and measured):
+    if extend == "on" or (extend == "auto" and known):
         path = paths.extend(always=extend == "on")
         k, v = pool.get_key_buffer(packed.layer_id), pool.get_value_buffer(packed.layer_id)
-        cuda.warm_up(path.planner, path.runner, k, v, runner.dtype, packed.logit_cap)
-    verifies = extend != "off" and measured and not _masks_chains(stock)
+        forms = {None if s is None else s.dtype: s for s in map(sinks_of(runner.model).get, layers)}
+        cuda.warm_up(path.planner, path.runner, k, v, runner.dtype, packed.logit_cap, list(forms.values()))
+    verifies = extend != "off" and known and not _masks_chains(stock)
     verify = paths.verify if verifies else None
     return Router(**parts, on_gpu=True, make_decode=paths.decode, extend=path, make_verify=verify)
 

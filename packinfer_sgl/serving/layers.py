@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from packinfer_sgl.kernels.tiles import FP8_CAPABILITY, TILES, device_profile, is_hopper
-from packinfer_sgl.planning.device_profile import EXTEND_HEAD_DIM
+from packinfer_sgl.kernels.tiles import FP8_CAPABILITY, TILES, most_group_size
 from packinfer_sgl.reasons import LayerReason
 from packinfer_sgl.serving.metrics import Stats
 
@@ -27,12 +27,6 @@ def heads_of(layer: RadixAttention) -> tuple[int, int, int]:
     return layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
 
 
-def is_measured(layer: RadixAttention, pool: Any, device: torch.device) -> bool:
-    """Whether prefill times of such layers on this GPU are known, so that a batch can go where it is faster."""
-    known = is_hopper(device) and device_profile(device).is_measured and not is_fp8(pool)
-    return known and layer.head_dim == EXTEND_HEAD_DIM and not layer.logit_cap
-
-
 def full_pool(pool: Any) -> Any:
     """The KV pool of layers without a window, whose slots SGLang's table has: ``pool`` itself, or a part of it in
     models that have layers of another kind, too (windows, linear attention)."""
@@ -40,6 +34,32 @@ def full_pool(pool: Any) -> Any:
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
     return pool.full_kv_pool if type(pool) in (SWAKVPool, HybridLinearKVPool) else pool
+
+
+def sinks_of(model: Any) -> dict[RadixAttention, torch.Tensor]:
+    """The attention sinks that layers will be called with, by the name that they have in SGLang's models; what counts
+    is the call."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return {
+        layer: module.sinks
+        for module in model.modules()
+        for layer in module.children()
+        if isinstance(layer, RadixAttention) and isinstance(getattr(module, "sinks", None), torch.Tensor)
+    }
+
+
+def check_base(stock: Any, base: str, model: Any) -> None:
+    """Raise UnsupportedModel if layers have attention sinks and the stock backend does not take them: its batches would
+    end the server."""
+    if not sinks_of(model):
+        return
+    takes = inspect.signature(stock.forward_decode).parameters
+    if "sinks" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        raise UnsupportedModel(
+            f"packinfer: {type(model).__name__} has attention sinks, which SGLang's {base} does not take; choose "
+            "--packinfer-base-backend triton or fa3 (with --packinfer-wrap: --attention-backend)"
+        )
 
 
 def linear_layers(runner: Any) -> list[int]:
@@ -101,7 +121,7 @@ def layer_reason(layer: RadixAttention, pool: Any) -> LayerReason | None:
     if torch.device(pool.device).type == "cuda":
         if layer.head_dim not in TILES:
             return LayerReason.HEAD_DIM
-        if layer.tp_q_head_num > TILES[layer.head_dim][-1].rows * layer.tp_k_head_num:
+        if layer.tp_q_head_num > most_group_size(layer.head_dim) * layer.tp_k_head_num:
             return LayerReason.GROUP_SIZE
     return _kv_reason(layer, pool)
 
@@ -170,9 +190,7 @@ def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
     for module in runner.model.modules():
         for layer in module.children():
             if isinstance(layer, RadixAttention):
-                reason = layer_reason(layer, runner.token_to_kv_pool)
-                has_sinks = getattr(module, "sinks", None) is not None
-                reasons[layer] = LayerReason.SINKS if has_sinks and reason is None else reason
+                reasons[layer] = layer_reason(layer, runner.token_to_kv_pool)
     if getattr(runner.server_args, "dcp_size", 1) > 1:
         raise UnsupportedModel("packinfer: with --dcp-size nothing is packed; choose a stock --attention-backend")
     if getattr(runner.server_args, "enable_two_batch_overlap", False):

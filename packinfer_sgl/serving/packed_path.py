@@ -76,10 +76,13 @@ class PackedPath:
         sm_scale: float,
         logits_soft_cap: float,
         v_scale: float = 1.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one layer, as q. See ``Runner.run``."""
-        how = {"sm_scale": sm_scale, "logits_soft_cap": logits_soft_cap, "v_scale": v_scale}
-        return self.runner.run(q, k, v, kv_lens, **how)[0]
+        out, _ = self.runner.run(
+            q, k, v, kv_lens, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale, sinks=sinks
+        )  # fmt: skip
+        return out
 
     def _step(self, batch: StepBatch, arena: Arena | None) -> bool:
         try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from packinfer_sgl.kernels.reference import fits_sinks
 from packinfer_sgl.planning.batch import SlotTable, StepBatch, causal
 from packinfer_sgl.planning.prefix_tree import Int32
 from packinfer_sgl.reasons import BatchReason, LayerReason
@@ -239,11 +240,10 @@ class Router:
         path = self.path
         if path is None or self.gate.reason(layer, pool := backend.token_to_kv_pool) is not None:
             return stock(q, k, v, layer, batch, save_kv_cache, **more)
-        # Gemma 3 gives SGLang's triton backend a mask after the batch was planned, and this a mask to each verify step
-        masked = getattr(getattr(backend, "forward_metadata", None), "custom_mask", None) is not None
-        more_said = any(value is not None for value in more.values())  # some models pass sinks=None
-        if masked or more_said or k is None or len(q) < self._tokens:
-            reason = LayerReason.CUSTOM_MASK if masked else LayerReason.EXTRA_ARGUMENTS
+        reason = _call_reason(backend, layer, k, more)
+        if reason is None and len(q) < self._tokens:
+            reason = LayerReason.EXTRA_ARGUMENTS
+        if reason is not None:
             self.stats.set_layer(layer.layer_id, reason)
             return stock(q, k, v, layer, batch, save_kv_cache, **more)
         given = (k.clone(), v.clone()) if self._compares and v is not None else (k, v)
@@ -256,12 +256,12 @@ class Router:
             k_scale, v_scale = self.gate.scales(layer)
             out = path.run(
                 q, *kv, batch.seq_lens, sm_scale=layer.scaling * k_scale, logits_soft_cap=layer.logit_cap,
-                v_scale=v_scale,
+                v_scale=v_scale, sinks=more.get("sinks"),
             )  # fmt: skip
         out = out.view(len(q), -1)
         if self._compares:
             # copies from before the write: SGLang divides k and v by the scales of FP8 KV in place
-            expected = stock(q, *given, layer, batch, False).view_as(out)
+            expected = stock(q, *given, layer, batch, False, **more).view_as(out)
             self._compare(out[: self._tokens], expected[: self._tokens], layer.layer_id, is_fp8(pool))
         return out
 
@@ -282,6 +282,20 @@ class Router:
                 f"packinfer: layer {layer_id}, row {int(error.argmax())} of {len(out)}: packed attention is off the "
                 f"stock backend's by {worst:.2g}; please report this with the SGLang version"
             )
+
+
+def _call_reason(
+    backend: Any, layer: RadixAttention, k: torch.Tensor | None, more: dict[str, Any]
+) -> LayerReason | None:
+    """Why this call of a layer is the stock backend's, by what it is called with beyond q and v; or None."""
+    # Gemma 3 gives SGLang's triton backend a mask after the batch was planned, and this a mask to each verify step
+    if getattr(getattr(backend, "forward_metadata", None), "custom_mask", None) is not None:
+        return LayerReason.CUSTOM_MASK
+    # some models pass sinks=None
+    if k is None or any(value is not None for name, value in more.items() if name != "sinks"):
+        return LayerReason.EXTRA_ARGUMENTS
+    sinks = more.get("sinks")
+    return None if sinks is None or fits_sinks(sinks, layer.tp_q_head_num) else LayerReason.SINKS
 
 
 def _if_rows(rows: BatchRows | None, n: int) -> BatchRows | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packinfer_sgl.kernels.tiles import TILES, policy_of
+from packinfer_sgl.kernels.tiles import TILES, decode_tiles, most_group_size, policy_of
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.device_profile import EXTEND_ROWS, DeviceProfile
 from packinfer_sgl.planning.fitting import Capacity
@@ -82,7 +82,7 @@ def _model(config: dict[str, Any], tp: int) -> Model:
     hidden, layers, qo_heads = text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"]
     kv_heads = text.get("num_key_value_heads") or qo_heads
     head_dim = text.get("head_dim") or hidden // qo_heads
-    if head_dim not in TILES or qo_heads // kv_heads > 16:
+    if head_dim not in TILES or qo_heads // kv_heads > most_group_size(head_dim):
         why = f"head dimension {head_dim}" if head_dim not in TILES else f"{qo_heads // kv_heads} heads a KV head"
         raise ModelError(f"no gain: packinfer does not pack {why}")
     kinds = text.get("layer_types") or ["full_attention"] * layers
@@ -113,9 +113,10 @@ def _model(config: dict[str, Any], tp: int) -> Model:
 
 def gpu_planner(shape: AttentionShape, profile: DeviceProfile) -> DecodePlanner:
     """Plans as on the GPU of ``profile``; each step anew."""
-    policy = policy_of(shape, TILES[shape.head_dim], profile.multiprocessors, profile)
-    limits = Capacity.unlimited()
-    return DecodePlanner(shape, profile.decode_cost, policy, grouping="multi", limits=limits, room_tokens=0)
+    tiles = decode_tiles(shape.head_dim, shape.group_size)
+    policy, cost = policy_of(shape, tiles, profile.multiprocessors, profile), profile.decode_cost
+    cost, limits = cost.for_group_size(shape.group_size), Capacity.unlimited()
+    return DecodePlanner(shape, cost, policy, grouping="multi", limits=limits, room_tokens=0)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,27 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from bench.kernel_workloads import HEAD_DIM, Inputs
+from bench.kernel_inputs import Inputs
 
 # call(copy), and the output of each copy: a tensor, or several that follow each other
 Method = tuple[Callable[[int], object], list]
-DTYPES = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+
+
+def dtypes(x: Inputs) -> dict[str, torch.dtype]:
+    return {"q_data_type": torch.bfloat16, "kv_data_type": x.k[0].dtype}
+
+
+def fa3_arguments(x: Inputs, rows: int, sinks: bool = True) -> dict[str, object]:
+    """As SGLang gives them: with FP8 KV queries are rounded to FP8, too (``fa3_query``), and scales go with them."""
+    more: dict[str, object] = {"sinks": x.sinks} if sinks and x.sinks is not None else {}
+    if x.work.fp8:
+        ones = torch.ones(rows, x.work.kv_heads, device=x.device)
+        more |= {"k_descale": ones, "v_descale": ones}
+    return more
+
+
+def fa3_query(x: Inputs, q: torch.Tensor) -> torch.Tensor:
+    return q.to(x.k[0].dtype) if x.work.fp8 else q
 
 
 def fa3(x: Inputs, page_size: int) -> Method:
@@ -19,12 +35,13 @@ def fa3(x: Inputs, page_size: int) -> Method:
     work = x.work
     table, lens, cu = x.table(page_size), x.i32(work.kv_lens), x.i32(work.qo_indptr)
     outs: list = [None] * x.copies
+    more = fa3_arguments(x, len(work.new))
 
     def call(i: int) -> None:
         k, v = x.caches(i, page_size)
         outs[i] = flash_attn_with_kvcache(
-            x.q[i], k, v, cache_seqlens=lens, page_table=table, cu_seqlens_q=cu,
-            max_seqlen_q=max(work.new), softmax_scale=x.sm_scale, causal=True, num_splits=0,
+            fa3_query(x, x.q[i]), k, v, cache_seqlens=lens, page_table=table, cu_seqlens_q=cu,
+            max_seqlen_q=max(work.new), softmax_scale=x.sm_scale, causal=True, num_splits=0, **more,
         )  # fmt: skip
 
     return call, outs
@@ -47,17 +64,19 @@ def fa3_twice(x: Inputs, page_size: int) -> Method:
     top_lens, rest_lens = x.i32([work.node_tokens[i] for i in roots]), x.i32([sum(map(len, row)) for row in rest])
     top_cu, rest_cu = x.i32(np.cumsum([0, *under])), x.i32(work.qo_indptr)
     outs: list = [None] * x.copies
+    top_more, rest_more = fa3_arguments(x, len(roots), sinks=False), fa3_arguments(x, len(work.new))
 
     def call(i: int) -> None:
         k, v = x.caches(i, page_size)
+        q = fa3_query(x, x.q[i])
         common = {"softmax_scale": x.sm_scale, "num_splits": 0, "return_softmax_lse": True}
         a, lse_a, *_ = flash_attn_with_kvcache(
-            x.q[i][begin:end], k, v, cache_seqlens=top_lens, page_table=top_table, cu_seqlens_q=top_cu,
-            max_seqlen_q=max(under), causal=False, **common,
+            q[begin:end], k, v, cache_seqlens=top_lens, page_table=top_table, cu_seqlens_q=top_cu,
+            max_seqlen_q=max(under), causal=False, **common, **top_more,
         )  # fmt: skip
         b, lse_b, *_ = flash_attn_with_kvcache(
-            x.q[i], k, v, cache_seqlens=rest_lens, page_table=rest_table, cu_seqlens_q=rest_cu,
-            max_seqlen_q=max(work.new), causal=True, **common,
+            q, k, v, cache_seqlens=rest_lens, page_table=rest_table, cu_seqlens_q=rest_cu,
+            max_seqlen_q=max(work.new), causal=True, **common, **rest_more,
         )  # fmt: skip
         both, _ = merge_state_v2(a, lse_a.T.contiguous(), b[begin:end], lse_b[:, begin:end].T.contiguous())
         outs[i] = b[:begin], both, b[end:]
@@ -74,7 +93,9 @@ def flashinfer_decode(x: Inputs, page_size: int) -> Method:
 
     work = x.work
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(x), "NHD", use_tensor_cores=True)
-    wrapper.plan(*x.paged(page_size), work.qo_heads, work.kv_heads, HEAD_DIM, page_size, sm_scale=x.sm_scale, **DTYPES)
+    wrapper.plan(
+        *x.paged(page_size), work.qo_heads, work.kv_heads, work.head_dim, page_size, sm_scale=x.sm_scale, **dtypes(x)
+    )
     outs = [torch.empty_like(q) for q in x.q]
     return (lambda i: wrapper.run(x.q[i], x.caches(i, page_size), out=outs[i])), outs
 
@@ -85,8 +106,8 @@ def flashinfer_prefill(x: Inputs, page_size: int, backend: str) -> Method:
     work = x.work
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(x), "NHD", backend=backend)
     wrapper.plan(
-        x.i32(work.qo_indptr), *x.paged(page_size), work.qo_heads, work.kv_heads, HEAD_DIM, page_size,
-        causal=True, sm_scale=x.sm_scale, **DTYPES,
+        x.i32(work.qo_indptr), *x.paged(page_size), work.qo_heads, work.kv_heads, work.head_dim, page_size,
+        causal=True, sm_scale=x.sm_scale, **dtypes(x),
     )  # fmt: skip
     outs = [torch.empty_like(q) for q in x.q]
     return (lambda i: wrapper.run(x.q[i], x.caches(i, page_size), out=outs[i])), outs
@@ -100,8 +121,8 @@ def flashinfer_batch_attention(x: Inputs, page_size: int) -> Method:
     indptr, indices, _ = x.paged(page_size)
     wrapper = flashinfer.BatchAttention("NHD", x.device)
     wrapper.plan(
-        x.i32(work.qo_indptr), indptr, indices, x.i32(work.kv_lens), work.qo_heads, work.kv_heads, HEAD_DIM, HEAD_DIM,
-        page_size, causal=True, sm_scale=x.sm_scale, **DTYPES,
+        x.i32(work.qo_indptr), indptr, indices, x.i32(work.kv_lens), work.qo_heads, work.kv_heads, work.head_dim,
+        work.head_dim, page_size, causal=True, sm_scale=x.sm_scale, **dtypes(x),
     )  # fmt: skip
     outs = [torch.empty_like(q) for q in x.q]
     lse = torch.empty(x.q[0].shape[:2], dtype=torch.float32, device=x.device)
@@ -120,7 +141,7 @@ def flashinfer_pod(x: Inputs, page_size: int) -> Method:
     wrapper.plan(
         x.i32(work.qo_indptr[: n + 1]), *x.paged(page_size, rows[:n]),
         x.i32(work.qo_indptr[n:] - cut), *x.paged(page_size, rows[n:]),
-        work.qo_heads, work.kv_heads, HEAD_DIM, page_size, sm_scale=x.sm_scale, **DTYPES,
+        work.qo_heads, work.kv_heads, work.head_dim, page_size, sm_scale=x.sm_scale, **dtypes(x),
     )  # fmt: skip
     outs: list = [None] * x.copies
 
@@ -149,8 +170,8 @@ def flashinfer_cascade(x: Inputs, page_size: int, backend: str) -> Method:
         level_wrapper._backend = backend
     wrapper.plan(
         [x.i32(np.cumsum([0, *queries])) for queries, _ in levels], *(list(t) for t in zip(*tables)),
-        work.qo_heads, work.kv_heads, HEAD_DIM, page_size,
-        causal=True, sm_scale=x.sm_scale, **DTYPES,
+        work.qo_heads, work.kv_heads, work.head_dim, page_size,
+        causal=True, sm_scale=x.sm_scale, **dtypes(x),
     )  # fmt: skip
     outs: list = [None] * x.copies
 
@@ -166,7 +187,7 @@ def sglang_triton(x: Inputs, page_size: int) -> Method:
     work, n, splits = x.work, len(x.rows), 8
     indptr, indices, _ = x.paged(1)
     outs = [torch.empty_like(q) for q in x.q]
-    logits = torch.empty(n, work.qo_heads, splits, HEAD_DIM, dtype=torch.float32, device=x.device)
+    logits = torch.empty(n, work.qo_heads, splits, work.head_dim, dtype=torch.float32, device=x.device)
     lse = torch.empty(n, work.qo_heads, splits, dtype=torch.float32, device=x.device)
     kv_splits = torch.full((n,), splits, dtype=torch.int32, device=x.device)
 
@@ -184,6 +205,8 @@ def baselines(x: Inputs, families: set[str]) -> dict[str, Callable[[], Method]]:
     levels = {len(path) for path in work.paths}
     even = x.contiguous and all(t % 64 == 0 for t in work.node_tokens)
     methods: dict[str, Callable[[], Method]] = {}
+    if work.sinks:
+        families = families & {"fa3"}  # the others' wrappers know no sinks
     if "fa3" in families:
         for page_size in (1, 64) if even else (1,):
             methods[f"fa3 page {page_size}"] = lambda p=page_size: fa3(x, p)

@@ -1,11 +1,10 @@
-"""Batches for scripts/bench_kernels.py (decode, extend, both at once, drafts), and their inputs in device memory."""
+"""Batches for scripts/bench_kernels.py: decode, extend, both at once, drafts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.planning.batch import StepBatch
@@ -19,11 +18,9 @@ from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200
 from packinfer_sgl.runners.cuda import extend_planner
 
-HEAD_DIM = 128
+HEAD_DIM = 128  # of workloads that name no other
 BYTES_PER_US = 4.3e6  # what a large copy reaches on an H200
 FLOPS_PER_US = 7.9e8  # what a large bf16 product reaches there
-L2_BYTES = 60 << 20
-SCORES = 1 << 24  # of one head, that the reference holds at once
 # most of a random batch: new tokens; time of its products, of which the float32 reference takes 30 times; KV tokens
 RAGGED_NEW, RAGGED_US, RAGGED_TOKENS = 20_000, 2_000, 400_000
 
@@ -43,11 +40,14 @@ class Workload:
     paths: list[list[int]]
     tails: list[int]
     new: list[int] = field(default_factory=list)
+    head_dim: int = HEAD_DIM
+    fp8: bool = False  # KV, e4m3, scales of 1
+    sinks: bool = False
     shape: AttentionShape = field(init=False)
 
     def __post_init__(self) -> None:
         self.new = self.new or [1] * len(self.paths)
-        self.shape = AttentionShape(self.qo_heads, self.kv_heads, HEAD_DIM, 2)
+        self.shape = AttentionShape(self.qo_heads, self.kv_heads, self.head_dim, 1 if self.fp8 else 2)
 
     @property
     def kind(self) -> str:
@@ -76,13 +76,13 @@ class Workload:
     @property
     def bytes_us(self) -> float:
         """Time to move unique KV, queries and outputs once."""
-        kv = self.unique_tokens * self.kv_heads * HEAD_DIM * 4
-        return (kv + 4 * sum(self.new) * self.qo_heads * HEAD_DIM) / BYTES_PER_US
+        kv = self.unique_tokens * self.shape.token_bytes
+        return (kv + 4 * sum(self.new) * self.qo_heads * self.head_dim) / BYTES_PER_US
 
     @property
     def flops_us(self) -> float:
         """Time of the products of each query with what it sees."""
-        return int(self.visible[1].sum(dtype=np.int64)) * self.qo_heads * HEAD_DIM * 4 / FLOPS_PER_US
+        return int(self.visible[1].sum(dtype=np.int64)) * self.qo_heads * self.head_dim * 4 / FLOPS_PER_US
 
     @property
     def floor_us(self) -> float:
@@ -108,18 +108,21 @@ class Workload:
         return planner.fastest(self.tree(), batch)[1].plan
 
 
-def tree_workload(name: str, heads: tuple[int, int], nodes: list[int], tokens: list[int], jitter: int = 0) -> Workload:
+def tree_workload(
+    name: str, heads: tuple[int, int], nodes: list[int], tokens: list[int], jitter: int = 0, head_dim: int = HEAD_DIM
+) -> Workload:
     """``nodes[i]`` nodes of ``tokens[i]`` tokens at level ``i``; the last level are the requests' tails."""
     rng = np.random.default_rng(7)
     first = np.cumsum([0, *nodes[:-1]]).tolist()
     n = nodes[-1]
     paths = [[first[level] + r * nodes[level] // n for level in range(len(nodes) - 1)] for r in range(n)]
     tails = [tokens[-1] + (int(rng.integers(-jitter, jitter + 1)) if jitter else 0) for _ in range(n)]
-    return Workload(name, *heads, [t for c, t in zip(nodes[:-1], tokens) for _ in range(c)], paths, tails)
+    shared = [t for c, t in zip(nodes[:-1], tokens) for _ in range(c)]
+    return Workload(name, *heads, shared, paths, tails, head_dim=head_dim)
 
 
 def workloads() -> list[Workload]:
-    return [*decodes(), *extends(), *drafts(), *chunks(), *ragged()]
+    return [*decodes(), *extends(), *drafts(), *chunks(), *ragged(), *models()]
 
 
 def decodes() -> list[Workload]:
@@ -223,75 +226,27 @@ def ragged() -> list[Workload]:
     return batches
 
 
-class Inputs:
-    """A workload in device memory: copies of q, K and V that together exceed the L2 cache, and its slots."""
+def models() -> list[Workload]:
+    """Of models that people serve: head dimension 256 and many query heads a KV head (H), 64 and sinks (G), FP8 KV (F).
 
-    def __init__(self, work: Workload, contiguous: bool, align: int = 64, device: str = "cuda") -> None:
-        self.work, self.device, rng = work, device, np.random.default_rng(1)
-        spans = [*work.node_tokens, *work.tails]
-        room = [-(-t // align) * align for t in spans]  # every span begins a page, whatever the page size
-        offsets = np.cumsum([0, *room])
-        self.n_slots = int(offsets[-1]) + align
-        slot_of = np.arange(self.n_slots) if contiguous else rng.permutation(self.n_slots)
-        self.spans = [slot_of[o : o + t].astype(np.int32) for o, t in zip(offsets, spans)]
-        self.contiguous, self.offsets = contiguous, offsets
-        kv_bytes = self.n_slots * work.kv_heads * HEAD_DIM * 4
-        self.copies = min(24, max(2, -(-7 * L2_BYTES // kv_bytes)))
-        make = lambda *size: torch.randn(*size, device=device, dtype=torch.bfloat16)  # noqa: E731
-        self.q = [make(sum(work.new), work.qo_heads, HEAD_DIM) for _ in range(self.copies)]
-        self.k = [make(self.n_slots, work.kv_heads, HEAD_DIM) for _ in range(self.copies)]
-        self.v = [make(self.n_slots, work.kv_heads, HEAD_DIM) for _ in range(self.copies)]
-        self.out = [torch.empty_like(q) for q in self.q]
-        n_nodes = len(work.node_tokens)
-        self.rows = [
-            np.concatenate([*(self.spans[i] for i in path), self.spans[n_nodes + r]])
-            for r, path in enumerate(work.paths)
-        ]
-        self.sm_scale = HEAD_DIM**-0.5
+    Their random batches (HR, GR) are three of four of ``ragged``.
+    """
+    known = {work.name.split()[0]: work for work in [*decodes(), *extends(), *drafts(), *ragged()]}
+    random = [f"R{i}" for i in range(0, 40, 2)] + [f"R{i}" for i in range(1, 40, 4)]
 
-    def i32(self, values: object) -> torch.Tensor:
-        return torch.tensor(np.asarray(values), dtype=torch.int32, device=self.device)
+    def as_model(letter: str, names: list[str], **more: int | bool) -> list[Workload]:
+        return [replace(known[name], name=letter + known[name].name, **more) for name in names]
 
-    def reference(self) -> torch.Tensor:
-        """Attention of copy 0 in float32, request by request."""
-        outs = []
-        group = self.work.qo_heads // self.work.kv_heads
-        indptr, see_to = self.work.qo_indptr.tolist(), self.i32(self.work.visible[1])
-        for r, slots in enumerate(self.rows):
-            at = self.i32(slots).long()
-            k, v = (x[0][at].float().repeat_interleave(group, 1).transpose(0, 1) for x in (self.k, self.v))
-            position = torch.arange(len(slots), device=self.device)
-            step = max(1, SCORES // len(slots))
-            for begin in range(indptr[r], indptr[r + 1], step):
-                end = min(begin + step, indptr[r + 1])
-                scores = self.q[0][begin:end].float().transpose(0, 1) @ k.transpose(1, 2) * self.sm_scale
-                scores.masked_fill_(position >= see_to[begin:end, None], -torch.inf)
-                outs.append((scores.softmax(-1) @ v).transpose(0, 1))
-        return torch.cat(outs)
+    extend = ["P3", "M2", "V1"]
 
-    def page_lists(self, page_size: int, rows: list[list[np.ndarray]] | None = None) -> list[np.ndarray]:
-        """Page numbers of each request (or of each list of spans); spans lie contiguous if pages have many tokens."""
-        assert page_size == 1 or (self.contiguous and all(t % page_size == 0 for t in self.work.node_tokens))
-        rows = rows or [[row] for row in self.rows]
-        return [np.concatenate([span[::page_size] // page_size for span in row]) for row in rows]
-
-    def paged(self, page_size: int, rows: list[list[np.ndarray]] | None = None) -> tuple[torch.Tensor, ...]:
-        """FlashInfer's indptr, indices and last page lengths, on the device."""
-        lists = self.page_lists(page_size, rows)
-        tokens = [sum(map(len, row)) for row in rows] if rows else [len(row) for row in self.rows]
-        indptr = np.cumsum([0, *map(len, lists)])
-        last = [(t - 1) % page_size + 1 for t in tokens]
-        return self.i32(indptr), self.i32(np.concatenate(lists)), self.i32(last)
-
-    def table(self, page_size: int, rows: list[list[np.ndarray]] | None = None) -> torch.Tensor:
-        """FA3's page table [n, pages], on the device."""
-        lists = self.page_lists(page_size, rows)
-        table = torch.zeros(len(lists), max(map(len, lists)), dtype=torch.int32)
-        for i, row in enumerate(lists):
-            table[i, : len(row)] = torch.from_numpy(row)
-        return table.to(self.device)
-
-    def caches(self, i: int, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        n = self.n_slots // page_size
-        k, v = (x[i][: n * page_size].view(n, page_size, self.work.kv_heads, HEAD_DIM) for x in (self.k, self.v))
-        return k, v
+    return [
+        tree_workload("H1 16k prefix, 64 x 512", (24, 4), [1, 64], [16384, 512], 128, head_dim=256),
+        tree_workload("H2 8 groups of 2k, 64 x 256", (16, 2), [8, 64], [2048, 256], 64, head_dim=256),
+        Workload("H3 64 x 4k", 24, 4, [], [[]] * 64, [4096] * 64, head_dim=256),
+        tree_workload("H4 16k prefix, 64 x 512", (32, 2), [1, 64], [16384, 512], 128),
+        *as_model("H", extend + random, qo_heads=24, kv_heads=4, head_dim=256),
+        replace(tree_workload("G1 8k prefix, 64 x 256", (64, 8), [1, 64], [8192, 256], 64, head_dim=64), sinks=True),
+        Workload("G2 64 x 2k", 64, 8, [], [[]] * 64, [2048] * 64, head_dim=64, sinks=True),
+        *as_model("G", extend + random, qo_heads=64, kv_heads=8, head_dim=64, sinks=True),
+        *as_model("F", ["D1", "D2", "D7", "D11", "D5", "D4", *extend], fp8=True),
+    ]

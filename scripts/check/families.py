@@ -5,6 +5,8 @@ from __future__ import annotations
 from check.judge import Judge, account, packs
 from check.scenarios import CHECK, DUMMY, EAGER, FA3, OURS, TRITON, WRAP, Check, Scenario
 
+# what SGLang would choose needs a package that not every host has
+EXPERTS = {"moe_runner_backend": "triton"}
 FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 
 SCENARIOS = {
@@ -18,7 +20,13 @@ SCENARIOS = {
     "gemma3-fa3": Scenario("gemma3", FA3),
     "gemma3-packinfer": Scenario("gemma3", OURS),
     "llama4-wrap": Scenario("llama4", {**FA3, **DUMMY, **EAGER}, {**WRAP, **CHECK}),
-    "gpt_oss-wrap": Scenario("gpt_oss", {**FA3, **DUMMY}, WRAP),
+    "gpt_oss-fa3": Scenario("gpt_oss", {**FA3, **EXPERTS}),
+    "gpt_oss-triton": Scenario("gpt_oss", {**TRITON, **EXPERTS}),
+    "gpt_oss-wrap": Scenario("gpt_oss", {**FA3, **EXPERTS}, WRAP),
+    "gpt_oss-triton-wrap": Scenario("gpt_oss", {**TRITON, **EXPERTS}, WRAP),
+    "gpt_oss-eager-wrap": Scenario("gpt_oss", {**FA3, **EXPERTS, **EAGER}, {**WRAP, **CHECK}),
+    # windows and full layers in one pool
+    "gpt_oss-pool-wrap": Scenario("gpt_oss", {**FA3, **EXPERTS, "disable_hybrid_swa_memory": True}, WRAP),
     "gemma4-wrap": Scenario("gemma4", {**TRITON, **DUMMY}, WRAP),
 }
 
@@ -33,11 +41,22 @@ def wrap(judge: Judge) -> None:
         ran = judge.ran["llama4-wrap"]
         ok = packs(ran) and ran.state["fallback_layers"] == {"sliding_window": 3} and ran.state["check_error"] > 0
         judge.add("llama4", ok, f"worst relative error of a row {ran.state.get('check_error', 0):.2g}; {account(ran)}")
-    for kind in ("gpt_oss", "gemma4"):
-        if judge.started(kind, f"{kind}-wrap"):
-            ran = judge.ran[f"{kind}-wrap"]
-            ok = bool(ran.state.get("reason")) and not ran.state.get("active")
-            judge.add(kind, ok, account(ran))
+    if judge.started("gemma4", "gemma4-wrap"):
+        ran = judge.ran["gemma4-wrap"]
+        ok = bool(ran.state.get("reason")) and not ran.state.get("active")
+        judge.add("gemma4", ok, account(ran))
+
+
+def sinks(judge: Judge) -> None:
+    for name in ("gpt_oss-wrap", "gpt_oss-triton-wrap", "gpt_oss-eager-wrap", "gpt_oss-pool-wrap"):
+        if judge.started(name, name, stock=("gpt_oss-fa3", "gpt_oss-triton")):
+            judge.same(name, name, "gpt_oss-fa3", control="gpt_oss-triton", stock="gpt_oss-")
+            state = judge.ran[name].state
+            layers, error = state["fallback_layers"], state.get("check_error") or 0.0
+            ok = layers == {"sliding_window": 2} and (error > 0) == ("eager" in name)
+            judge.add(
+                f"{name} layers", ok, f"2 of 4 have a window: {layers}; worst relative error of a row {error:.2g}"
+            )
 
 
 def fp8(judge: Judge) -> None:
@@ -57,8 +76,12 @@ CHECKS = {
     "wrap": Check(
         wrap,
         ("fa3", "triton", "gemma2-fa3", "gemma2-packinfer", "gemma3-fa3", "gemma3-packinfer", "llama4-wrap",
-         "gpt_oss-wrap", "gemma4-wrap"),
+         "gemma4-wrap"),
         "`--packinfer-wrap`, and models with sliding windows",
+    ),
+    "sinks": Check(
+        sinks, tuple(name for name in SCENARIOS if name.startswith("gpt_oss")),
+        "attention sinks: a gpt-oss kind, its full-attention layers",
     ),
     "fp8": Check(
         fp8, ("fp8-fa3", "fp8-triton", "fp8-flashinfer", "fp8-packinfer", "fp8-each"), "FP8 KV cache (e4m3)"

@@ -32,12 +32,12 @@ def qwen3_next(config: dict, llama: Weights) -> tuple[dict, Weights]:
     add one."""
     heads, kv_heads, dim, layers = 16, 2, 256, 4
     random, zeros = Random(), np.zeros(HIDDEN, np.float32)
-    weights = _ends(llama, random, "model.embed_tokens.weight", "model.norm.weight", zeros)
+    weights = ends(llama, random, "model.embed_tokens.weight", "model.norm.weight", zeros)
     for i in range(layers):
         layer = _full(random, heads, kv_heads, dim) if i % 2 else _delta_net(random)
         layer |= {f"{name}_layernorm.weight": zeros for name in ("input", "post_attention")} | _experts(random)
         weights |= {f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()}
-    return _shape(config, "Qwen3NextForCausalLM", "qwen3_next", heads, kv_heads, dim, layers) | {
+    return shape(config, "Qwen3NextForCausalLM", "qwen3_next", heads, kv_heads, dim, layers) | {
         "full_attention_interval": 2,
         "layer_types": ["linear_attention", "full_attention"] * (layers // 2),
         "partial_rotary_factor": 0.25,
@@ -102,7 +102,7 @@ def nemotron_h(config: dict, llama: Weights) -> tuple[dict, Weights]:
     heads, kv_heads, dim, kinds = 32, 2, 128, "M*-M*-"
     random = Random()
     ones = np.ones(HIDDEN, np.float32)
-    weights = _ends(llama, random, "backbone.embeddings.weight", "backbone.norm_f.weight", ones)
+    weights = ends(llama, random, "backbone.embeddings.weight", "backbone.norm_f.weight", ones)
     for i, kind in enumerate(kinds):
         layer = {"norm.weight": ones}
         if kind == "M":
@@ -118,7 +118,7 @@ def nemotron_h(config: dict, llama: Weights) -> tuple[dict, Weights]:
             layer["mixer.up_proj.weight"] = random.linear(HIDDEN, HIDDEN, QUIET)
             layer["mixer.down_proj.weight"] = random.linear(HIDDEN, HIDDEN, QUIET)
         weights |= {f"backbone.layers.{i}.{name}": tensor for name, tensor in layer.items()}
-    return _shape(config, "NemotronHForCausalLM", "nemotron_h", heads, kv_heads, dim, len(kinds)) | {
+    return shape(config, "NemotronHForCausalLM", "nemotron_h", heads, kv_heads, dim, len(kinds)) | {
         "hybrid_override_pattern": kinds,
         "intermediate_size": HIDDEN,
         "mlp_hidden_act": "relu2",
@@ -159,7 +159,7 @@ def _mamba(random: Random) -> Weights:
     }
 
 
-def _ends(llama: Weights, random: Random, embed: str, norm: str, norms: np.ndarray) -> Weights:
+def ends(llama: Weights, random: Random, embed: str, norm: str, norms: np.ndarray) -> Weights:
     """Embeddings, last norm and head; only the words that the tiny Llama says have rows in the head."""
     said = np.flatnonzero(np.abs(llama["lm_head.weight"]).sum(1))
     head = np.zeros((len(llama["lm_head.weight"]), HIDDEN), np.float32)
@@ -167,7 +167,7 @@ def _ends(llama: Weights, random: Random, embed: str, norm: str, norms: np.ndarr
     return {embed: random.normal(len(head), HIDDEN, std=0.5), norm: norms, "lm_head.weight": head}
 
 
-def _shape(config: dict, name: str, kind: str, heads: int, kv_heads: int, dim: int, layers: int) -> dict:
+def shape(config: dict, name: str, kind: str, heads: int, kv_heads: int, dim: int, layers: int) -> dict:
     return config | {
         "architectures": [name],
         "model_type": kind,

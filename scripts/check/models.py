@@ -14,13 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from check.gpt_oss import WINDOW, gpt_oss
 from check.hybrid_models import SHARP, Weights, nemotron_h, qwen3_next
 from check.qwen2_vl import write_qwen2_vl
 from safetensors.numpy import load_file, save_file
 
 from packinfer_sgl.tools.tiny_model import write_tiny_model
-
-WINDOW = 128  # tokens; the prompts of the checks are longer
 
 
 def write_model(kind: str, folder: Path) -> Path:
@@ -112,22 +111,6 @@ def _small(config: dict, **more: object) -> dict:
     return config | {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, **more}
 
 
-def _gpt_oss(config: dict, _: Weights) -> tuple[dict, Weights]:
-    config = _small(
-        config,
-        architectures=["GptOssForCausalLM"],
-        model_type="gpt_oss",
-        num_hidden_layers=2,
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=WINDOW,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        attention_bias=True,
-        pad_token_id=0,
-    )
-    return config, {}
-
-
 def _llama4(config: dict, _: Weights) -> tuple[dict, Weights]:
     text = _small(
         config,
@@ -183,7 +166,7 @@ KINDS: dict[str, Callable[[dict, Weights], tuple[dict, Weights]]] = {
     "eagle": _eagle,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
-    "gpt_oss": _gpt_oss,
+    "gpt_oss": gpt_oss,
     "llama4": _llama4,
     "gemma4": _gemma4,
     "qwen3_next": qwen3_next,

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
 
 import numpy as np
 import torch
-from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, tree_workload
+from bench.kernel_inputs import Inputs
+from bench.kernel_workloads import HEAD_DIM, Workload, tree_workload
 from bench_kernels import Timed
 from rich.console import Console
 from rich.table import Table

@@ -1,6 +1,6 @@
 """Fit the times by which extend batches go to the packed kernels or to the stock backend; needs no GPU.
 
-    python scripts/bench_kernels.py --only P,M,C,R --baselines fa3 --slots random --out DIR    # on a GPU
+    python scripts/bench_kernels.py --only P,M,C,R,HR,GR --baselines fa3 --slots random --out DIR    # on a GPU
     python scripts/tune/fit_extend.py --results DIR/results.json [--write]
 
 The plans are made again, so fit in the checkout that was measured; what scripts/fit_costs.py has written since does no
@@ -36,8 +36,10 @@ from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
 STOCK = "fa3 page 1"
 TILES = EXTEND_TILES[HEAD_DIM]
 EVERY = [f.name for f in fields(DeviceProfile)]
-PACKED = [name for name in EVERY if name.startswith("extend_") and name != "extend_margin"]
-STOCK_TIMES = [name for name in EVERY if name.startswith("stock_")]
+FACTORS = {64: ("extend_factor_64", "stock_factor_64"), 256: ("extend_factor_256", "stock_factor_256")}
+FITTED = [name for name in EVERY if name != "extend_margin" and name not in [*FACTORS[64], *FACTORS[256]]]
+PACKED = [name for name in FITTED if name.startswith("extend_")]
+STOCK_TIMES = [name for name in FITTED if name.startswith("stock_")]
 
 
 @dataclass
@@ -50,9 +52,8 @@ class Case:
     stock_us: float
 
     def packed_model(self, profile: DeviceProfile) -> float:
-        return profile.packed_extend_us(
-            self.plan, self.work.shape, profile.multiprocessors, TILES[0].rows, TILES[0].tokens
-        )
+        tile = EXTEND_TILES[self.work.head_dim][0]
+        return profile.packed_extend_us(self.plan, self.work.shape, profile.multiprocessors, tile.rows, tile.tokens)
 
     def stock_model(self, profile: DeviceProfile) -> float:
         new = np.array(self.work.new, np.int32)
@@ -75,7 +76,7 @@ def cases(results: list[dict[str, Any]], profile: DeviceProfile) -> list[Case]:
         if r["kind"] == "decode" or r["slots"] != "random" or not {OURS, STOCK} <= r["us"].keys():
             continue
         work = known[r["workload"]]
-        plan = work.extend_plan(TILES, profile.multiprocessors, profile)
+        plan = work.extend_plan(EXTEND_TILES[work.head_dim], profile.multiprocessors, profile)
         if (plan.n_partials, plan.kv_tokens_read) != (r["plan"]["partials"], r["plan"]["tokens_read"]):
             raise SystemExit(f"fit_extend: {work.name} was measured with another plan: fit where it was measured")
         found.append(Case(work, plan, r["us"][OURS][0], r["us"][STOCK][0]))
@@ -100,12 +101,23 @@ def fit(errors: Callable[[DeviceProfile], np.ndarray], costs: DeviceProfile, nam
     return costs
 
 
-def fit_all(measured: list[Case], profile: DeviceProfile) -> DeviceProfile:
-    profile = fit(lambda p: np.array([case.packed_model(p) / case.packed_us - 1 for case in measured]), profile, PACKED)
-    return fit(lambda p: np.array([case.stock_model(p) / case.stock_us - 1 for case in measured]), profile, STOCK_TIMES)
+def fit_all(measured: list[Case], profile: DeviceProfile) -> tuple[DeviceProfile, list[str]]:
+    """Also which fields were fitted: of other head dimensions than HEAD_DIM one factor each."""
+    todo = {HEAD_DIM: (PACKED, STOCK_TIMES)} | {dim: ([packed], [stock]) for dim, (packed, stock) in FACTORS.items()}
+    names = []
+    for dim, (packed, stock) in todo.items():
+        of_dim = [case for case in measured if case.work.head_dim == dim]
+        if not of_dim:
+            continue
+        if dim != HEAD_DIM:
+            profile = replace(profile, **dict.fromkeys([*packed, *stock], 1.0))
+        profile = fit(lambda p: np.array([c.packed_model(p) / c.packed_us - 1 for c in of_dim]), profile, packed)  # noqa: B023
+        profile = fit(lambda p: np.array([c.stock_model(p) / c.stock_us - 1 for c in of_dim]), profile, stock)  # noqa: B023
+        names += [*packed, *stock]
+    return profile, names
 
 
-def show(measured: list[Case], costs: DeviceProfile, in_use: DeviceProfile, console: Console) -> None:
+def show(measured: list[Case], costs: DeviceProfile, in_use: DeviceProfile, names: list[str], console: Console) -> None:
     table = Table("workload", "packed us", "model", "stock us", "model", "choice", "choice / stock", title=STOCK)
     ratios, right = [], 0
     for case in measured:
@@ -121,8 +133,8 @@ def show(measured: list[Case], costs: DeviceProfile, in_use: DeviceProfile, cons
         f"choice over stock: worst {max(ratios):.2f}, geometric mean {np.exp(np.log(ratios).mean()):.3f}; "
         f"right in {right} of {len(measured)}"
     )
-    for name in [*PACKED, *STOCK_TIMES]:
-        console.print(f"{name}: {getattr(costs, name):.3g}, in use {getattr(in_use, name):.3g}")
+    for name in names:
+        console.print(f"{name}: {getattr(costs, name):.3g}, in use {getattr(in_use, name)}")
 
 
 def main() -> None:
@@ -139,10 +151,10 @@ def main() -> None:
     measured = cases(file["results"], planned_by)
     if not measured:
         sys.exit(f"fit_extend: {args.results} has no extend batch of both {OURS} and {STOCK}")
-    fitted = fit_all(measured, in_use)
-    show(measured, fitted, in_use, Console(highlight=False))
+    fitted, names = fit_all(measured, in_use)
+    show(measured, fitted, in_use, names, Console(highlight=False))
     if args.write:
-        write_profile(SOURCE, fitted, [*PACKED, *STOCK_TIMES, "is_measured"])
+        write_profile(SOURCE, fitted, [*names, "is_measured"])
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def test_steps_are_no_slower_where_more_is_shared():
     [
         ({"kv_lora_rank": 512}, "MLA"),
         ({"head_dim": 80}, "head dimension 80"),
-        ({"num_attention_heads": 64, "num_key_value_heads": 2}, "32 heads a KV head"),
+        ({"num_attention_heads": 66, "num_key_value_heads": 2}, "33 heads a KV head"),
+        ({"head_dim": 256, "num_attention_heads": 64, "num_key_value_heads": 2}, "32 heads a KV head"),
         ({"layer_types": ["sliding_attention"] * 2}, "no layer of the model has full attention"),
         ({"hidden_size": None}, "does not say"),
     ],

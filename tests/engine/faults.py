@@ -1,4 +1,4 @@
-"""An SGLang plugin of the tests: breaks things on purpose in the processes of a real server.
+"""An SGLang plugin of the tests: breaks or changes things on purpose in the processes of a real server.
 
 ``PACKINFER_TEST_FAULTS`` names the faults, comma-separated. ``install`` makes the plugin visible to SGLang by an entry
 point of its own, as any plugin is.
@@ -30,6 +30,7 @@ def register() -> None:
             "drop-token": drop_token,
             "forget-retractions": forget_retractions,
             "break-hook": break_hook,
+            "sinks": give_sinks,
         }[name](argument)
 
 
@@ -90,3 +91,48 @@ def break_hook(target: str) -> None:
         return apply(cls, name, hooks)
 
     HookRegistry._apply_target = classmethod(refuse)
+
+
+def give_sinks(_: str) -> None:
+    """Every attention layer has sinks, about as large as the logarithm of what a query's tokens add up to. Models that
+    have them do not run on a CPU."""
+    import torch
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def ask(forward, layer, *args, **more):
+        sinks = 10 + 2 * torch.cos(torch.arange(layer.tp_q_head_num) + layer.layer_id)
+        return forward(layer, *args, sinks=sinks, **more)
+
+    HookRegistry.register("sglang.srt.layers.radix_attention.RadixAttention.forward", ask, HookType.AROUND)
+    take_sinks()
+
+
+def take_sinks() -> None:
+    """The stock CPU backend takes sinks: as one more token with a key and a value of 0, whose logit the mask adds."""
+    import torch
+    from sglang.srt.layers.attention import torch_native_backend as native
+    from torch.nn.functional import pad
+
+    given, product = [None], native.scaled_dot_product_attention
+
+    def with_sinks(q, k, v, *, attn_mask=None, is_causal=False, **more):
+        if given[0] is None or attn_mask is not None:
+            return product(q, k, v, attn_mask=attn_mask, is_causal=is_causal, **more)
+        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
+        logits = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~(seen.tril() if is_causal else seen), -torch.inf)
+        sinks = given[0].to(q.dtype)[None, :, None, None].expand(1, -1, len(logits), 1)
+        mask = torch.cat([logits.expand(1, q.shape[1], -1, -1), sinks], -1)
+        k, v = (pad(x, (0, 0, 0, 1)) for x in (k, v))
+        return product(q, k, v, attn_mask=mask, **more)
+
+    native.scaled_dot_product_attention = with_sinks
+
+    def taking(stock):
+        def attend(self, *args, sinks=None, **more):
+            given[0] = sinks
+            return stock(self, *args, **more)
+
+        return attend
+
+    for name in ("forward_decode", "forward_extend"):
+        setattr(native.TorchNativeAttnBackend, name, taking(getattr(native.TorchNativeAttnBackend, name)))

@@ -1,8 +1,8 @@
-"""SGLang's own model runner around a tiny hybrid, in a process of its own: what packinfer makes of its layers.
+"""SGLang's own model runner around a tiny model, in a process of its own: what packinfer makes of its layers.
 
-Its weights are loaded and nothing is computed: linear attention has no kernels for a CPU.
+Its weights are loaded and nothing is computed: linear attention and gpt-oss's experts have no kernels for a CPU.
 
-    python tests/engine/hybrid_runner.py qwen3_next|nemotron_h FOLDER
+    python tests/engine/hybrid_runner.py qwen3_next|nemotron_h|gpt_oss FOLDER
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ import os
 import sys
 from pathlib import Path
 
+import faults
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 torch.get_device_module = lambda device=None: torch.cpu  # Qwen3-Next asks for CUDA's current device
+
+
+HYBRID = {"attention_backend": "packinfer", "mamba_radix_cache_strategy": "no_buffer", "disable_overlap_schedule": True}
+SETTINGS = {
+    "qwen3_next": HYBRID,
+    "nemotron_h": HYBRID,
+    "gpt_oss": {"attention_backend": "triton", "dtype": "bfloat16", "moe_runner_backend": "triton"},
+}
 
 
 def runner_of(path: Path):
@@ -25,9 +34,8 @@ def runner_of(path: Path):
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     args = ServerArgs(
-        model_path=str(path), device="cpu", attention_backend="packinfer", dtype="float32", disable_cuda_graph=True,
-        max_total_tokens=2048, max_running_requests=4, context_length=1024, mem_fraction_static=0.3,
-        mamba_radix_cache_strategy="no_buffer", disable_overlap_schedule=True,
+        model_path=str(path), device="cpu", disable_cuda_graph=True, max_total_tokens=2048, max_running_requests=4,
+        context_length=1024, mem_fraction_static=0.3, **{"dtype": "float32", **SETTINGS[path.name]},
     )  # fmt: skip
     port, given = PortArgs.init_new(args).nccl_port, {}
     config = ModelConfig.from_server_args(args)
@@ -59,14 +67,24 @@ def main(kind: str, folder: str) -> None:
     load_plugins()
     from check.models import write_model
 
+    if kind == "gpt_oss":
+        # SGLang checks the name for it; of the backends that it names, a CPU can only run those of Intel's CPUs
+        faults.take_sinks()
+        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+        ATTENTION_BACKENDS["triton"].factory = ATTENTION_BACKENDS["torch_native"].factory
     runner = runner_of(write_model(kind, Path(folder)))
+    from packinfer_sgl.serving.layers import sinks_of
     from packinfer_sgl.serving.metrics import STATS
 
     outer = runner.attn_backend
-    arena_buffers = [buffer.shape for buffer in outer.full_attn_backend._packinfer.arena._buffers]
+    ours = getattr(outer, "full_attn_backend", outer)
     told = {
-        "backends": [type(backend).__name__ for backend in (outer, outer.full_attn_backend)],
-        "arena_buffers": arena_buffers,
+        "backends": [type(backend).__name__ for backend in (outer, ours)],
+        "pool": type(runner.token_to_kv_pool).__name__,
+        "arena_buffers": [] if ours._packinfer.arena is None else [b.shape for b in ours._packinfer.arena._buffers],
+        "sinks": {layer.layer_id: (*sinks.shape, str(sinks.dtype)) for layer, sinks in sinks_of(runner.model).items()},
+        "sinks_sum": sum(float(sinks.float().sum()) for sinks in sinks_of(runner.model).values()),
         **{name: STATS.as_dict()[name] for name in ("active", "fallback_layers")},
     }
     print("RESULT " + json.dumps(told), flush=True)

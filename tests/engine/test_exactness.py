@@ -106,3 +106,19 @@ def test_one_missing_token_shows(model, stock, tmp_path):
     env = faults.install(tmp_path, "drop-token")
     wrong, _ = differences(run_engine({"engine": engine, "rounds": ["tree"]}, env=env).said["0-tree"], stock["tree"])
     assert len(wrong) >= 8
+
+
+@pytest.mark.contract
+def test_sinks(model, stock, tmp_path):
+    """Layers that SGLang calls with sinks, in decode and extend steps, each against stock (``check``)."""
+    env = faults.install(tmp_path, "sinks")
+    engines = {name: {"model_path": model, "attention_backend": name, **POOL} for name in ("torch_native", "packinfer")}
+    scenario = {"engine": engines["torch_native"], "rounds": ["tree"], "logprobs": True}
+    with_sinks = run_engine(scenario, env=env).said["0-tree"]
+    assert len(differences(with_sinks, stock["tree"])[0]) >= 8, "sinks do not matter here"
+    ran = run_engine({"engine": engines["packinfer"], "rounds": ["tree", "tree"]}, {"check": True, "extend": "on"}, env)
+    check(ran.said, {"tree": with_sinks})
+    state = ran.state
+    assert state["packed_steps"] > 10 and state["packed_extends"] > 1 and 0 < state["check_error"] < 1e-5
+    assert state["fallback_steps"] == state["fallback_layers"] == {}
+    assert state["kv_tokens_read"] < 0.6 * state["kv_tokens_logical"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -192,6 +193,44 @@ def test_reasons_of_layers():
     assert layer_reason(layer(), windowed()) is None
     assert layer_reason(layer(), linear()) is None
     assert layer_reason(layer(sliding_window_size=128), windowed()) is LayerReason.SLIDING_WINDOW
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "takes"),
+    [("triton_backend", "TritonAttnBackend", True), ("flashinfer_backend", "FlashInferAttnBackend", False),
+     ("torch_native_backend", "TorchNativeAttnBackend", False)],
+)  # fmt: skip
+def test_stock_backends_that_take_sinks(room, name, takes):
+    from packinfer_sgl.serving.layers import UnsupportedModel, check_base
+
+    backend = getattr(importlib.import_module(f"sglang.srt.layers.attention.{room}"), name)
+    model, attention = torch.nn.Sequential(), torch.nn.Module()
+    attention.attn = layer_and_pools()[0]()
+    model.append(attention)
+    check_base(backend, name, model)  # nobody asks for sinks
+    attention.sinks = torch.nn.Parameter(torch.zeros(4))
+    if takes:
+        check_base(backend, name, model)
+        return
+    with pytest.raises(
+        UnsupportedModel, match=f"packinfer: Sequential has attention sinks, which SGLang's {name} does"
+    ):
+        check_base(backend, name, model)
+
+
+@pytest.mark.parametrize(
+    ("qo_heads", "kv_heads", "head_dim", "reason"),
+    [(64, 2, 128, None), (64, 2, 64, None), (16, 1, 256, None), (33, 1, 128, "group_size"), (17, 1, 256, "group_size"),
+     (8, 8, 80, "head_dim")],
+)  # fmt: skip
+def test_shapes_on_a_gpu(qo_heads, kv_heads, head_dim, reason):
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from packinfer_sgl.serving.layers import layer_reason
+
+    pool = layer_and_pools()[1](torch.bfloat16)
+    pool.device = "cuda"
+    assert layer_reason(RadixAttention(qo_heads, head_dim, 0.25, num_kv_heads=kv_heads, layer_id=1), pool) == reason
 
 
 @pytest.mark.parametrize("kind", ["windowed", "linear"])

@@ -49,6 +49,7 @@ class Case:
     req_to_token: torch.Tensor
     pool_rows: torch.Tensor
     soft_cap: float
+    sinks: torch.Tensor | None  # [query heads]
     v_scale: float
 
     @property
@@ -77,12 +78,14 @@ def random_case(
     window_left: int = -1,
     max_inline_tail_tokens: int = 0,
     tiles: tuple[Tile, ...] | None = None,
+    sinks: torch.dtype | None = None,
 ) -> Case:
     """Rows of which neighbours ``i`` and ``i + 1`` share ``shared[i]`` tokens, each with a tail of its own.
 
     All KV that no row holds is NaN. Slots are scattered, page by page. With ``shares`` rows that share nothing are
     divided among so many programs. With ``new`` the batch is an extend: each row's last so many tokens are queries,
     which see no later token, and none that lies more than ``window_left`` (if that is not -1) before their own.
+    ``sinks``: the type of those of the layer; one hides all tokens, one is so low that it does not count.
     ``kv_dtype``: that of the queries, if not another. Values count times ``v_scale``.
     """
     rng = np.random.default_rng(seed)
@@ -120,8 +123,13 @@ def random_case(
         see_from = np.maximum(position - window_left, 0) if window_left >= 0 else np.zeros_like(position)
         visible = see_from, position + 1
     q = torch.randn(sum(q_lens), kv_heads * group, head_dim, generator=generator)
+    layer_sinks = None
+    if sinks is not None:
+        layer_sinks = torch.randn(kv_heads * group, generator=generator) * 3 + 2
+        layer_sinks[0], layer_sinks[-1] = 40.0, -200.0
     kv_dtype = kv_dtype or dtype
-    tiles = tiles or tiles_for(head_dim, torch.device(device), new is not None, kv_bytes=kv_dtype.itemsize)
+    on = torch.device(device)
+    tiles = tiles or tiles_for(head_dim, on, new is not None, group_size=group, kv_bytes=kv_dtype.itemsize)
     tile_queries = tuple(max(1, tile.rows // group) for tile in tiles)
     if shares:  # an item costs as much as a token besides its own, so nearly any cut pays
         timings = [SplitTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]
@@ -149,6 +157,7 @@ def random_case(
         req_to_token=torch.from_numpy(table).to(device),
         pool_rows=torch.from_numpy(pool_row).long().to(device),
         soft_cap=soft_cap,
+        sinks=None if layer_sinks is None else layer_sinks.to(device, sinks),
         v_scale=v_scale,
     )
 
@@ -172,6 +181,10 @@ def brute_force(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
             see_from, see_to = (torch.from_numpy(x[mine])[:, None, None] for x in case.visible)
             position = torch.arange(len(slots))
             logits = logits.masked_fill((position < see_from) | (position >= see_to), -torch.inf)
+        if case.sinks is not None:  # one more token, without a value, that all see
+            sink = case.sinks.double().cpu()[None, :, None].expand(count, -1, 1)
+            logits = torch.cat([logits, sink], -1)
+            values = torch.cat([values, torch.zeros_like(values[:1])])
         outs.append(torch.einsum("qhl,lhd->qhd", logits.softmax(-1), values))
         lses.append(logits.logsumexp(-1) / np.log(2))
     return torch.cat(outs), torch.cat(lses)
@@ -203,6 +216,6 @@ def run_packed(case: Case, out: torch.Tensor | None = None) -> tuple[torch.Tenso
     packed.run(
         case.q, case.k, case.v, case.kv_lens,
         sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap, v_scale=case.v_scale, page_size=page_size,
-        windowed=case.visible is not None, out=out, lse2=lse2,
+        windowed=case.visible is not None, sinks=case.sinks, out=out, lse2=lse2,
     )  # fmt: skip
     return out, lse2

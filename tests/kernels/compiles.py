@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from packinfer_sgl.kernels.copy_slots import SlotCopier
-from packinfer_sgl.kernels.tiles import EXTEND_TILES, FP8_EXTEND_TILES
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, FP8_EXTEND_TILES, WIDE_TILES
 from packinfer_sgl.planning.fitting import Capacity
 
 DTYPE = {64: torch.float16, 128: torch.bfloat16, 256: torch.bfloat16}
@@ -64,21 +64,26 @@ def main() -> None:
     JITFunction.run = compile_only
     for (head_dim, dtype), kv_dtype in itertools.product(DTYPE.items(), (None, FP8)):
         extend = (EXTEND_TILES if kv_dtype is None else FP8_EXTEND_TILES).get(head_dim)
-        for rows, new, tiles in ((3, None, None), (40, None, None), (3, [5] * 3, extend), (3, [5] * 3, None)):
+        kinds = [(3, None, None, 4), (40, None, None, 4), (3, [5] * 3, extend, 4), (3, [5] * 3, None, 4)]
+        if head_dim in WIDE_TILES:
+            kinds[:0] = [(3, None, None, 32), (40, None, None, 32), (3, [5] * 3, extend, 32)]
+        for rows, new, tiles, group in kinds:
             windowed = new is not None
-            what = {"head_dim": head_dim, "fp8": kv_dtype is FP8, "windowed": windowed}
-            shape = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype, "tiles": tiles}
+            what = {"head_dim": head_dim, "fp8": kv_dtype is FP8, "windowed": windowed, "group": group}
+            shape = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype, "tiles": tiles, "group": group}
             case = random_case(0, shared=[40] * (rows - 1), tails=[5] * rows, new=new, **shape)
             packed = make_packed(case, Capacity.of(case.plan))
             packed._pdl = packed._is_hopper = True
             packed.load(case.plan)
             packed.snapshot(case.req_to_token, case.pool_rows)
             packed.append(case.kv_lens, case.kv_lens)
-            packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed)
+            for sinks in (None, torch.zeros(case.q.shape[1], dtype=torch.bfloat16)):
+                what["sinks"] = sinks is not None
+                packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed, sinks=sinks)
             if tiles is not None:
-                out = torch.empty_like(case.q, dtype=torch.float32)
+                out, what["sinks"] = torch.empty_like(case.q, dtype=torch.float32), False
                 packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=windowed, out=out)
-        what["windowed"] = True
+        what = {"head_dim": head_dim, "fp8": kv_dtype is FP8, "windowed": True, "group": 4}
         mask = torch.ones(40, dtype=torch.bool), torch.zeros(len(case.q), dtype=torch.int64)
         packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, windowed=True, mask=mask)
         what["windowed"] = False

@@ -71,8 +71,9 @@ class Shared:
     def index(self, i: Any) -> Shared:
         return Shared(self.array[int(i)])
 
-    def slice(self, start: int, length: int) -> Shared:
-        return Shared(self.array[start : start + length])
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        part = slice(start, start + length)
+        return Shared(self.array[(slice(None),) * dim + (part,)])
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.array.transpose(order))
@@ -297,8 +298,9 @@ class Machine:
             self._note("QK begins", a.array)
         return Product(a, b, acc, use_acc)
 
-    def _mma_wait(self, n: int, deps: list[Product]) -> Tensor:
+    def _mma_wait(self, n: int, deps: list[Product]) -> Tensor | tuple[Tensor, ...]:
         self.schedule.pause()
         if len(deps[0].shared) == 2:
             self._note("QK is done", deps[0].shared[0])
-        return deps[0].result()
+        results = tuple(product.result() for product in deps)
+        return results[0] if len(deps) == 1 else results

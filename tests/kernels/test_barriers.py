@@ -22,7 +22,7 @@ from interleaving import Fault
 
 from packinfer_sgl.kernels import columns, device_plan
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.reference import merge_states
+from packinfer_sgl.kernels.reference import merge_states, with_sinks
 from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.planning.fitting import Capacity
 
@@ -44,6 +44,13 @@ TILES = {
     "extend": EXTEND, "decode": DECODE, "extend of FP8": (replace(EXTEND[0], raw_stages=1, tokens=64),),
     "decode of FP8": (replace(DECODE[0], stages=2, raw_stages=3),),
 }  # fmt: skip
+# at head_dim 256
+OTHERS = {
+    "extend": (replace(EXTEND[0], q_stages=1),),
+    "decode": (replace(DECODE[0], out_parts=2),),
+    "extend of FP8": (replace(EXTEND[0], raw_stages=1, tokens=64, q_stages=1),),
+    "decode of FP8": (replace(DECODE[0], stages=2, raw_stages=3, out_parts=2),),
+}
 HEAD_DIM = 16
 # In which modules the protocol is changed: of FP8 KV what differs.
 MODULES = {
@@ -107,7 +114,8 @@ class Launch:
             page_size = case.k.shape[1] if case.k.dim() == 4 else 1
             packed.run(
                 case.q, case.k, case.v, case.kv_lens, sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap,
-                v_scale=case.v_scale, page_size=page_size, windowed=case.visible is not None, out=out, lse2=lse2,
+                v_scale=case.v_scale, page_size=page_size, windowed=case.visible is not None, sinks=case.sinks, out=out,
+                lse2=lse2,
             )  # fmt: skip
         if self.module == "attention_hopper_extend":
             check_stagger(machine.events)
@@ -137,6 +145,8 @@ def check(launch: Launch, seed: int, dtype: torch.dtype = torch.float16) -> None
         indptr = torch.from_numpy(plan.merge_indptr).long()
         indptr = torch.cat([indptr[:1], indptr[plan.merged + 1]])
         of_merged = merge_states(part_out, part_lse2, torch.arange(plan.n_partials), indptr)
+        if launch.case.sinks is not None:
+            of_merged = with_sinks(*of_merged, launch.case.sinks)
         out[plan.merged], lse2[plan.merged] = of_merged[0].to(dtype), of_merged[1]
     expected, expected_lse2 = brute_force(launch.case)
     torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
@@ -158,14 +168,19 @@ def test_decode_equals_brute_force(seed: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("more", [{"page_size": 16}, {"soft_cap": 2.0}, {"group": 5}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"page_size": 16}, {"soft_cap": 2.0}, {"group": 5}, {"group": 32}, {"sinks": torch.float32}], ids=str
+)
 def test_pages_caps_and_groups(kind: str, more: dict[str, Any]) -> None:
     check(Launch(kind, BATCHES[kind], **more), 0)
 
 
+@pytest.mark.parametrize("tiles", ["as at 128", "as at 256"])
 @pytest.mark.parametrize("kind", BATCHES)
-def test_the_order_does_not_matter(kind: str) -> None:
-    launch, machine = Launch(kind, BATCHES[kind]), Machine()
+def test_the_order_does_not_matter(kind: str, tiles: str) -> None:
+    more = {"tiles": OTHERS[kind]} if tiles == "as at 256" else {}
+    launch, machine = Launch(kind, {**BATCHES[kind], **more}), Machine()
+    check(launch, 0)
     right = launch.run(machine, 0)
     for seed in range(1, 12):
         assert all(same_bits(a, b) for a, b in zip(launch.run(machine, seed), right, strict=True))

@@ -26,17 +26,28 @@ def test_every_kernel_compiles_for_hopper() -> None:
     assert [kernel for kernel in found if kernel["shared_bytes"] > SHARED_BYTES] == []
     # the tuned ones keep everything in registers, but for a number of the thread that masked blocks read
     extend = [kernel for kernel in found if kernel["kernel"] == "packed_attention_extend_kernel"]
-    tuned = [kernel for kernel in found if kernel["head_dim"] < 256 and not kernel["windowed"]] + extend
-    tuned += [kernel for kernel in found if kernel["head_dim"] == 256 and "hopper" in kernel["kernel"]]
-    assert tuned[-1]["fp8"]
+    of_decode = ("packed_attention_kernel", "packed_attention_hopper_kernel", "merge_kernel")
+    tuned = [kernel for kernel in found if kernel["kernel"] in of_decode and not kernel["windowed"]] + extend
     assert len(tuned) >= 20 and {(kernel["head_dim"], kernel["fp8"]) for kernel in extend} == {
-        (64, False), (128, False), (64, True), (128, True)
+        (64, False), (128, False), (256, False), (64, True), (128, True)
     }  # fmt: skip
-    assert [kernel for kernel in tuned if kernel["stack_bytes"] > allowed_stack(kernel)] == []
+    assert len([kernel for kernel in tuned if kernel.get("sinks")]) >= 10
+    assert {kernel["head_dim"] for kernel in tuned if kernel["group"] == 32} == {64, 128}
+    assert [kernel for kernel in tuned if kernel["stack_bytes"] > _stack_bytes(kernel)] == []
 
 
-def allowed_stack(kernel: dict) -> int:
+def _stack_bytes(kernel: dict) -> int:
+    """How much may lie on the stack. With sinks there is a pointer more: Triton 3.6 has no register for it in tiles of
+    16 rows. At head_dim 256 a few offsets of the extend kernel's producer lie there, too."""
     if kernel["kernel"] == "packed_attention_extend_kernel":
-        return 0 if kernel["fp8"] else 8
-    # values of 8 bits are read from shared memory byte by byte: at 128 registers Triton 3.6 spills six of them
-    return 24 if kernel["kernel"] == "packed_attention_kernel" and kernel["fp8"] else 0
+        return 8 if kernel["head_dim"] < 256 else 48
+    if kernel["kernel"] == "packed_attention_kernel":
+        # values of 8 bits are read from shared memory byte by byte: at 128 registers Triton 3.6 spills six of them
+        return (
+            (24 if kernel["group"] <= 16 else 112)
+            if kernel["fp8"]
+            else 16
+            if kernel.get("sinks") and kernel["group"] <= 16
+            else 0
+        )
+    return 0

@@ -9,7 +9,6 @@ import pytest
 import torch
 from cases import EXTENDS, brute_force, make_packed, random_case, run_packed
 
-from packinfer_sgl.kernels.tiles import FP8_TILES
 from packinfer_sgl.planning.fitting import Capacity
 
 pytestmark = pytest.mark.gpu
@@ -24,9 +23,9 @@ def check(case, out: torch.Tensor, lse2: torch.Tensor) -> None:
     torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=2e-3, atol=2e-3)
 
 
-SHAPES = [(group, 128, torch.bfloat16) for group in (1, 2, 4, 5, 6, 7, 8, 16)]
+SHAPES = [(group, 128, torch.bfloat16) for group in (1, 2, 4, 5, 6, 7, 8, 16, 32)]
 SHAPES += [(4, 128, torch.float16), (4, 64, torch.bfloat16), (4, 64, torch.float16)]
-SHAPES += [(4, 256, torch.bfloat16), (4, 256, torch.float16)]
+SHAPES += [(32, 64, torch.bfloat16), (4, 256, torch.bfloat16), (4, 256, torch.float16)]
 
 
 @pytest.mark.parametrize(("group", "head_dim", "dtype"), SHAPES)
@@ -48,6 +47,24 @@ def test_random_trees(group: int, head_dim: int, dtype: torch.dtype, page_size: 
             soft_cap=soft_cap,
         )
         check(case, *run_packed(case))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.bfloat16], ids=["", "sinks"])
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 64), (1, 128), (2, 64), (2, 128)])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"shared": [1000] * 30, "tails": [*range(1, 311, 10)], "max_split_tokens": 1 << 30},
+        {"shared": [0] * 30, "tails": [*range(1, 3100, 100)], "shares": 41},
+        {"shared": [600] * 9, "tails": [90] * 10, "new": [70, 90] * 5, "max_split_tokens": 256},
+        {"shared": [1000] * 15, "tails": [*range(4, 164, 10)], "new": [4] * 16, "max_split_tokens": 300},
+    ],
+    ids=["decode", "decode, nothing shared", "extend", "verify"],
+)
+def test_32_query_heads_of_a_kv_head(batch, kv_heads: int, head_dim: int, sinks: torch.dtype | None) -> None:
+    shape = {"group": 32, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": torch.bfloat16, "sinks": sinks}
+    case = random_case(3, device="cuda", **shape, **batch)
+    check(case, *run_packed(case))
 
 
 @pytest.mark.parametrize(
@@ -85,115 +102,6 @@ def test_equal_shares(shares: int) -> None:
         check(case, *run_packed(case))
 
 
-FP8 = torch.float8_e4m3fn
-# Group, head dimension, dtype of the queries, page size, soft cap. Keys and values are converted exactly, and bf16
-# queries to float16; P is float16, too. So with bf16 queries their output is what is rounded most.
-FP8_SHAPES = [
-    (1, 128, torch.bfloat16, 1, 0.0),
-    (4, 128, torch.bfloat16, 16, 20.0),
-    (5, 128, torch.bfloat16, 1, 0.0),
-    (8, 128, torch.float16, 1, 0.0),
-    (16, 128, torch.bfloat16, 16, 0.0),
-    (4, 64, torch.bfloat16, 1, 20.0),
-    (8, 64, torch.float16, 16, 0.0),
-    (6, 256, torch.bfloat16, 1, 0.0),
-    (8, 256, torch.bfloat16, 16, 20.0),
-]
-FP8_TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 2e-3}
-
-
-def check_fp8(case, out: torch.Tensor, lse2: torch.Tensor) -> None:
-    expected, expected_lse2 = brute_force(case)
-    error = (out.double().cpu() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    assert float(torch.nan_to_num(error, nan=9.0).max()) < FP8_TOLERANCE[case.q.dtype]
-    torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=2e-3, atol=2e-3)
-
-
-def fp8_case(seed: int, shape: tuple, **more):
-    group, head_dim, dtype, page_size, soft_cap = shape
-    return random_case(
-        seed, group=group, head_dim=head_dim, dtype=dtype, page_size=page_size, soft_cap=soft_cap, kv_dtype=FP8,
-        v_scale=0.75, device="cuda", **more,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("shape", FP8_SHAPES, ids=str)
-def test_random_trees_of_fp8_kv(shape: tuple) -> None:
-    for seed in range(8):
-        rng = np.random.default_rng(seed * 100 + shape[0])
-        n = int(rng.integers(1, 70))
-        case = fp8_case(
-            seed,
-            shape,
-            shared=[int(x) for x in rng.choice([0, 16, 64, 160, 320], n - 1)],
-            tails=[int(x) for x in rng.integers(1, 300, n)],
-            max_split_tokens=int(rng.choice([64, 100, 1 << 30])),
-        )
-        check_fp8(case, *run_packed(case))
-
-
-@pytest.mark.parametrize("shape", FP8_SHAPES, ids=str)
-@pytest.mark.parametrize("name", EXTENDS)
-def test_extends_of_fp8_kv(name: str, shape: tuple) -> None:
-    case = fp8_case(1, shape, **{"max_split_tokens": 300, **EXTENDS[name]})
-    check_fp8(case, *run_packed(case))
-
-
-@pytest.mark.parametrize("shape", FP8_SHAPES, ids=str)
-def test_equal_shares_of_fp8_kv(shape: tuple) -> None:
-    tails = [int(x) for x in np.exp(np.random.default_rng(0).uniform(0, 8, 30))]
-    case = fp8_case(0, shape, shared=[0] * 29, tails=tails, shares=41)
-    check_fp8(case, *run_packed(case))
-
-
-@pytest.mark.parametrize("shape", FP8_SHAPES, ids=str)
-def test_masks_of_fp8_kv(shape: tuple) -> None:
-    """Flags that hide what a causal mask hides: the Triton kernel with a mask agrees with the extend."""
-    tails = [40, 130, 7]
-    case = fp8_case(2, shape, shared=[0, 0], tails=tails, new=tails, max_split_tokens=64, tiles=FP8_TILES[shape[1]])
-    packed = make_packed(case, Capacity.of(case.plan))
-    packed.load(case.plan)
-    packed.snapshot(case.req_to_token, case.pool_rows)
-    flags, starts = [], []
-    for length in tails:
-        starts += [sum(len(x) for x in flags) + i * length for i in range(length)]
-        flags.append(torch.ones(length, length, dtype=torch.bool).tril().reshape(-1))
-    mask = torch.cat(flags).cuda(), torch.tensor(starts, device="cuda")
-    out, lse2 = packed.run(
-        case.q, case.k, case.v, case.kv_lens, sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap,
-        v_scale=case.v_scale, page_size=shape[3], windowed=True, mask=mask,
-    )  # fmt: skip
-    check_fp8(case, out, lse2)
-
-
-@pytest.mark.parametrize("new", [None, [50] * 41], ids=["decode", "extend"])
-@pytest.mark.parametrize("shape", [FP8_SHAPES[0], FP8_SHAPES[3], FP8_SHAPES[5], FP8_SHAPES[7]], ids=str)
-def test_graphs_of_fp8_kv_are_repeatable(shape: tuple, new: list[int] | None) -> None:
-    case = fp8_case(2, shape, shared=[300] * 40, tails=[50] * 41, max_split_tokens=64, new=new)
-    packed = make_packed(case, Capacity.of(case.plan))
-    packed.load(case.plan)
-    packed.snapshot(case.req_to_token, case.pool_rows)
-    out, lse2 = torch.empty_like(case.q), torch.empty(case.q.shape[:2], device="cuda")
-
-    def run() -> None:
-        packed.run(
-            case.q, case.k, case.v, case.kv_lens, sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap,
-            v_scale=case.v_scale, windowed=new is not None, out=out, lse2=lse2,
-        )  # fmt: skip
-
-    run()
-    check_fp8(case, out, lse2)
-    first = out.clone(), lse2.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for _ in range(20):
-        out.fill_(float("nan"))
-        lse2.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(out, first[0]) and torch.equal(lse2, first[1])
-
-
 EXTEND_SHAPES = [
     (1, 128, torch.bfloat16, 1, 0.0),
     (3, 128, torch.bfloat16, 1, 0.0),
@@ -205,6 +113,8 @@ EXTEND_SHAPES = [
     (4, 64, torch.bfloat16, 1, 0.0),
     (5, 64, torch.float16, 16, 20.0),
     (4, 256, torch.bfloat16, 1, 0.0),
+    (32, 128, torch.bfloat16, 1, 0.0),
+    (32, 64, torch.bfloat16, 16, 20.0),
 ]
 
 
@@ -239,6 +149,59 @@ def test_random_extends(group: int, head_dim: int, dtype: torch.dtype, page_size
             soft_cap=soft_cap,
         )
         check(case, *run_packed(case))
+
+
+# Of which rows are written by one item, and which are merged from a few partial results, or from many.
+SINK_BATCHES = {
+    "direct": {"shared": [0] * 20, "tails": [90] * 21, "max_split_tokens": 1 << 30},
+    "few partial results": {"shared": [300] * 20, "tails": [30] * 21, "max_split_tokens": 1 << 30},
+    "many partial results": {"shared": [900] * 20, "tails": [500] * 21, "max_split_tokens": 64},
+    "one row": {"shared": [], "tails": [4000], "max_split_tokens": 100},
+    "equal shares": {"shared": [0] * 20, "tails": [90, 2000, 5] * 7, "shares": 41},
+    "an extend": {"shared": [0] * 6, "tails": [1, 31, 33, 64, 130, 257, 4], "new": [1, 31, 33, 64, 130, 257, 4],
+                  "max_split_tokens": 1 << 30},
+    "few listed": {"shared": [300] * 15, "tails": [20] * 16, "new": [20] * 16, "max_split_tokens": 1 << 30},
+    "many listed": {"shared": [900, 0, 900], "tails": [400] * 4, "new": [70] * 4, "max_split_tokens": 100},
+    "riding tails": EXTENDS["riding tails"],
+    "window": {**EXTENDS["window"], "max_split_tokens": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 20.0], ids=["", "soft cap"])
+@pytest.mark.parametrize("sinks", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("group", "head_dim"), [(8, 64), (4, 128), (16, 128), (8, 256)])
+@pytest.mark.parametrize("name", SINK_BATCHES)
+def test_sinks(name: str, group: int, head_dim: int, sinks: torch.dtype, soft_cap: float) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        shape = {"group": group, "head_dim": head_dim, "dtype": dtype, "soft_cap": soft_cap, "sinks": sinks}
+        case = random_case(1, device="cuda", **shape, **SINK_BATCHES[name])
+        check(case, *run_packed(case))
+        if dtype == torch.bfloat16 and sinks == torch.bfloat16:  # what a graph holds is the address of the sinks
+            check_graph(case)
+
+
+def check_graph(case) -> None:
+    packed = make_packed(case, Capacity.of(case.plan))
+    packed.load(case.plan)
+    packed.snapshot(case.req_to_token, case.pool_rows)
+    out, lse2 = torch.empty_like(case.q), torch.empty(case.q.shape[:2], device="cuda")
+
+    def run() -> None:
+        packed.run(
+            case.q, case.k, case.v, case.kv_lens, sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap,
+            windowed=case.visible is not None, sinks=case.sinks, out=out, lse2=lse2,
+        )  # fmt: skip
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for factor in (1, -0.5):
+        case.sinks.mul_(factor)
+        out.fill_(float("nan"))
+        graph.replay()
+        check(case, out, lse2)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from cases import EXTENDS, brute_force, make_packed, random_case, run_packed
 
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Col
+from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 
@@ -33,10 +33,17 @@ CASES = {
     "group of 7": {"shared": [40, 20, 0], "tails": [4, 9, 2, 1], "group": 7},
     "group of 1": {"shared": [65] * 20, "tails": [2] * 21, "group": 1},
     "group of 16": {"shared": [40, 40], "tails": [4, 9, 2], "group": 16, "kv_heads": 1},
+    "group of 17": {"shared": [65] * 3, "tails": [2, 40, 3, 1], "group": 17, "kv_heads": 1},
+    "group of 32": {"shared": [65, 0, 70], "tails": [2, 40, 3, 1], "group": 32},
+    "group of 32, head_dim 128": {"shared": [65, 0], "tails": [2, 40, 3], "group": 32, "kv_heads": 1, "head_dim": 128},
     "head_dim 128": {"shared": [40, 40], "tails": [4, 9, 2], "head_dim": 128, "dtype": torch.float16},
     "head_dim 256": {"shared": [40, 40], "tails": [4, 9, 2], "head_dim": 256, "dtype": torch.float16},
     "pages of 16": {"shared": [48, 16], "tails": [4, 9, 2], "page_size": 16},
     "soft cap": {"shared": [40, 40], "tails": [4, 9, 2], "soft_cap": 0.7},
+    "sinks": {"shared": [40, 20, 0], "tails": [4, 9, 2, 1], "sinks": torch.float32},
+    "sinks and a soft cap": {"shared": [40, 40], "tails": [4, 9, 2], "soft_cap": 0.7, "sinks": torch.float16},
+    "sinks behind pieces": {"shared": [400, 0], "tails": [4, 290, 2], "sinks": torch.float32},
+    "sinks of shares": {"shared": [0] * 4, "tails": [5, 133, 1, 70, 2], "shares": 3, "sinks": torch.float32},
     "float16": {"shared": [40, 20, 0], "tails": [4, 9, 2, 1], "dtype": torch.float16},
     "FP8 KV": {"shared": [40, 20, 0], "tails": [4, 9, 2, 1], "dtype": torch.float16, "kv_dtype": FP8, "v_scale": 0.75},
     "FP8 KV in shares": {"shared": [0] * 2, "tails": [5, 73, 1], "shares": 3, "dtype": torch.float16, "kv_dtype": FP8,
@@ -67,15 +74,38 @@ def test_extends_of_fp8_kv_equal_brute_force() -> None:
     torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("sinks", [None, torch.float32], ids=["", "sinks"])
 @pytest.mark.parametrize("name", EXTENDS)
-def test_extends_equal_brute_force(name: str) -> None:
+def test_extends_equal_brute_force(name: str, sinks: torch.dtype | None) -> None:
     dtype = torch.float16 if DEVICE == "cuda" else torch.float32
-    case = random_case(0, device=DEVICE, dtype=dtype, kv_heads=1, **EXTENDS[name])
+    case = random_case(0, device=DEVICE, dtype=dtype, kv_heads=1, sinks=sinks, **EXTENDS[name])
     out, lse2 = run_packed(case)
     expected, expected_lse2 = brute_force(case)
     tolerance = 2e-3 if dtype == torch.float16 else 2e-6
     torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse2.double().cpu(), expected_lse2, rtol=tolerance, atol=tolerance)
+
+
+def test_sinks_are_the_only_token_of_who_sees_nothing() -> None:
+    case = random_case(0, device=DEVICE, shared=[40], tails=[3, 5], dtype=torch.float16, sinks=torch.float32)
+    seen_by_nobody = dataclasses.replace(case, plan=empty_items(case.plan))
+    out, lse2 = run_packed(seen_by_nobody)
+    assert torch.equal(out, torch.zeros_like(out))
+    torch.testing.assert_close(lse2, (case.sinks / np.log(2)).expand_as(lse2))
+
+
+def empty_items(plan: Plan) -> Plan:
+    """The same without a KV token in any item."""
+    items = plan.items.copy()
+    items[:, [Col.A_LEN, Col.B_LEN]], items[:, Col.OPEN_ROW] = 0, -1
+    return dataclasses.replace(plan, items=items)
+
+
+@pytest.mark.parametrize("sinks", [torch.zeros(7), torch.zeros(8, 1), torch.zeros(8, dtype=torch.int32)], ids=str)
+def test_sinks_of_another_shape_are_refused(sinks: torch.Tensor) -> None:
+    case = random_case(0, device=DEVICE, shared=[40], tails=[3, 5], dtype=torch.float16)
+    with pytest.raises(ValueError, match="sinks must be one float32, float16 or bfloat16 for each of 8 query heads"):
+        run_packed(dataclasses.replace(case, sinks=sinks.to(DEVICE)))
 
 
 def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:

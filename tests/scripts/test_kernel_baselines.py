@@ -9,8 +9,8 @@ import fake_attention
 import pytest
 import torch
 from bench.kernel_baselines import baselines
+from bench.kernel_inputs import Inputs
 from bench.kernel_report import family
-from bench.kernel_workloads import Inputs
 from test_kernel_workloads import WORKLOADS, small
 
 FAMILIES = {"fa3", "fi", "cascade", "batch", "pod"}

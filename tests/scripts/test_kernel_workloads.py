@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from bench.kernel_workloads import HEAD_DIM, Inputs, Workload, ragged, workloads
+from bench.kernel_inputs import Inputs
+from bench.kernel_workloads import HEAD_DIM, Workload, ragged, workloads
 
 from packinfer_sgl.kernels.cpu_attention import PackedReference
 from packinfer_sgl.kernels.tiles import tile_policy
@@ -83,7 +84,7 @@ def test_a_new_token_sees_itself_and_what_came_before() -> None:
 
 
 def test_the_reference_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.kernel_workloads.SCORES", 12)  # several steps for a request
+    monkeypatch.setattr("bench.kernel_inputs.SCORES", 12)  # several steps for a request
     work = Workload("", 4, 2, [3], [[], [0], [0], [0]], [5, 4, 1, 2], [5, 3, 1, 1])
     x = Inputs(work, contiguous=False, device="cpu")
     shared = set(x.rows[1][:3].tolist())

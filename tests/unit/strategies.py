@@ -209,19 +209,25 @@ def attention64(
     seen: Sequence[Sequence[int]],
     sm_scale: float,
     logits_soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 attention of each query over the slots it sees, one query at a time: out and lse2."""
+    """float64 attention of each query over the slots it sees, one query at a time: out and lse2. With ``sinks`` [heads]
+    it sees one more token, whose logit that is and whose value is 0."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     lse2 = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
     group = q.shape[1] // k.shape[1]
     for i, slots in enumerate(seen):
-        if slots:
+        if slots or sinks is not None:
             keys = k[list(slots)].double().repeat_interleave(group, 1)
             values = v[list(slots)].double().repeat_interleave(group, 1)
             s = torch.einsum("hd,lhd->hl", q[i].double(), keys) * sm_scale
             if logits_soft_cap:
                 s = logits_soft_cap * torch.tanh(s / logits_soft_cap)
-            out[i] = torch.einsum("hl,lhd->hd", s.softmax(-1), values)
+            if sinks is not None:
+                s = torch.cat([s, sinks.double()[:, None]], 1)
+                values = torch.cat([values, torch.zeros(1, *values.shape[1:])])
+            weights = s.softmax(-1).masked_fill((s == -math.inf).all(-1, keepdim=True), 0.0)  # only a sink of -inf
+            out[i] = torch.einsum("hl,lhd->hd", weights, values)
             lse2[i] = s.logsumexp(-1) / math.log(2)
     return out, lse2
 

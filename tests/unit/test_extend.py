@@ -169,11 +169,12 @@ def test_a_batch_that_does_not_fit_shares_less() -> None:
     assert not extend.step(*batch.arguments()) and stats.packed_extends == 1
 
 
-def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch, has_sinks: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     k, v = (torch.full((4, SHAPE.kv_heads, SHAPE.head_dim), math.nan, dtype=torch.float16, device=device) for _ in "kv")
     k[0] = v[0] = 1
-    run, merge, ran, heads = PackedCuda.run, device_plan.merge_listed_kernel, [], []
+    run, merge, ran, heads, told = PackedCuda.run, device_plan.merge_listed_kernel, [], [], []
 
     class Merge:
         def __getitem__(self, grid: object) -> object:
@@ -184,15 +185,18 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         ran.append(
             (heads[-1], self._view["counts"][: len(self.tiles) + 1].diff().all().item(), self._n_merged == len(out))
         )
-        assert (out == 1).all()
+        told.append(more["sinks"])
+        assert has_sinks or (out == 1).all()
         return out, lse2
 
     monkeypatch.setattr(PackedCuda, "run", checked)
     monkeypatch.setattr(device_plan, "merge_listed_kernel", Merge())
     path = on_cuda(SHAPE, torch.zeros(1, 8, dtype=torch.int32, device=device), Stats()).extend(always=True)
-    cuda.warm_up(path.planner, path.runner, k, v, torch.float16, 0.0)  # type: ignore[arg-type]
+    forms = [torch.zeros(SHAPE.qo_heads, device=device)] if has_sinks else [None]
+    cuda.warm_up(path.planner, path.runner, k, v, torch.float16, 0.0, forms)  # type: ignore[arg-type]
     # programs of few queries merge one head each, of many all four; the interpreter's two multiprocessors are soon full
     assert ran == [(heads, True, True) for heads in ((1, 1, 4) if torch.cuda.is_available() else (4, 4, 4))]
+    assert told == forms * 3
 
 
 def test_what_fits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

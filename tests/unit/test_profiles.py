@@ -13,19 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packinfer_sgl.kernels.tiles import EXTEND_TILES, device_profile, policy_of, tile_policy
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, decode_tiles, device_profile, policy_of, tile_policy, tiles_for
 from packinfer_sgl.kernels.tiles import TILES as DECODE_TILES
 from packinfer_sgl.planning.batch import StepBatch, causal
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.device_profile import EXTEND_BLOCK, EXTEND_ROWS, DeviceProfile
+from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
 from packinfer_sgl.planning.schedule import makespan_us
-from packinfer_sgl.runners.cuda import extend_planner
-from packinfer_sgl.serving import layers
+from packinfer_sgl.runners.cuda import decode_planner, extend_planner
 
 SHAPE = AttentionShape(qo_heads=32, kv_heads=8, head_dim=128, kv_bytes=2)
 SMS = H200.multiprocessors
@@ -130,7 +130,8 @@ def test_products_grow_with_the_head_dimension() -> None:
     narrow = replace(SHAPE, head_dim=64)
     batch = Batch(0, 0, [512] * 16, [8192] * 16)
     assert 0.5 < model_us(batch.planned(shape=narrow), shape=narrow) / batch.packed_us() < 0.6
-    assert 0.5 < batch.stock_us(narrow) / batch.stock_us() < 0.6
+    known = replace(H200, extend_factor_64=1.0, stock_factor_64=1.0)
+    assert 0.5 < known.stock_extend_us(batch.q_lens, batch.kv_lens, narrow, SMS) / batch.stock_us() < 0.6
 
 
 def test_items_are_taken_from_a_queue() -> None:
@@ -217,6 +218,35 @@ def test_the_policy_follows_the_record() -> None:
     assert extend and extend[0].fixed_us == 5.0 and extend[0].dynamic == SHAPE.kv_heads
 
 
+@pytest.mark.parametrize(("head_dim", "most"), [(64, 32), (128, 32), (256, 16)])
+def test_a_small_tile_holds_a_token(head_dim: int, most: int) -> None:
+    for group in range(1, most + 1):
+        shape = AttentionShape(2 * group, 2, head_dim, 2)
+        small, policy = decode_tiles(head_dim, group)[-1], tile_policy(shape, torch.device("cpu"))
+        assert small.rows >= group and policy.tile_queries == (64 // group, small.rows // group)
+        assert policy.timings and policy.timings[1].fixed_us == H200.small_item_us
+        # spans are chosen by the tiles that will run them
+        cost = H200.decode_cost.for_group_size(group)
+        assert cost.small_rows == cost.small_as_rows == small.rows
+        assert cost.tiles(shape, 1) == (1, small.rows) and cost.tiles(shape, 64 // group)[0] == 1
+    message = f"head dimension {head_dim} knows up to {most} query heads of a KV head, not {most + 1}"
+    with pytest.raises(ValueError, match=message):
+        tiles_for(head_dim, torch.device("cpu"), group_size=most + 1)
+
+
+def test_rows_of_32_heads_grow_in_small_tiles() -> None:
+    """Items that grow, or that others follow, run on the Triton kernel only, which is that of small tiles."""
+    planner = decode_planner(
+        AttentionShape(64, 2, 128, 2), torch.device("cpu"), grouping="multi", limits=Capacity.unlimited()
+    )  # fmt: skip
+    tree = PrefixTree.from_neighbours(range(8), [4000] * 7)
+    lens = np.arange(4001, 4801, 100).astype(np.int32)
+    plan = planner.plan(StepBatch(np.ones(8, np.int32), lens, SimpleNamespace(prefix_tree=lambda: tree)))  # type: ignore[arg-type]
+    large, small = np.split(plan.plan.items, [plan.plan.class_indptr[1]])
+    assert len(large) and (large[:, Col.OPEN_ROW] < 0).all() and (large[:, Col.NEXT_ITEM] < 0).all()
+    assert large[:, Col.Q_CNT].max() == 2 and (small[:, Col.OPEN_ROW] >= 0).sum() == 8
+
+
 def test_on_a_cpu_only_copies_count() -> None:
     few, many = CPU.extend_cost(64).read_us(SHAPE, 1), CPU.extend_cost(64).read_us(SHAPE, 16)
     assert few == many and CPU.extend_cost(1 << 20).read_us(SHAPE, 1000) == few
@@ -230,17 +260,24 @@ def test_on_a_cpu_only_copies_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "logit_cap", "capability", "measured"),
-    [(128, 0.0, 9, True), (64, 0.0, 9, False), (256, 0.0, 9, False), (128, 30.0, 9, False), (128, 0.0, 10, False),
-     (128, 0.0, 8, False)],
+    ("head_dim", "factors", "known"),
+    [(128, {}, True), (64, {}, False), (256, {}, False), (256, {"extend_factor_256": 1.2}, False),
+     (256, {"extend_factor_256": 1.2, "stock_factor_256": 1.1}, True),
+     (64, {"extend_factor_256": 1.2, "stock_factor_256": 1.1}, False)],
 )  # fmt: skip
-def test_where_times_are_known(
-    monkeypatch: pytest.MonkeyPatch, head_dim: int, logit_cap: float, capability: int, measured: bool
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-    layer = SimpleNamespace(head_dim=head_dim, logit_cap=logit_cap)
-    for profile, known in ((H200, measured), (profile_for("NVIDIA X1"), False)):
-        monkeypatch.setattr(layers, "device_profile", lambda device, profile=profile: profile)
-        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-            pool, known_of_it = SimpleNamespace(dtype=dtype), known and dtype == torch.bfloat16
-            assert layers.is_measured(layer, pool, torch.device("cuda")) is known_of_it  # type: ignore[arg-type]
+def test_what_was_not_measured_goes_to_the_stock_backend(head_dim: int, factors: dict, known: bool) -> None:
+    nothing = dict.fromkeys(("extend_factor_64", "extend_factor_256", "stock_factor_64", "stock_factor_256"))
+    profile = replace(H200, **{**nothing, **factors})
+    shape = replace(SHAPE, head_dim=head_dim)
+    assert profile.knows(shape) is known and not replace(profile, is_measured=False).knows(shape)
+    us = profile.stock_extend_us(MIXED.q_lens, MIXED.kv_lens, shape, SMS)
+    assert (us > 0) is known
+    if factors.get("stock_factor_256") and known:
+        doubled = replace(profile, stock_factor_256=2.2, extend_factor_256=2.4)
+        assert doubled.stock_extend_us(MIXED.q_lens, MIXED.kv_lens, shape, SMS) > 1.3 * us
+        plan = MIXED.planned()
+        assert plan is not None
+        tile = TILES[0].rows, TILES[0].tokens
+        assert doubled.packed_extend_us(plan, shape, SMS, *tile) > 1.3 * profile.packed_extend_us(
+            plan, shape, SMS, *tile
+        )

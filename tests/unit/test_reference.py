@@ -24,7 +24,9 @@ from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.policy import TilePolicy
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # those of FlashInfer's own tests
-HEADS = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4, 5, 6, 7, 8]))  # KV heads, query heads of each
+SINK_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GROUPS = [1, 2, 4, 5, 6, 7, 8, 32]
+HEADS = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from(GROUPS))  # KV heads, query heads of each
 
 
 @contextmanager
@@ -68,16 +70,26 @@ def inputs(case: Case, kv_heads: int, group: int, head_dim: int, seed: int) -> t
     return q, k, v
 
 
-def check(case: Case, heads: tuple[int, int], head_dim: int, seed: int, cap: float = 0.0) -> None:
+def some_sinks(heads: tuple[int, int], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[heads], from such that hide all tokens to such that do not count."""
+    sinks = torch.randn(heads[0] * heads[1], generator=torch.Generator().manual_seed(seed)) * 3
+    sinks[seed % len(sinks)] = [200.0, -200.0, -math.inf][seed % 3]
+    return sinks.to(dtype)
+
+
+def check(
+    case: Case, heads: tuple[int, int], head_dim: int, seed: int, cap: float = 0.0, sinks: torch.Tensor | None = None
+) -> None:
     q, k, v = inputs(case, *heads, head_dim, seed)
+    how = {"sm_scale": head_dim**-0.5, "logits_soft_cap": cap, "sinks": sinks}
     plan = case.plan()
     ready = packed(case, plan)
-    want = attention64(q, k, v, seen_slots(case), head_dim**-0.5, cap)
-    assert_close(meant(case, plan, q, k, v, sm_scale=head_dim**-0.5, logits_soft_cap=cap), want, 1e-5)
+    want = attention64(q, k, v, seen_slots(case), head_dim**-0.5, cap, sinks)
+    assert_close(meant(case, plan, q, k, v, **how), want, 1e-5)
     with poisoned_empty():
-        assert_close(ready.run(q, k, v, sm_scale=head_dim**-0.5, logits_soft_cap=cap), want, 1e-5)
+        assert_close(ready.run(q, k, v, **how), want, 1e-5)
         out = torch.empty_like(q)
-        written, lse2 = ready.run(q, k, v, sm_scale=head_dim**-0.5, logits_soft_cap=cap, out=out)
+        written, lse2 = ready.run(q, k, v, **how, out=out)
     assert written is out and lse2.dtype == torch.float32
     assert_close((out, lse2), want, 1e-5)
 
@@ -86,6 +98,24 @@ def check(case: Case, heads: tuple[int, int], head_dim: int, seed: int, cap: flo
 @given(cases(), HEADS, st.integers(0, 999), st.sampled_from([0.0, 0.0, 1.5, 30.0]))
 def test_attention(case: Case, heads: tuple[int, int], seed: int, cap: float) -> None:
     check(case, heads, 64, seed, cap)
+
+
+@settings(max_examples=200)
+@given(cases(), HEADS, st.integers(0, 999), st.sampled_from([0.0, 0.0, 1.5]), st.sampled_from(SINK_DTYPES))
+def test_sinks(case: Case, heads: tuple[int, int], seed: int, cap: float, dtype: torch.dtype) -> None:
+    check(case, heads, 64, seed, cap, some_sinks(heads, seed, dtype))
+
+
+@given(some_see_nothing(), HEADS, st.integers(0, 999))
+def test_sinks_of_queries_that_see_nothing(case: Case, heads: tuple[int, int], seed: int) -> None:
+    check(case, heads, 64, seed, sinks=some_sinks(heads, seed))
+
+
+@pytest.mark.parametrize("sinks", [torch.zeros(3), torch.zeros(2, 1), torch.zeros(2, dtype=torch.float64)], ids=str)
+def test_sinks_of_another_shape_are_refused(sinks: torch.Tensor) -> None:
+    case = Case([[0, 1]], *[tree_of([[0, 1]])] * 2, TilePolicy((8, 1), 8), None, [0], None, 0)
+    with pytest.raises(ValueError, match="sinks must be one float32, float16 or bfloat16 for each of 2 query heads"):
+        packed(case, case.plan()).run(*inputs(case, 1, 2, 64, 0), sm_scale=1.0, sinks=sinks)
 
 
 @settings(max_examples=20)

@@ -118,18 +118,24 @@ class Server:
             batch.num_padding = padding
         return batch
 
-    def attend(self, batch: Any, held: list[list[int]], new: int = 1) -> torch.Tensor:
-        """Run a layer; the largest error against brute force, and that padding comes out finite."""
+    def attend(
+        self, batch: Any, held: list[list[int]], new: int = 1, sinks: torch.Tensor | None = None, **said: Any
+    ) -> torch.Tensor:
+        """Run a layer; the largest error against brute force, and that padding comes out finite. ``said``: what the
+        backend is told instead of ``sinks``."""
         n = batch.batch_size * new
         q = torch.randn(n, SHAPE.qo_heads * SHAPE.head_dim, generator=torch.Generator().manual_seed(1)).half()
         k = v = torch.zeros(1)
-        out = self.backend.forward_decode(q.to(DEVICE), k, v, self.layer, batch, save_kv_cache=False).float().cpu()
+        told = said.get("said", sinks)
+        out = self.backend.forward_decode(q.to(DEVICE), k, v, self.layer, batch, save_kv_cache=False, sinks=told)
+        out = out.float().cpu()
         seen = [row[: len(row) - new + 1 + i] for row in held for i in range(new)]
         assert bool(out.isfinite().all())
         if not held:
             return torch.zeros(1)
         rows = q.view(n, SHAPE.qo_heads, SHAPE.head_dim)[: len(seen)]
-        expected = attention64(rows, self.k.cpu(), self.v.cpu(), seen, 0.2)[0]
+        sinks = None if sinks is None else sinks.cpu()
+        expected = attention64(rows, self.k.cpu(), self.v.cpu(), seen, 0.2, sinks=sinks)[0]
         return (out.view(n, SHAPE.qo_heads, SHAPE.head_dim)[: len(seen)] - expected).abs().max()
 
     def replay(self, held: list[list[int]], padding: int, requests: Any = None, new: int = 1) -> Any:
@@ -324,7 +330,7 @@ def test_an_eager_batch_that_fails_is_the_stock_backends(caplog: pytest.LogCaptu
         server.backend.init_forward_metadata(batch)
 
 
-@pytest.mark.parametrize("what", [{"sinks": torch.zeros(4)}, {}], ids=["an argument", "no keys"])
+@pytest.mark.parametrize("what", [{"score_mod": torch.zeros(4)}, {}], ids=["an argument", "no keys"])
 def test_a_call_that_the_kernels_do_not_take_is_the_stock_backends(what: dict[str, torch.Tensor]) -> None:
     server, held = Server(), behind(60, 2, 5)
     batch = server.batch(held)

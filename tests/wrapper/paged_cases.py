@@ -86,6 +86,7 @@ class Layer:
     sm_scale: float | None = None
     soft_cap: float | None = None
     run: dict[str, Any] = field(default_factory=dict)
+    sinks: torch.dtype | None = None
     cuda: bool = False  # for the CUDA kernels, in the interpreter without a GPU; they need a contiguous last dimension
 
     @property
@@ -142,6 +143,7 @@ def random_layer(rng: random.Random) -> Layer:
         sm_scale=rng.choice([None, None, 0.3]),
         soft_cap=rng.choice([None, None, 0.0, 2.5]),
         run=rng.choice([{}, {}, {"q_scale": 1.5, "k_scale": torch.tensor(0.5), "v_scale": 2.0}]),
+        sinks=rng.choice([None, None, torch.float32, torch.bfloat16]),
     )
 
 
@@ -173,13 +175,16 @@ def make_kv(batch: Batch, layer: Layer, seed: int) -> tuple[torch.Tensor, torch.
 
 
 def brute_force(
-    batch: Batch, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    batch: Batch, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and base-2 log-sum-exp in float64, request by request and head by head."""
     q, k, v = (x.double().cpu() for x in (q, k, v))
     scale = layer.head_dim**-0.5 if layer.sm_scale is None else layer.sm_scale
     scale *= float(layer.run.get("q_scale", 1)) * float(layer.run.get("k_scale", 1))
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
+    if sinks is not None:
+        sinks = sinks.double().cpu()
+        lse[:] = sinks / math.log(2)
     first = 0
     for row, q_len in enumerate(batch.q_lens):
         if batch.kv_lens[row]:
@@ -191,8 +196,12 @@ def brute_force(
                 if layer.soft_cap:
                     logits = layer.soft_cap * torch.tanh(logits / layer.soft_cap)
                 logits[hidden] = -math.inf
+                values = v[page, offset, kv_head]
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[head].expand(q_len, 1)], 1)
+                    values = torch.cat([values, torch.zeros(1, layer.head_dim)])
                 weight = torch.softmax(logits, -1).nan_to_num(0)  # a query that sees nothing
-                out[first : first + q_len, head] = weight @ v[page, offset, kv_head]
+                out[first : first + q_len, head] = weight @ values
                 lse[first : first + q_len, head] = torch.logsumexp(logits, -1) / math.log(2)
         first += q_len
     return out * layer.run.get("v_scale", 1), lse
@@ -279,8 +288,12 @@ def check(batch: Batch, layer: Layer, seed: int, planned: Wrapper | None = None,
     q = make_q(batch, layer, seed)
     k, v, cache = make_kv(batch, layer, seed)
     planned = make_wrapper(batch, layer, planned, packed=packed)
-    expected, expected_lse = brute_force(batch, layer, q, k, v)
-    out, lse = planned.run(q, cache, return_lse=True, **layer.run)
+    sinks = None
+    if layer.sinks is not None:
+        sinks = 2 + 2 * torch.randn(layer.qo_heads, generator=torch.Generator().manual_seed(seed))
+        sinks = sinks.to(layer.device, layer.sinks)
+    expected, expected_lse = brute_force(batch, layer, q, k, v, sinks)
+    out, lse = planned.run(q, cache, return_lse=True, sinks=sinks, **layer.run)
     assert out.dtype == (layer.o_dtype or layer.q_dtype) and lse.dtype == torch.float32
     bound = TOLERANCES[out.dtype]
     torch.testing.assert_close(out.double().cpu(), expected, rtol=bound, atol=bound)

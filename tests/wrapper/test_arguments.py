@@ -33,7 +33,6 @@ BOTH: dict[str, list[tuple[str, Any]]] = {
         ("o_data_type", torch.float64),
     ],
     RUN: [
-        ("sinks", X),
         ("skip_softmax_threshold_scale_factor", 1.0),
         ("kv_cache_sf", X),
         ("window_left", 3),
@@ -259,3 +258,13 @@ def test_a_deprecated_data_type_is_that_of_the_cache_only() -> None:
     planned = Decode(X)
     planned.begin_forward(int32([0, 1]), int32([0]), int32([1]), 1, 1, 8, 1, data_type=torch.float32)
     assert planned.run(torch.zeros(1, 1, 8).half(), torch.zeros(1, 2, 1, 1, 8)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("kind", [Decode, Prefill])
+@pytest.mark.parametrize("sinks", [torch.zeros(1), torch.zeros(2, 1), torch.zeros(2, dtype=torch.float64)], ids=str)
+def test_sinks_of_another_shape_are_refused(kind: type, sinks: torch.Tensor) -> None:
+    planned, q, cache = ready(kind)
+    with pytest.raises(ValueError, match="sinks must be one float32, float16 or bfloat16 for each of 2 query heads"):
+        planned.run(q, cache, sinks=sinks)
+    with pytest.raises(ValueError, match="sinks is on meta, the wrapper on cpu"):
+        planned.run(q, cache, sinks=torch.zeros(2, device="meta"))

@@ -93,6 +93,7 @@ LAYERS = [
         ((5, 2), 128, ("NHD", False), torch.bfloat16, 2.5, {}),
         ((7, 1), 64, ("HND", False), torch.float16, None, {}),
         ((16, 2), 64, ("NHD", True), torch.bfloat16, None, {"v_scale": 2.0}),
+        ((32, 2), 128, ("NHD", True), torch.bfloat16, None, {}),
         ((4, 1), 256, ("HND", True), torch.float16, 20.0, {}),
         ((8, 4), 256, ("NHD", False), torch.bfloat16, None, {}),
     ]
@@ -103,7 +104,9 @@ LAYERS += [replace(layer, kv_dtype=FP8, run={"k_scale": 0.5, "v_scale": 0.25}) f
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sharing", ["by cost", "all_shared"])
-@pytest.mark.parametrize(("page_size", "layer"), list(zip([1, 16, 3, 64, 1, 8, 32, 16, 1, 8, 64], LAYERS, strict=True)))
+@pytest.mark.parametrize(
+    ("page_size", "layer"), list(zip([1, 16, 3, 64, 1, 4, 8, 32, 16, 1, 8, 64], LAYERS, strict=True))
+)
 def test_random_batches(page_size: int, layer: Layer, sharing: str, request: pytest.FixtureRequest) -> None:
     """Decode and prefill, causal and not, windows, scattered pages with gaps, requests without queries or KV."""
     if sharing == "all_shared":
@@ -113,7 +116,8 @@ def test_random_batches(page_size: int, layer: Layer, sharing: str, request: pyt
         decode = seed % 2 == 0
         rng = random.Random(f"{page_size} {sharing} {seed}")
         batch = cases.random_batch(rng, decode=decode, page_size=page_size)
-        check(batch, layer, seed, reused[decode])
+        sinks = rng.choice([None, torch.float32, torch.bfloat16])
+        check(batch, replace(layer, sinks=sinks), seed, reused[decode])
         reused[decode] = reused[decode] or cases.make_wrapper(batch, layer)
 
 
@@ -297,7 +301,8 @@ def test_what_the_kernels_cannot_do_is_refused_by_name() -> None:
         ("kv_data_type", batch, replace(HALF, kv_dtype=torch.float32)),
         ("kv_data_type", batch, replace(HALF, kv_dtype=torch.float8_e5m2)),
         ("head_dim=32", batch, replace(HALF, head_dim=32)),
-        ("num_qo_heads=17", batch, replace(HALF, qo_heads=17)),
+        ("num_qo_heads=33 .* at head_dim=64 at most 32", batch, replace(HALF, qo_heads=33)),
+        ("num_qo_heads=17 .* at head_dim=256 at most 16", batch, replace(HALF, qo_heads=17, head_dim=256)),
     ]
     planned = cases.make_wrapper(batch, HALF)
     q, (k, v, cache) = cases.make_q(batch, HALF, 0), cases.make_kv(batch, HALF, 0)

@@ -11,13 +11,19 @@ import pytest
 import packinfer_sgl
 
 decode = pytest.importorskip("flashinfer.decode", reason="FlashInfer is not installed")
+attention = pytest.importorskip("flashinfer.attention", reason="FlashInfer is not installed")
 prefill = pytest.importorskip("flashinfer.prefill", reason="FlashInfer is not installed")
 
-NAMES = ["BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper"]
+SINKS = "BatchAttentionWithAttentionSinkWrapper"
+NAMES = ["BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper", SINKS]
+
+
+def home(name: str) -> ModuleType:
+    return attention if name == SINKS else decode if "Decode" in name else prefill
 
 
 def flashinfer_parameters(name: str, method: str) -> list[Parameter]:
-    module: ModuleType = decode if "Decode" in name else prefill
+    module = home(name)
     wrapper = getattr(module, name)
     parameters = list(inspect.signature(getattr(wrapper, method)).parameters.values())
     if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
@@ -60,7 +66,7 @@ def test_parameters_are_those_of_flashinfer(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_other_members_are_those_of_flashinfer(name: str) -> None:
     ours = getattr(packinfer_sgl, name)
-    theirs = getattr(decode if "Decode" in name else prefill, name)
+    theirs = getattr(home(name), name)
     # not offered: they size, name or load FlashInfer's own kernels
     left_out = {"workspace_size", "resolved_backend", "prewarm_paged_kv_stride_variant"}
     public = {member for member in dir(theirs) if not member.startswith("_")} - left_out
