@@ -20,14 +20,14 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     all of them. :attr:`kv_tokens` tells how much is saved.
 
     The interface is that of FlashInfer 0.6.15 to 0.7.2. What is not supported raises ``NotImplementedError`` with the
-    argument's name: position encoding, JIT variants, FP8 and FP4, block tables, control of the KV split.
+    argument's name: position encoding, JIT variants, e5m2 and FP4, block tables, control of the KV split.
 
     On the CPU products, softmax and merging are float32. On CUDA Triton kernels run, for float16 or bfloat16 queries
-    and KV of one type, ``head_dim`` 64 or 128 with up to 32 query heads per KV head or 256 with 16; queries, output, K
-    and V need a contiguous last dimension, and K and V equal strides; custom masks with ``use_cuda_graph``, logits
-    factors (``sm_scale`` with the scales) that are not above 0 and scales in GPU memory are refused. All tensors are on
-    the wrapper's device, except that page tables may lie on any: :meth:`plan` reads them on the host, and uploads on
-    the current stream. :meth:`run` never waits for the GPU.
+    and KV of the same type or float8_e4m3fn, ``head_dim`` 64 or 128 with up to 32 query heads per KV head or 256 with
+    16; queries, output, K and V need a contiguous last dimension, and K and V equal strides; custom masks with
+    ``use_cuda_graph``, logits factors (``sm_scale`` with the scales) that are not above 0 and scales in GPU memory are
+    refused. All tensors are on the wrapper's device, except that page tables may lie on any: :meth:`plan` reads them on
+    the host, and uploads on the current stream. :meth:`run` never waits for the GPU.
 
     With ``use_cuda_graph`` a graph that captured :meth:`run` (after a first run, which compiles the kernels) replays
     whatever :meth:`plan` took in last. The batch size and the number of pages are bounded by the buffers, the number
@@ -183,7 +183,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             ``[max_num_pages, num_kv_heads, page_size, head_dim]`` (``HND``), or both in one tensor with an additional
             dimension 1 of size 2. Any strides; only the tokens that the page tables name are read.
         q_scale, k_scale, v_scale : Optional[Union[float, torch.Tensor]]
-            One number each, not in GPU memory: the first two multiply the logits, the last the output.
+            One number each, not in GPU memory: the first two multiply the logits, the last the output. Of KV in
+            float8_e4m3fn the last two are what it was divided by.
         out : Optional[torch.Tensor]
             Where to write the output: q's shape, ``o_data_type``.
         lse : Optional[torch.Tensor]

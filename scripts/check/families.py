@@ -11,7 +11,10 @@ FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 
 SCENARIOS = {
     "fp8-fa3": Scenario("llama", {**FA3, **FP8}),
-    "fp8-packinfer": Scenario("llama", {**OURS, **FP8}),
+    "fp8-triton": Scenario("llama", {**TRITON, **FP8}),
+    "fp8-flashinfer": Scenario("llama", {"attention_backend": "flashinfer", **FP8}),
+    "fp8-packinfer": Scenario("llama", {**OURS, **FP8}, {"extend": "on"}),
+    "fp8-each": Scenario("llama", {**OURS, **FP8, **EAGER}, {"extend": "on", **CHECK}),
     "gemma2-fa3": Scenario("gemma2", FA3),
     "gemma2-packinfer": Scenario("gemma2", OURS),
     "gemma3-fa3": Scenario("gemma3", FA3),
@@ -57,8 +60,16 @@ def sinks(judge: Judge) -> None:
 
 
 def fp8(judge: Judge) -> None:
-    if judge.started("fp8", "fp8-packinfer", stock=("fa3", "triton", "fp8-fa3")):
-        judge.same("fp8", "fp8-packinfer", "fp8-fa3", packed=False)
+    """fa3 and triton round queries and weights to FP8, too; flashinfer, like packinfer, does not: how far it is from
+    fa3 is allowed."""
+    stock = ("fp8-fa3", "fp8-triton", "fp8-flashinfer")
+    if judge.started("fp8", "fp8-packinfer", stock=stock):
+        judge.same("fp8", "fp8-packinfer", "fp8-fa3", control="fp8-flashinfer", stock="fp8-")
+    if judge.started("fp8: each layer", "fp8-each", stock=stock):
+        ran = judge.ran["fp8-each"]
+        ok = packs(ran) and 0 < ran.state["check_error"] and ran.state["packed_extends"] > 0
+        error = f"worst relative error of a row {ran.state.get('check_error', 0):.2g}"
+        judge.add("fp8: each layer", ok, f"{error}; {account(ran)}")
 
 
 CHECKS = {
@@ -72,5 +83,7 @@ CHECKS = {
         sinks, tuple(name for name in SCENARIOS if name.startswith("gpt_oss")),
         "attention sinks: a gpt-oss kind, its full-attention layers",
     ),
-    "fp8": Check(fp8, ("fa3", "triton", "fp8-fa3", "fp8-packinfer"), "FP8 KV cache: left to the stock backend"),
+    "fp8": Check(
+        fp8, ("fp8-fa3", "fp8-triton", "fp8-flashinfer", "fp8-packinfer", "fp8-each"), "FP8 KV cache (e4m3)"
+    ),
 }  # fmt: skip
