@@ -25,6 +25,8 @@ from packinfer_sgl.kernels import device_plan
 KERNELS = Path(device_plan.__file__).parent
 THREADS = 128  # of a warpgroup
 POISON = 1 << 30  # integers of shared memory that nobody has written
+# What FP8 KV is converted to. Its bytes are not those of a query's float16: what was not converted shows.
+OTHER_FLOAT16 = np.dtype(">f2")
 
 
 class Tensor(np.ndarray):
@@ -77,7 +79,7 @@ class Shared:
         return Shared(self.array.transpose(order))
 
     def _reinterpret(self, dtype: Any, shape: list[int], layout: object) -> Shared:
-        return Shared(self.array.reshape(shape))
+        return Shared(self.array.view(dtype).reshape(shape))
 
     def store(self, value: Any) -> None:
         self.array[...] = value
@@ -135,7 +137,7 @@ class Machine:
         elementwise = {name: getattr(np, name) for name in ("maximum", "minimum", "exp2", "log2")}
         gl = SimpleNamespace(
             **elementwise, constexpr=lambda x: x, static_range=range, int32=np.int32, int64=np.int64,
-            uint32=np.uint32, float16=np.float16, float32=np.float32, BlockedLayout=layout, SliceLayout=layout,
+            uint32=np.uint32, float16=OTHER_FLOAT16, float32=np.float32, BlockedLayout=layout, SliceLayout=layout,
             DotOperandLayout=layout, NVMMADistributedLayout=layout, NVMMASharedLayout=layout,
             SwizzledSharedLayout=layout,
             arange=lambda start, end, layout=None: tensor(np.arange(start, end, dtype=np.int32)),

@@ -77,3 +77,15 @@ def test_a_plan_with_run_b_does_not_run_as_one_without() -> None:
         packed.run(q, k, k, torch.zeros(1), sm_scale=1.0)
     with pytest.raises(ValueError, match="custom mask"):
         packed.run(q, k, k, torch.zeros(1), sm_scale=1.0, windowed=True, mask=(torch.ones(1).bool(), torch.zeros(1)))
+
+
+@pytest.mark.parametrize("new", [None, [4, 1, 2]], ids=["decode", "extend"])
+def test_fp8_heads_that_do_not_begin_at_16_bytes_are_refused(new: list[int] | None) -> None:
+    more = {"kv_dtype": torch.float8_e4m3fn, "dtype": torch.float16, "new": new}
+    case = random_case(0, shared=[48, 48], tails=[4, 9, 2], **more)
+    packed = make_packed(case, Capacity.of(case.plan))
+    packed.load(case.plan)
+    apart = torch.zeros(len(case.k), 2, 72).to(case.k.dtype)[..., :64]  # in float16 these would begin at 144 bytes
+    for k, v in ((apart, case.v), (case.k, apart)):
+        with pytest.raises(ValueError, match="multiples of 16 bytes"):
+            packed.run(case.q, k, v, case.kv_lens, sm_scale=1.0, windowed=new is not None)
