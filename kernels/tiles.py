@@ -61,8 +61,7 @@ _LARGE = Tile(
     kernel="hopper_decode", rows=64, tokens=64, stages=3, warps=4, registers=112, producer_registers=64,
     resident=1, programs=1,
 )  # fmt: skip
-# Largest class first. Those of head_dim 128 were measured with scripts/tune_kernels.py on an H200; 64 and 256 are
-# right by test, but their speed is unmeasured.
+# Largest class first; measured on an H200 (docs/kernels.md).
 TILES = {
     64: (
         replace(_LARGE, tokens=128, registers=128),
@@ -74,8 +73,8 @@ TILES = {
     ),
     256: (
         Tile(
-            kernel="hopper_decode", rows=64, tokens=32, stages=3, out_parts=2, warps=4, registers=136,
-            producer_registers=64, resident=1, programs=1,
+            kernel="hopper_decode", rows=64, tokens=64, stages=2, out_parts=2, warps=4, registers=160,
+            producer_registers=88, resident=1, programs=1,
         ),
         Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=168, resident=3, programs=6, shares=3),
     ),
@@ -86,7 +85,7 @@ WIDE_TILES = {
     64: Tile(kernel="triton", rows=32, tokens=64, stages=3, warps=4, registers=128, resident=4, programs=8, shares=4),
     128: Tile(kernel="triton", rows=32, tokens=32, stages=3, warps=4, registers=144, resident=3, programs=6, shares=3),
 }
-# Of plans with run B on Hopper. Unmeasured at head_dim 64.
+# Of plans with run B on Hopper.
 _EXTEND = Tile(
     kernel="hopper_extend", rows=128, tokens=128, stages=2, warps=0, registers=168, producer_registers=56,
     resident=1, programs=1,
@@ -95,11 +94,18 @@ EXTEND_TILES = {64: (_EXTEND,), 128: (_EXTEND,), 256: (replace(_EXTEND, tokens=6
 
 
 FP8_CAPABILITY = (8, 9)  # of a GPU whose FP8 Triton converts
-# The same for FP8 KV. Unmeasured: chosen by what the compiler says of registers and spills.
+# The same for FP8 KV; measured at head_dim 128 on an H200.
 FP8_TILES = {
     64: (replace(TILES[64][0], raw_stages=3), TILES[64][1]),
-    128: (replace(_LARGE, raw_stages=3), replace(TILES[128][1], registers=128, shares=4)),
-    256: (replace(TILES[256][0], raw_stages=2), TILES[256][1]),
+    128: (
+        replace(_LARGE, raw_stages=3),
+        # two warps, so that six of them have registers enough on a multiprocessor
+        replace(TILES[128][1], warps=2, registers=168, resident=6, programs=12, shares=6),
+    ),
+    256: (
+        replace(TILES[256][0], tokens=32, stages=3, registers=136, producer_registers=64, raw_stages=2),
+        TILES[256][1],
+    ),
 }
 _EXTEND_FP8 = replace(_EXTEND, producer_registers=104, raw_stages=1)
 FP8_EXTEND_TILES = {64: (_EXTEND_FP8,), 128: (_EXTEND_FP8,)}

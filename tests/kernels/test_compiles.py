@@ -41,13 +41,10 @@ def _stack_bytes(kernel: dict) -> int:
     16 rows. At head_dim 256 a few offsets of the extend kernel's producer lie there, too."""
     if kernel["kernel"] == "packed_attention_extend_kernel":
         return 8 if kernel["head_dim"] < 256 else 48
-    if kernel["kernel"] == "packed_attention_kernel":
-        # values of 8 bits are read from shared memory byte by byte: at 128 registers Triton 3.6 spills six of them
-        return (
-            (24 if kernel["group"] <= 16 else 112)
-            if kernel["fp8"]
-            else 16
-            if kernel.get("sinks") and kernel["group"] <= 16
-            else 0
-        )
-    return 0
+    if kernel["kernel"] == "packed_attention_hopper_kernel":
+        return 16 if kernel["head_dim"] == 256 and not kernel["fp8"] else 0
+    if kernel["kernel"] != "packed_attention_kernel":
+        return 0
+    if kernel["fp8"]:  # values of 8 bits are read from shared memory byte by byte
+        return 24 if kernel["group"] <= 16 else 112
+    return 16 if (kernel["head_dim"] == 256 or kernel.get("sinks")) and kernel["group"] <= 16 else 0
