@@ -30,7 +30,7 @@ FP8 KV (RAW_STAGES > 0): the producer copies its bytes to a ring of RAW_STAGES b
 stage by converting the block that was begun RAW_STAGES - 1 blocks before, to float16, which is exact. It goes on with
 the next item's blocks before it has converted an item's last. Queries and weights are float16, too. In the map:
 
-    smem        RAW_STAGES 3, STAGES 2: K raw 3 x 8 KiB | V raw 3 x 8 KiB | K 2 x 16 KiB | V 2 x 16 KiB | Q 16 KiB
+    smem        RAW_STAGES 3: K raw 3 x 8 KiB | V raw 3 x 8 KiB | K 3 x 16 KiB | V 3 x 16 KiB | Q 16 KiB = 160 KiB
     k_full      1 arrival, when all threads have converted K and made it visible to products; v_full likewise
     k_empty     is awaited before K is converted, v_empty before V; n is that of the block that is converted
 

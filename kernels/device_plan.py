@@ -291,10 +291,12 @@ class PackedCuda:
                     num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             else:
+                launch["BLOCK_N"] = tile.triton_tokens or tile.tokens
+                launch["STAGES"] = stages = tile.triton_stages or tile.stages
                 packed_attention_kernel[grid](
                     **arguments, **windows, **launch, kv_lens_ptr=kv_lens, mask_ptr=flags, mask_rows_ptr=flags_from,
                     BLOCK_M=tile.rows, RUN_B=windowed, CUSTOM_MASK=mask is not None, PDL=self._pdl,
-                    num_warps=tile.warps, num_stages=tile.stages,
+                    num_warps=tile.warps, num_stages=stages,
                     # full blocks apart from the rest pay where they are many; tails are short, and flags spill
                     PEEL=i == 0 and mask is None, maxnreg=tile.registers if tile.kernel == "triton" else 255,
                 )  # fmt: skip

@@ -23,6 +23,8 @@ class Tile:
         rows: query rows, that is tokens times query heads of a KV head.
         tokens: KV tokens of a block.
         stages: blocks in flight.
+        triton_tokens, triton_stages: the same where the Triton kernel runs a class of the Hopper decode kernel, which
+            has more registers and shared memory for a block; 0 for the same.
         q_stages: of the extend kernel, queries of so many items: with two those of the next come early.
         out_parts: of the Hopper decode kernel, into which the columns of an output are divided: 1 or 2.
         raw_stages: for FP8 KV: blocks (of the extend kernel: K or V of a block) whose bytes are in flight, besides the
@@ -40,6 +42,8 @@ class Tile:
     rows: int
     tokens: int
     stages: int
+    triton_tokens: int = 0
+    triton_stages: int = 0
     q_stages: int = 2
     out_parts: int = 1
     warps: int
@@ -64,7 +68,7 @@ _LARGE = Tile(
 # Largest class first; measured on an H200 (docs/kernels.md).
 TILES = {
     64: (
-        replace(_LARGE, tokens=128, registers=128),
+        replace(_LARGE, tokens=128, triton_tokens=64, registers=128),
         Tile(kernel="triton", rows=16, tokens=32, stages=3, warps=4, registers=128, resident=4, programs=8, shares=4),
     ),
     128: (
@@ -73,7 +77,7 @@ TILES = {
     ),
     256: (
         Tile(
-            kernel="hopper_decode", rows=64, tokens=64, stages=2, out_parts=2, warps=4, registers=160,
+            kernel="hopper_decode", rows=64, tokens=64, stages=2, triton_tokens=32, out_parts=2, warps=4, registers=160,
             producer_registers=88, resident=1, programs=1,
         ),
         Tile(kernel="triton", rows=16, tokens=32, stages=2, warps=4, registers=168, resident=3, programs=6, shares=3),
@@ -103,7 +107,9 @@ FP8_TILES = {
         replace(TILES[128][1], warps=2, registers=168, resident=6, programs=12, shares=6),
     ),
     256: (
-        replace(TILES[256][0], tokens=32, stages=3, registers=136, producer_registers=64, raw_stages=2),
+        replace(
+            TILES[256][0], tokens=32, stages=3, triton_stages=2, registers=136, producer_registers=64, raw_stages=2
+        ),
         TILES[256][1],
     ),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
+TRITON_SHARED_BYTES = 163 << 10  # of an A100's, where the Triton kernels run all classes
 
 
 @pytest.mark.contract
@@ -24,6 +25,8 @@ def test_every_kernel_compiles_for_hopper() -> None:
         "snapshot_kernel", "append_kernel", "copy_slots_kernel",
     }  # fmt: skip
     assert [kernel for kernel in found if kernel["shared_bytes"] > SHARED_BYTES] == []
+    in_triton = [kernel for kernel in found if "hopper" not in kernel["kernel"] and "extend" not in kernel["kernel"]]
+    assert [kernel for kernel in in_triton if kernel["shared_bytes"] > TRITON_SHARED_BYTES] == []
     # the tuned ones keep everything in registers, but for a number of the thread that masked blocks read
     extend = [kernel for kernel in found if kernel["kernel"] == "packed_attention_extend_kernel"]
     of_decode = ("packed_attention_kernel", "packed_attention_hopper_kernel", "merge_kernel")
