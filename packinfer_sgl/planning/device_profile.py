@@ -51,6 +51,7 @@ class DeviceProfile:
         extend_margin: by hand: how many times faster packed must be expected to be for an extend batch to be packed.
         extend_factor_64, extend_factor_256, stock_factor_64, stock_factor_256: a block's time an element at such a head
             dimension, over that at ``EXTEND_HEAD_DIM``; None where none was measured.
+        extend_factor_fp8, stock_factor_fp8: the same of FP8 KV at ``EXTEND_HEAD_DIM``, over KV of 16 bits.
     """
 
     name: str
@@ -78,26 +79,30 @@ class DeviceProfile:
     extend_margin: float
     extend_factor_64: float | None = None
     extend_factor_256: float | None = None
+    extend_factor_fp8: float | None = None
     stock_factor_64: float | None = None
     stock_factor_256: float | None = None
+    stock_factor_fp8: float | None = None
 
     def knows(self, shape: AttentionShape) -> bool:
         """Whether times of extend batches of this shape were measured on this GPU."""
-        dims = {EXTEND_HEAD_DIM} | {d for d in (64, 256) if None not in self._factors_of(d)}
-        return self.is_measured and shape.head_dim in dims and shape.kv_bytes == 2
+        return self.is_measured and None not in self._factors(shape)
 
-    def _factors_of(self, head_dim: int) -> tuple[float | None, float | None]:
+    def _factors(self, shape: AttentionShape) -> tuple[float | None, float | None]:
         """The packed kernel's and the stock backend's."""
-        factors = {
-            64: (self.extend_factor_64, self.stock_factor_64),
-            256: (self.extend_factor_256, self.stock_factor_256),
+        known: dict[tuple[int, int], tuple[float | None, float | None]] = {
+            (EXTEND_HEAD_DIM, 2): (1.0, 1.0),
+            (64, 2): (self.extend_factor_64, self.stock_factor_64),
+            (256, 2): (self.extend_factor_256, self.stock_factor_256),
+            (EXTEND_HEAD_DIM, 1): (self.extend_factor_fp8, self.stock_factor_fp8),
         }
-        return factors.get(head_dim, (1.0, 1.0))
+        return known.get((shape.head_dim, shape.kv_bytes), (None, None))
 
-    def _widths(self, head_dim: int) -> tuple[float, float]:
-        """How many times as long as of ``EXTEND_HEAD_DIM`` a block takes; what was not measured counts by elements."""
-        packed, stock = self._factors_of(head_dim)
-        return (packed or 1.0) * head_dim / EXTEND_HEAD_DIM, (stock or 1.0) * head_dim / EXTEND_HEAD_DIM
+    def _widths(self, shape: AttentionShape) -> tuple[float, float]:
+        """How many times as long as one of 16 bits and ``EXTEND_HEAD_DIM`` a block takes, packed and by the stock
+        backend; what was not measured counts by elements."""
+        packed, stock = self._factors(shape)
+        return (packed or 1.0) * shape.head_dim / EXTEND_HEAD_DIM, (stock or 1.0) * shape.head_dim / EXTEND_HEAD_DIM
 
     @cached_property
     def decode_cost(self) -> CostModel:
@@ -162,7 +167,7 @@ class DeviceProfile:
     def extend_timing(self, shape: AttentionShape, sms: int, *, rows: int, block: int) -> SplitTiming:
         """By which the KV of extend tiles is split: of ``rows`` query rows, in blocks of ``block`` KV tokens. Each of
         the ``sms`` multiprocessors runs one program."""
-        token_us = self.extend_block_us / EXTEND_BLOCK * rows / EXTEND_ROWS * self._widths(shape.head_dim)[0]
+        token_us = self.extend_block_us / EXTEND_BLOCK * rows / EXTEND_ROWS * self._widths(shape)[0]
         return SplitTiming(
             parallel=sms / shape.kv_heads,
             fixed_us=self.extend_item_us,
@@ -190,7 +195,7 @@ class DeviceProfile:
         full_us = self.extend_block_us * rows / EXTEND_ROWS
         block_us = full_us - (full_us - self.extend_half_block_us) * idle / max(warpgroups - 1, 1)
         blocks = -(-tokens // block) * (block / EXTEND_BLOCK)
-        item_us = blocks * (block_us * self._widths(shape.head_dim)[0]) + self.extend_item_us
+        item_us = blocks * (block_us * self._widths(shape)[0]) + self.extend_item_us
         busy_us = max(
             makespan_us(-np.sort(-item_us), shape.kv_heads, sms),
             plan.kv_tokens_unique * shape.token_bytes / self.bytes_per_us,
@@ -224,5 +229,5 @@ class DeviceProfile:
             splits = np.ceil(row_blocks / share).astype(np.int64)[row]
             blocks = np.repeat(blocks / splits, splits)
         block_us = self.stock_half_block_us if is_narrow else self.stock_block_us
-        tile_us = blocks * (block_us * self._widths(shape.head_dim)[1]) + self.stock_tile_us
+        tile_us = blocks * (block_us * self._widths(shape)[1]) + self.stock_tile_us
         return float(makespan_us(-np.sort(-tile_us), shape.kv_heads, sms)) + self.stock_call_us

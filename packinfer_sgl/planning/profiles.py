@@ -39,8 +39,10 @@ PROFILES = {
         # time, all others below
         extend_factor_64=1.37,
         extend_factor_256=1.08,
+        extend_factor_fp8=None,
         stock_factor_64=1.34,
         stock_factor_256=1,
+        stock_factor_fp8=None,
     ),
     # An H100 80GB HBM3. Plans by the H200's record are within 1 % of those by this one in all but single requests; what
     # differs is which extend batches are packed.
@@ -73,8 +75,10 @@ PROFILES = {
         # of three batches at each head dimension
         extend_factor_64=1.49,
         extend_factor_256=1.09,
+        extend_factor_fp8=None,
         stock_factor_64=1.43,
         stock_factor_256=0.962,
+        stock_factor_fp8=None,
     ),
 }
 H200 = PROFILES["H200"]

@@ -229,7 +229,7 @@ def ragged() -> list[Workload]:
 def models() -> list[Workload]:
     """Of models that people serve: head dimension 256 and many query heads a KV head (H), 64 and sinks (G), FP8 KV (F).
 
-    Their random batches (HR, GR) are three of four of ``ragged``.
+    Their random batches (HR, GR, FR) are three of four of ``ragged``.
     """
     known = {work.name.split()[0]: work for work in [*decodes(), *extends(), *drafts(), *ragged()]}
     random = [f"R{i}" for i in range(0, 40, 2)] + [f"R{i}" for i in range(1, 40, 4)]
@@ -248,5 +248,5 @@ def models() -> list[Workload]:
         replace(tree_workload("G1 8k prefix, 64 x 256", (64, 8), [1, 64], [8192, 256], 64, head_dim=64), sinks=True),
         Workload("G2 64 x 2k", 64, 8, [], [[]] * 64, [2048] * 64, head_dim=64, sinks=True),
         *as_model("G", extend + random, qo_heads=64, kv_heads=8, head_dim=64, sinks=True),
-        *as_model("F", ["D1", "D2", "D7", "D11", "D5", "D4", *extend], fp8=True),
+        *as_model("F", ["D1", "D2", "D7", "D11", "D5", "D4", *extend, *random], fp8=True),
     ]

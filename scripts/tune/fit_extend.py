@@ -1,6 +1,6 @@
 """Fit the times by which extend batches go to the packed kernels or to the stock backend; needs no GPU.
 
-    python scripts/bench_kernels.py --only P,M,C,R,HR,GR --baselines fa3 --slots random --out DIR    # on a GPU
+    python scripts/bench_kernels.py --only P,M,C,R,HR,GR,FR --baselines fa3 --slots random --out DIR    # on a GPU
     python scripts/tune/fit_extend.py --results DIR/results.json [--write]
 
 The plans are made again, so fit in the checkout that was measured; what scripts/fit_costs.py has written since does no
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from tune.write_constants import SOURCE, write_profile
 
-from packinfer_sgl.kernels.tiles import EXTEND_TILES
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, FP8_EXTEND_TILES, Tile
 from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
@@ -36,10 +36,15 @@ from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
 STOCK = "fa3 page 1"
 TILES = EXTEND_TILES[HEAD_DIM]
 EVERY = [f.name for f in fields(DeviceProfile)]
-FACTORS = {64: ("extend_factor_64", "stock_factor_64"), 256: ("extend_factor_256", "stock_factor_256")}
-FITTED = [name for name in EVERY if name != "extend_margin" and name not in [*FACTORS[64], *FACTORS[256]]]
+# by head dimension and bytes of an element of KV: one factor each for the packed kernel and the stock backend
+FACTORS = {(64, 2): "64", (256, 2): "256", (HEAD_DIM, 1): "fp8"}
+FITTED = [name for name in EVERY if name != "extend_margin" and "_factor_" not in name]
 PACKED = [name for name in FITTED if name.startswith("extend_")]
 STOCK_TIMES = [name for name in FITTED if name.startswith("stock_")]
+
+
+def tiles_of(work: Workload) -> tuple[Tile, ...]:
+    return (FP8_EXTEND_TILES if work.fp8 else EXTEND_TILES)[work.head_dim]
 
 
 @dataclass
@@ -52,7 +57,7 @@ class Case:
     stock_us: float
 
     def packed_model(self, profile: DeviceProfile) -> float:
-        tile = EXTEND_TILES[self.work.head_dim][0]
+        tile = tiles_of(self.work)[0]
         return profile.packed_extend_us(self.plan, self.work.shape, profile.multiprocessors, tile.rows, tile.tokens)
 
     def stock_model(self, profile: DeviceProfile) -> float:
@@ -76,7 +81,7 @@ def cases(results: list[dict[str, Any]], profile: DeviceProfile) -> list[Case]:
         if r["kind"] == "decode" or r["slots"] != "random" or not {OURS, STOCK} <= r["us"].keys():
             continue
         work = known[r["workload"]]
-        plan = work.extend_plan(EXTEND_TILES[work.head_dim], profile.multiprocessors, profile)
+        plan = work.extend_plan(tiles_of(work), profile.multiprocessors, profile)
         if (plan.n_partials, plan.kv_tokens_read) != (r["plan"]["partials"], r["plan"]["tokens_read"]):
             raise SystemExit(f"fit_extend: {work.name} was measured with another plan: fit where it was measured")
         found.append(Case(work, plan, r["us"][OURS][0], r["us"][STOCK][0]))
@@ -102,19 +107,20 @@ def fit(errors: Callable[[DeviceProfile], np.ndarray], costs: DeviceProfile, nam
 
 
 def fit_all(measured: list[Case], profile: DeviceProfile) -> tuple[DeviceProfile, list[str]]:
-    """Also which fields were fitted: of other head dimensions than HEAD_DIM one factor each."""
-    todo = {HEAD_DIM: (PACKED, STOCK_TIMES)} | {dim: ([packed], [stock]) for dim, (packed, stock) in FACTORS.items()}
-    names = []
-    for dim, (packed, stock) in todo.items():
-        of_dim = [case for case in measured if case.work.head_dim == dim]
-        if not of_dim:
+    """Also the names of the fields that were fitted: of shapes other than 16 bits and HEAD_DIM one factor each."""
+    todo = {(HEAD_DIM, 2): (PACKED, STOCK_TIMES)}
+    todo |= {key: ([f"extend_factor_{name}"], [f"stock_factor_{name}"]) for key, name in FACTORS.items()}
+    fitted = []
+    for key, (packed, stock) in todo.items():
+        alike = [case for case in measured if (case.work.shape.head_dim, case.work.shape.kv_bytes) == key]
+        if not alike:
             continue
-        if dim != HEAD_DIM:
+        if key in FACTORS:
             profile = replace(profile, **dict.fromkeys([*packed, *stock], 1.0))
-        profile = fit(lambda p: np.array([c.packed_model(p) / c.packed_us - 1 for c in of_dim]), profile, packed)  # noqa: B023
-        profile = fit(lambda p: np.array([c.stock_model(p) / c.stock_us - 1 for c in of_dim]), profile, stock)  # noqa: B023
-        names += [*packed, *stock]
-    return profile, names
+        profile = fit(lambda p: np.array([c.packed_model(p) / c.packed_us - 1 for c in alike]), profile, packed)  # noqa: B023
+        profile = fit(lambda p: np.array([c.stock_model(p) / c.stock_us - 1 for c in alike]), profile, stock)  # noqa: B023
+        fitted += [*packed, *stock]
+    return profile, fitted
 
 
 def show(measured: list[Case], costs: DeviceProfile, in_use: DeviceProfile, names: list[str], console: Console) -> None:

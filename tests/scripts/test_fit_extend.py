@@ -14,7 +14,7 @@ import pytest
 from bench.kernel_report import OURS
 from bench.kernel_workloads import workloads
 from tune import fit_extend
-from tune.fit_extend import PACKED, STOCK, STOCK_TIMES, TILES, Case, cases, fit_all
+from tune.fit_extend import FACTORS, PACKED, STOCK, STOCK_TIMES, TILES, Case, cases, fit_all, tiles_of
 from tune.write_constants import SOURCE, write_profile
 
 from packinfer_sgl.planning.device_profile import DeviceProfile
@@ -64,6 +64,26 @@ def test_planted_times_come_back() -> None:
     names = [*PACKED, *STOCK_TIMES]
     assert [fitted[name] for name in names] == pytest.approx([getattr(PLANTED, name) for name in names], rel=0.01)
     assert all(fitted[name] == getattr(H200, name) for name in set(fitted) - set(names))
+
+
+def test_planted_factors_come_back() -> None:
+    """Of other head dimensions and of FP8 KV; nothing else of the record changes."""
+    planted = replace(
+        H200, extend_factor_64=1.3, stock_factor_64=1.4, extend_factor_256=0.9, stock_factor_256=1.1,
+        extend_factor_fp8=1.2, stock_factor_fp8=0.8,
+    )  # fmt: skip
+    works = [work for work in workloads() if work.name.startswith(("HR1", "GR1", "FR1"))]
+    measured = []
+    for work in works:
+        case = Case(work, work.extend_plan(tiles_of(work), SMS, planted), 0.0, 0.0)
+        measured.append(replace(case, packed_us=case.packed_model(planted), stock_us=case.stock_model(planted)))
+    factors = sorted(f"{kind}_factor_{name}" for kind in ("extend", "stock") for name in FACTORS.values())
+    fitted, names = fit_all(measured, replace(H200, **dict.fromkeys(factors)))
+    assert sorted(names) == factors
+    assert [getattr(fitted, name) for name in factors] == pytest.approx(
+        [getattr(planted, name) for name in factors], rel=0.01
+    )
+    assert replace(fitted, **dict.fromkeys(factors)) == replace(planted, **dict.fromkeys(factors))
 
 
 def test_what_no_batch_tells_stays() -> None:

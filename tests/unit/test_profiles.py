@@ -270,14 +270,16 @@ def test_on_a_cpu_only_copies_count() -> None:
     ("head_dim", "factors", "known"),
     [(128, {}, True), (64, {}, False), (256, {}, False), (256, {"extend_factor_256": 1.2}, False),
      (256, {"extend_factor_256": 1.2, "stock_factor_256": 1.1}, True),
-     (64, {"extend_factor_256": 1.2, "stock_factor_256": 1.1}, False)],
+     (64, {"extend_factor_256": 1.2, "stock_factor_256": 1.1}, False), (96, {}, False)],
 )  # fmt: skip
 def test_what_was_not_measured_goes_to_the_stock_backend(head_dim: int, factors: dict, known: bool) -> None:
     nothing = dict.fromkeys(("extend_factor_64", "extend_factor_256", "stock_factor_64", "stock_factor_256"))
     profile = replace(H200, **{**nothing, **factors})
     shape = replace(SHAPE, head_dim=head_dim)
     assert profile.knows(shape) is known and not replace(profile, is_measured=False).knows(shape)
-    assert not profile.knows(replace(shape, kv_bytes=1))
+    fp8 = replace(shape, kv_bytes=1)
+    assert not profile.knows(fp8)
+    assert replace(profile, extend_factor_fp8=1.2, stock_factor_fp8=0.9).knows(fp8) is (head_dim == 128)
     us = profile.stock_extend_us(MIXED.q_lens, MIXED.kv_lens, shape, SMS)
     assert (us > 0) is known
     if factors.get("stock_factor_256") and known:
