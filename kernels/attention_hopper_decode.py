@@ -39,7 +39,8 @@ the next item's blocks before it has converted an item's last. Queries and weigh
 Within the producer, ``wait_group`` waits for a thread's own copies, and the compiler lets the warpgroup meet before it
 reads what others copied, before it copies over what others read, and between its fence and the arrival.
 
-Taken for granted (``device_plan`` checks it): no run B, no item that is empty, grows, or that another follows.
+Taken for granted (``device_plan`` checks it): no run B, no item that grows or that another follows.
+An empty item has one block, all of it hidden.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _produce(
         head = (w % args.kv_heads).to(gl.int64) * args.stride_kv_head
         # slots are loaded a block ahead; the slot list ends in room for it
         slot = gl.load(a_slots + at)  # [BLOCK_N]
-        for j in range(0, a_len, BLOCK_N):
+        for j in range(0, gl.maximum(a_len, 1), BLOCK_N):
             if PAGE == 1:
                 kv_row = slot.to(gl.int64) * args.stride_slot
             else:
@@ -218,13 +219,18 @@ def _begin_scores(args, pipe, n, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, s_
 
 @gluon.jit
 def _softmax_block(
-    args, s, top, total, SOFT_CAP: gl.constexpr, s_layout: gl.constexpr, o_rows: gl.constexpr
+    args, s, top, total, SOFT_CAP: gl.constexpr, MAY_BE_EMPTY: gl.constexpr, s_layout: gl.constexpr,
+    o_rows: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax: the weights of a block, the new ``top`` and ``total``, and the factor of all before the block."""
+    """Online softmax: the weights of a block, the new ``top`` and ``total``, and the factor of all before the block.
+
+    MAY_BE_EMPTY: nothing of the item may have been seen yet, nor in this block.
+    """
     new_top = gl.maximum(top, gl.convert_layout(gl.max(s, 1), o_rows) * (1.0 if SOFT_CAP else args.scale2))  # [ROWS]
-    shift = gl.expand_dims(gl.convert_layout(new_top, gl.SliceLayout(1, s_layout)), 1)
+    shift = gl.where(new_top == -float("inf"), 0.0, new_top) if MAY_BE_EMPTY else new_top
+    keep = gl.exp2(top - shift)
+    shift = gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(1, s_layout)), 1)
     p = gl.exp2(s - shift if SOFT_CAP else s * args.scale2 - shift)  # [ROWS, BLOCK_N]
-    keep = gl.exp2(top - new_top)
     return p, new_top, total * keep + gl.convert_layout(gl.sum(p, 1), o_rows), keep
 
 
@@ -268,7 +274,7 @@ def _consume(
             next_s = _begin_scores(args, pipe, n + 1, BLOCK_N, STAGES, s_layout)
             if SOFT_CAP:
                 s = soft_capped(s, args.scale2, args.cap2)
-            p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, s_layout, o_rows)
+            p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, False, s_layout, o_rows)
             acc = acc * gl.expand_dims(keep, 1)
             p_operand = gl.convert_layout(p.to(dtype), p_layout)
             mbarrier.wait(pipe.v_full.index(n % STAGES), full_phase(n, STAGES))
@@ -284,9 +290,9 @@ def _consume(
             n += 1
         if SOFT_CAP:
             s = soft_capped(s, args.scale2, args.cap2)
-        pos = (a_len - 1) // BLOCK_N * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+        pos = (gl.maximum(a_len, 1) - 1) // BLOCK_N * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
         s = gl.where(gl.expand_dims(pos < a_len, 0), s, -float("inf"))
-        p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, s_layout, o_rows)
+        p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, True, s_layout, o_rows)
         acc = acc * gl.expand_dims(keep, 1)
         p_operand = gl.convert_layout(p.to(dtype), p_layout)
         mbarrier.wait(pipe.v_full.index(n % STAGES), full_phase(n, STAGES))

@@ -12,7 +12,6 @@ from packinfer_sgl.kernels.attention_hopper_decode import packed_attention_hoppe
 from packinfer_sgl.kernels.attention_hopper_extend import packed_attention_extend_kernel
 from packinfer_sgl.kernels.attention_triton import packed_attention_kernel
 from packinfer_sgl.kernels.columns import (
-    A_LEN,
     MAX_CLASSES,
     N_COUNTS,
     N_MERGED,
@@ -144,8 +143,6 @@ class PackedCuda:
             for column, what in ((OPEN_ROW, "grow"), (NEXT_ITEM, "are followed by others")):
                 if items[:, int(column)].max(initial=-1) >= 0:
                     raise ValueError(f"the {tile.kernel} kernel runs no items that {what}")
-            if tile.kernel == "hopper_decode" and items[:, int(A_LEN)].min(initial=1) < 1:
-                raise ValueError("the hopper_decode kernel runs no empty items")
         self._has_run_b = bool(plan.items[:, Col.B_LEN].any())
 
     def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor, page_size: int = 1) -> None:

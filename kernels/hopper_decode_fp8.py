@@ -50,7 +50,7 @@ def produce_from_fp8(
         a_slots = args.slots_ptr + gl.load(item_ptr + A_OFF)
         head = (w % args.kv_heads).to(gl.int64) * args.stride_kv_head
         slot = gl.load(a_slots + at)  # [BLOCK_N]
-        for j in range(0, a_len, BLOCK_N):
+        for j in range(0, gl.maximum(a_len, 1), BLOCK_N):
             if PAGE == 1:
                 kv_row = slot.to(gl.int64) * args.stride_slot
             else:

@@ -39,7 +39,7 @@ class Config:
     extend: str = _setting(
         "auto",
         "which prefills, chunks and mixed batches are packed: auto = those that are expected to be faster (none on "
-        "GPUs without measured times, nor with head dimensions other than 128), on = all, off = none, nor verify steps "
+        "GPUs without measured times, nor with FP8 KV or soft-capped logits), on = all, off = none, nor verify steps "
         "of speculative decoding",
         unit="mode",
         choices=("auto", "on", "off"),

@@ -87,7 +87,8 @@ def create_backend(runner: Any) -> Any:
     """The factory behind ``--attention-backend packinfer``; called in each model process.
 
     Raises:
-        PluginError: a hook did not take, or the server runs in SGLang's deterministic mode.
+        PluginError: a hook did not take, the server runs in SGLang's deterministic mode, or the base does not go
+            together with its KV cache.
         ConfigError: a setting is wrong.
         ArenaError: the server cannot have an arena.
         HoldError: the server cannot hold requests.
@@ -103,6 +104,11 @@ def create_backend(runner: Any) -> Any:
         raise PluginError(
             f"packinfer: base backend {base!r} is not registered with SGLang; "
             f"known: {', '.join(sorted(set(ATTENTION_BACKENDS) - {NAME}))}"
+        )
+    if base == "fa3" and runner.server_args.kv_cache_dtype == "fp8_e5m2":  # SGLang knows it by the name only
+        raise PluginError(
+            "packinfer: SGLang's fa3 has no kernels for fp8_e5m2 KV; choose --kv-cache-dtype fp8_e4m3, which is "
+            "packed, or --packinfer-base-backend triton"
         )
     return _build(runner, config, base, ATTENTION_BACKENDS[base])
 
@@ -142,7 +148,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     from sglang.srt.runtime_context import get_parallel
 
     reasons = layer_reasons(runner)
-    check_base(stock, base, runner.model)
+    check_base(stock, base, runner)
     STATS.base_backend = base
     STATS.details = {
         "version": __version__,

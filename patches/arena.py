@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -65,18 +66,20 @@ def _error(why: str) -> ArenaError:
     return ArenaError(f"packinfer: --packinfer-arena-tokens {why}; change it, or leave the arena out (0)")
 
 
-_called: dict[str, Callable[[], object]] = {}  # in this process, by what it is
+_called: list[weakref.WeakMethod[Callable[[], object]]] = []  # in this process
 
 
 def when_flushed(call: Callable[[], object]) -> None:
-    """From now on ``call`` is called whenever SGLang's cache was flushed, in place of the one before of its name."""
-    _called[call.__qualname__] = call
+    """From now on ``call``, a method, is called whenever SGLang's cache was flushed, while its object lives: there may
+    be several backends in a process."""
+    _called[:] = [*(method for method in _called if method() is not None), weakref.WeakMethod(call)]
 
 
 def drop_copies(flushed: bool, *args: Any, **kwargs: Any) -> None:
     """After ``Scheduler.flush_cache``, also when weights were updated: no node of the tree is left."""
-    for call in list(_called.values()) if flushed else []:
-        call()
+    for method in _called if flushed else []:
+        if (call := method()) is not None:
+            call()
 
 
 def hooks() -> list[Hook]:

@@ -49,16 +49,26 @@ def sinks_of(model: Any) -> dict[RadixAttention, torch.Tensor]:
     }
 
 
-def check_base(stock: Any, base: str, model: Any) -> None:
-    """Raise UnsupportedModel if layers have attention sinks and the stock backend does not take them: its batches would
-    end the server."""
-    if not sinks_of(model):
-        return
+def check_base(stock: Any, base: str, runner: Any) -> None:
+    """Raise UnsupportedModel if the stock backend would end the server or answer wrongly where it runs a part: layers
+    with attention sinks over one that takes none, FP8 KV with scales over one that ignores them.
+
+    On a CPU the second are layers that are not packed (``layer_reason``): there is no other base.
+    """
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    name = type(runner.model).__name__
     takes = inspect.signature(stock.forward_decode).parameters
-    if "sinks" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+    if sinks_of(runner.model) and "sinks" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         raise UnsupportedModel(
-            f"packinfer: {type(model).__name__} has attention sinks, which SGLang's {base} does not take; choose "
+            f"packinfer: {name} has attention sinks, which SGLang's {base} does not take; choose "
             "--packinfer-base-backend triton or fa3 (with --packinfer-wrap: --attention-backend)"
+        )
+    on_gpu = torch.device(runner.device).type == "cuda"
+    if on_gpu and is_fp8(runner.token_to_kv_pool) and isinstance(stock, TorchNativeAttnBackend):
+        raise UnsupportedModel(
+            f"packinfer: SGLang's {base} ignores the scales of FP8 KV; choose --packinfer-base-backend fa3, flashinfer "
+            "or triton (with --packinfer-wrap: --attention-backend)"
         )
 
 
@@ -76,8 +86,8 @@ def kv_scales(layer: RadixAttention) -> tuple[float, float]:
     """Factors of a layer's keys and values as an FP8 pool holds them. May wait for the GPU: not in a capture."""
     scales = []
     for name in ("k_scale", "v_scale"):
-        known = getattr(layer, f"{name}_float", None)  # None where SGLang read the scales from a file of their own
-        known = getattr(layer, name, None) if known is None else known
+        # not ``k_scale_float``, which new weights leave as it was until some time after the cache was flushed
+        known = getattr(layer, name, None)
         scales.append(1.0 if known is None else float(known))
     return scales[0], scales[1]
 
@@ -191,6 +201,8 @@ def layer_reasons(runner: Any) -> dict[RadixAttention, LayerReason | None]:
         for layer in module.children():
             if isinstance(layer, RadixAttention):
                 reasons[layer] = layer_reason(layer, runner.token_to_kv_pool)
+                if device == "cuda" and runner.dtype == torch.float32 and reasons[layer] is None:
+                    reasons[layer] = LayerReason.KV_DTYPE  # KV is FP8; there are no kernels for such queries
     if getattr(runner.server_args, "dcp_size", 1) > 1:
         raise UnsupportedModel("packinfer: with --dcp-size nothing is packed; choose a stock --attention-backend")
     if getattr(runner.server_args, "enable_two_batch_overlap", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +53,7 @@ def test_where_scales_come_from():
     gate = LayerGate(heads_of(of_checkpoint), Stats(), [of_checkpoint])
     assert gate.scales(of_checkpoint) == (0.5, 0.25)
     assert LayerGate(heads_of(of_checkpoint), Stats()).scales(of_checkpoint) == (1.0, 1.0), "a pool of bf16"
-    of_checkpoint.k_scale_float = 4.0  # new weights
+    of_checkpoint.k_scale = torch.tensor(4.0)  # new weights; the number follows later, or never
     assert gate.scales(of_checkpoint) == (0.5, 0.25)
     assert gate.read_scales() and gate.scales(of_checkpoint) == (4.0, 0.25)
     assert not gate.read_scales()
@@ -67,12 +68,43 @@ def test_scales_are_read_again_when_the_cache_is_flushed():
         def read_scales(self):
             calls.append(self)
 
-    old, new = Router(), Router()
-    when_flushed(old.read_scales)
-    when_flushed(new.read_scales)
+    decode, prefill, gone = Router(), Router(), Router()
+    for router in (decode, prefill, gone):
+        when_flushed(router.read_scales)
+    del gone, router
+    gc.collect()
     drop_copies(False)
     drop_copies(True)
-    assert calls == [new]
+    assert calls == [decode, prefill]
+
+
+def test_a_base_that_ignores_scales_is_refused_on_a_gpu():
+    """On a CPU, where it is the only one, layers with scales are not packed."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    from packinfer_sgl.serving.layers import UnsupportedModel, check_base
+
+    def runner(device, dtype):
+        return SimpleNamespace(
+            model=torch.nn.Sequential(), device=device, token_to_kv_pool=SimpleNamespace(dtype=dtype)
+        )
+
+    native, triton = object.__new__(TorchNativeAttnBackend), object.__new__(TritonAttnBackend)
+    for backend, device, dtype in ((triton, "cuda", FP8), (native, "cpu", FP8), (native, "cuda", torch.bfloat16)):
+        check_base(backend, "a base", runner(device, dtype))
+    with pytest.raises(UnsupportedModel, match="packinfer: SGLang's torch_native ignores the scales of FP8 KV; choose"):
+        check_base(native, "torch_native", runner("cuda", FP8))
+
+
+def test_e5m2_over_fa3_is_refused(monkeypatch):
+    """SGLang replaces fa3 by another backend there, by its name only."""
+    from packinfer_sgl.plugin import PluginError, create_backend
+
+    monkeypatch.setenv("PACKINFER_CONFIG", '{"base_backend": "fa3"}')
+    runner = SimpleNamespace(device="cuda", server_args=SimpleNamespace(kv_cache_dtype="fp8_e5m2"))
+    with pytest.raises(PluginError, match="packinfer: SGLang's fa3 has no kernels for fp8_e5m2 KV; choose"):
+        create_backend(runner)
 
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["a number", "a tensor"])

@@ -207,15 +207,16 @@ def test_stock_backends_that_take_sinks(room, name, takes):
     model, attention = torch.nn.Sequential(), torch.nn.Module()
     attention.attn = layer_and_pools()[0]()
     model.append(attention)
-    check_base(backend, name, model)  # nobody asks for sinks
+    runner = SimpleNamespace(model=model, device="cuda", token_to_kv_pool=SimpleNamespace(dtype=torch.bfloat16))
+    check_base(backend, name, runner)  # nobody asks for sinks
     attention.sinks = torch.nn.Parameter(torch.zeros(4))
     if takes:
-        check_base(backend, name, model)
+        check_base(backend, name, runner)
         return
     with pytest.raises(
         UnsupportedModel, match=f"packinfer: Sequential has attention sinks, which SGLang's {name} does"
     ):
-        check_base(backend, name, model)
+        check_base(backend, name, runner)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.reference import merge_states, with_sinks
 from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.planning.fitting import Capacity
+from packinfer_sgl.planning.plan import Col
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")  # the log of what a query that sees nothing has seen
 # As in ``tiles``, but for small blocks: items have several blocks, so that stages are used again.
@@ -193,6 +194,25 @@ def test_fewer_items_than_ctas(kind: str) -> None:
         batch |= {"new": [5] * rows} if kind.startswith("extend") else {}
         for seed in range(3):
             check(Launch(kind, batch, heads=1), seed)
+
+
+@pytest.mark.parametrize("kind", ["decode", "decode of FP8"])
+def test_an_empty_item_leaves_the_empty_state(kind: str) -> None:
+    """As of a request without KV: (0, -inf), and nobody waits for a block."""
+    launch = Launch(kind, BATCHES[kind])
+    right = launch.run(Machine(), 0)
+    plan, items = launch.case.plan, launch.case.plan.items.copy()
+    nth = int(np.flatnonzero(plan.partial_rows[items[:, Col.Q_OFF]] >= 0)[0])
+    items[nth, Col.A_LEN] = 0
+    launch.packed.load(replace(plan, items=items))
+    first, count = items[nth, Col.Q_OFF], items[nth, Col.Q_CNT]
+    empty = plan.partial_rows[first : first + count] + items[nth, Col.SPLIT]
+    others = np.setdiff1d(np.arange(plan.n_partials), empty)
+    for seed in range(4):
+        out, lse2, part_out, part_lse2 = launch.run(Machine(), seed)
+        assert not part_out[empty].any() and bool((part_lse2[empty] == -torch.inf).all())
+        assert same_bits(part_out[others], right[2][others]) and same_bits(part_lse2[others], right[3][others])
+        assert same_bits(out, right[0]) and same_bits(lse2, right[1])
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
