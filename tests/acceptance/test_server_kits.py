@@ -82,7 +82,7 @@ KITS = [
     ),
     Kit(
         pause_generation_kit.PauseResumeInPlaceMixin, (), ("test_pause_resume_in_place",),
-        {"pause_num_requests": 8, "pause_max_new_tokens": 256, "pause_duration": 1.5, "pause_ignore_eos": True},
+        {"pause_num_requests": 8, "pause_max_new_tokens": 768, "pause_duration": 1.5, "pause_ignore_eos": True},
     ),
 ]  # fmt: skip
 
