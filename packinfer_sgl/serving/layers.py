@@ -57,13 +57,13 @@ def check_base(stock: Any, base: str, runner: Any) -> None:
     """
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    name = type(runner.model).__name__
-    takes = inspect.signature(stock.forward_decode).parameters
-    if sinks_of(runner.model) and "sinks" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        raise UnsupportedModel(
-            f"packinfer: {name} has attention sinks, which SGLang's {base} does not take; choose "
-            "--packinfer-base-backend triton or fa3 (with --packinfer-wrap: --attention-backend)"
-        )
+    if sinks_of(runner.model):
+        takes = inspect.signature(stock.forward_decode).parameters
+        if "sinks" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            raise UnsupportedModel(
+                f"packinfer: {type(runner.model).__name__} has attention sinks, which SGLang's {base} does not take; "
+                "choose --packinfer-base-backend triton or fa3 (with --packinfer-wrap: --attention-backend)"
+            )
     on_gpu = torch.device(runner.device).type == "cuda"
     if on_gpu and is_fp8(runner.token_to_kv_pool) and isinstance(stock, TorchNativeAttnBackend):
         raise UnsupportedModel(
