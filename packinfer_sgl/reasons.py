@@ -33,8 +33,9 @@ class LayerReason(str, Enum):
     GROUP_SIZE = "group_size"  # more query heads per KV head than a small tile has rows
     OTHER_SHAPE = "other_shape"  # other heads than the first packed layer, for which plans are made
     SINKS = "sinks"  # attention sinks that are not one float for each query head
-    KV_DTYPE = "kv_dtype"  # FP8 other than e4m3, FP4, integers; FP8 on GPUs before compute capability 8.9
-    KV_SCALES = "kv_scales"  # of FP8 KV: one for each head, or any over torch_native, which knows none
+    # FP8 other than e4m3, FP4, integers; FP8 on GPUs before compute capability 8.9, and under a float32 model there
+    KV_DTYPE = "kv_dtype"
+    KV_SCALES = "kv_scales"  # of FP8 KV: one for each head, or on a CPU any, since torch_native knows none
     KV_POOL = "kv_pool"  # KV that does not lie in one [slots, heads, head_dim] buffer per layer
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_refusals import runner
 from test_seams import layer_and_pools
 
 pytestmark = pytest.mark.contract
@@ -85,16 +86,31 @@ def test_a_base_that_ignores_scales_is_refused_on_a_gpu():
 
     from packinfer_sgl.serving.layers import UnsupportedModel, check_base
 
-    def runner(device, dtype):
+    def over(device, dtype):
         return SimpleNamespace(
             model=torch.nn.Sequential(), device=device, token_to_kv_pool=SimpleNamespace(dtype=dtype)
         )
 
     native, triton = object.__new__(TorchNativeAttnBackend), object.__new__(TritonAttnBackend)
     for backend, device, dtype in ((triton, "cuda", FP8), (native, "cpu", FP8), (native, "cuda", torch.bfloat16)):
-        check_base(backend, "a base", runner(device, dtype))
+        check_base(backend, "a base", over(device, dtype))
     with pytest.raises(UnsupportedModel, match="packinfer: SGLang's torch_native ignores the scales of FP8 KV; choose"):
-        check_base(native, "torch_native", runner("cuda", FP8))
+        check_base(native, "torch_native", over("cuda", FP8))
+
+
+@pytest.mark.parametrize(("device", "dtype", "reason"), [
+    ("cuda", torch.float32, "kv_dtype"), ("cuda", torch.bfloat16, None), ("cpu", torch.float32, None)
+])  # fmt: skip
+def test_a_float32_model_is_not_packed_on_a_gpu(device, dtype, reason):
+    """The kernels there have no float32 queries; with KV of 16 bits its pool would be float32, too."""
+    from packinfer_sgl.serving.layers import layer_reasons
+
+    make, pool, *_ = layer_and_pools()
+    attention = torch.nn.Module()
+    attention.attn = make()
+    model = torch.nn.Sequential(attention)
+    found = layer_reasons(runner(device=device, dtype=dtype, model=model, token_to_kv_pool=pool(FP8)))
+    assert [why and why.value for why in found.values()] == [reason]
 
 
 def test_e5m2_over_fa3_is_refused(monkeypatch):
@@ -102,9 +118,9 @@ def test_e5m2_over_fa3_is_refused(monkeypatch):
     from packinfer_sgl.plugin import PluginError, create_backend
 
     monkeypatch.setenv("PACKINFER_CONFIG", '{"base_backend": "fa3"}')
-    runner = SimpleNamespace(device="cuda", server_args=SimpleNamespace(kv_cache_dtype="fp8_e5m2"))
+    args = SimpleNamespace(kv_cache_dtype="fp8_e5m2")
     with pytest.raises(PluginError, match="packinfer: SGLang's fa3 has no kernels for fp8_e5m2 KV; choose"):
-        create_backend(runner)
+        create_backend(runner(device="cuda", server_args=args))
 
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["a number", "a tensor"])
