@@ -159,7 +159,7 @@ def test_tails_that_grow_have_the_bits_of_a_new_plan(name: str) -> None:
     end of a unit."""
     unit_tokens, steps = 256, 40
     case = unit_case(
-        7, unit_tokens=unit_tokens, shared=[600] * 9, tails=[100 + 17 * i % 60 for i in range(10)], room_tokens=64,
+        7, unit_tokens=unit_tokens, shared=[600] * 9, tails=[100 + 2 * i for i in range(10)], room_tokens=64,
         device="cuda", **{"dtype": torch.bfloat16, **SHAPES[name]},
     )  # fmt: skip
     kept = in_company(case, [*range(10)], unit_tokens, room=steps)
