@@ -76,6 +76,8 @@ class DecodePlanner:
         two = StepBatch(np.ones(2, np.int32), np.full(2, 2, np.int32))
         tree = PrefixTree.from_neighbours((0, 1), (1,))
         self._fit(tree, two)
+        if unit := self.policy.unit_tokens:
+            tree = whole_units(tree, unit)
         try:
             fit(tree, self.shape, self.cost, self.policy, Capacity.unlimited(kv_slots=2), grouping="multi", batch=two)
         except DoesNotFit:
