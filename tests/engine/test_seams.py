@@ -97,20 +97,31 @@ def test_a_graph_around_the_plans_is_refused(monkeypatch):
 
 @pytest.mark.contract
 def test_the_deterministic_mode_takes_the_name_and_keeps_the_radix_cache(model):
-    from sglang.srt.plugins import load_plugins
+    from sglang.srt import runtime_context
     from sglang.srt.server_args import ServerArgs
 
-    load_plugins()
-    args = ServerArgs(model_path=model, attention_backend="packinfer", enable_deterministic_inference=True)
-    assert args.enable_deterministic_inference and not args.disable_radix_cache
-    args = ServerArgs(model_path=model, attention_backend="packinfer", rl_on_policy_target="fsdp")
-    assert args.enable_deterministic_inference and not args.disable_radix_cache
+    for flag in ({"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}):
+        args = ServerArgs(model_path=model, attention_backend="packinfer", **flag)
+        if hasattr(args, "resolve_once"):  # 0.5.23
+            args.resolve_once()
+        runtime_context.publish(args, role="scheduler")
+        try:
+            assert runtime_context.get_exec().deterministic.enable_deterministic_inference
+            assert not runtime_context.get_memory().disable_radix_cache
+        finally:
+            runtime_context.reset_context()
 
 
 REFUSED = {
     "not Hopper": ({}, "fa3", "{}", False, "packed decode keeps bits on Hopper GPUs only"),
     "over triton": ({}, "triton", "{}", True, "it runs over fa3, .* not over triton; choose fa3"),
-    "extend on": ({}, "fa3", '{"extend": "on"}', True, "--packinfer-extend is on; leave it at auto"),
+    "extend on": (
+        {},
+        "fa3",
+        '{"extend": "on"}',
+        True,
+        "prefill stays on fa3, and --packinfer-extend is on; leave it at auto",
+    ),
     "mixed": ({"enable_mixed_chunk": True}, "fa3", "{}", True, "--enable-mixed-chunk runs some decode tokens"),
     "taken": ({}, "fa3", '{"extend": "off"}', True, None),
 }
@@ -131,9 +142,9 @@ def test_where_the_deterministic_mode_is_refused(name, flag, model, monkeypatch)
     monkeypatch.setattr(plugin, "_on_hopper", lambda device: on_hopper)
     monkeypatch.setenv("PACKINFER_CONFIG", json.dumps({**json.loads(config), "wrap": True}))
     args = ServerArgs(model_path=model, attention_backend="triton", **flag)
-    for key, value in more.items():  # SGLang turns it off on a CPU
-        object.__setattr__(args, key, value)
     runtime_context.publish(args, role="scheduler")
+    schedule = SimpleNamespace(**{"enable_mixed_chunk": False, **more})  # on a CPU SGLang turns it off
+    monkeypatch.setattr(runtime_context, "get_schedule", lambda: schedule)
     built = []
     runner = SimpleNamespace(is_draft_worker=True, device="cpu")  # else it is looked at further
 
