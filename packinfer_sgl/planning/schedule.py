@@ -1,9 +1,10 @@
 """How the KV of query tiles is split, so that no CTA works long after the others.
 
 Three schedules, by what the kernel of a tile class does: waves of splits, Stream-K where a class is alone, and a queue
-from which CTAs take items (``SplitTiming.dynamic``). Compiled by numba: loops over tiles and splits, which as array
-operations took five times as long. numba invalidates its cache per file, so compiled functions here must not call
-compiled functions of other files.
+from which CTAs take items (``SplitTiming.dynamic``). The deterministic mode has none: splits are units of KV.
+
+Compiled by numba: loops over tiles and splits, which as array operations took five times as long. numba invalidates its
+cache per file, so compiled functions here must not call compiled functions of other files.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import heapq
 import numpy as np
 from numba import njit
 
-from packinfer_sgl.planning.splits import even_splits, stream_k
+from packinfer_sgl.planning.splits import even_splits, stream_k, unit_splits
 
 # Candidates for the longest split in waves, in tokens.
 SPLIT_CANDIDATES = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
@@ -33,6 +34,8 @@ def split_tiles(tiles: np.ndarray, policy: np.ndarray) -> tuple[np.ndarray, np.n
     Returns:
         [n] of ``splits.SPLIT`` in the order of the tiles, and [n_tiles] int64 splits of each.
     """
+    if len(policy) and policy[0]["unit_tokens"] > 0:
+        return unit_splits(tiles, policy[0]["unit_tokens"])  # type: ignore[no-any-return]
     n_splits, n_ctas, share = _choose(tiles, policy)
     if n_ctas > 0:
         return stream_k(tiles, n_ctas, share, policy)  # type: ignore[no-any-return]

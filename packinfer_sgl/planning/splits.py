@@ -44,6 +44,37 @@ def even_splits(tiles, n_splits, policy):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def unit_splits(tiles, unit_tokens):  # type: ignore[no-untyped-def]
+    """One split for each unit of ``unit_tokens`` positions of each tile, each with its own CTA (``units``).
+
+    The tiles of one segment, which are neighbours, follow each other unit by unit: those that run at the same time
+    read the same KV.
+
+    Returns:
+        The splits, and how many each tile has.
+    """
+    n_splits = np.empty(len(tiles), np.int64)
+    for i, tile in enumerate(tiles):
+        n_splits[i] = max(-(-(tile.a_to - tile.a_from) // unit_tokens), 1)
+    splits = np.empty(n_splits.sum(), SPLIT)
+    n, first = 0, 0
+    while first < len(tiles):
+        last = first
+        while last < len(tiles) and tiles[last].segment == tiles[first].segment:
+            last += 1
+        for nth in range(n_splits[first]):
+            for i in range(first, last):
+                tile, split = tiles[i], splits[n]
+                split.tile, split.nth, split.cta = i, nth, n
+                split.begin = tile.a_from + nth * unit_tokens
+                split.end = min(split.begin + unit_tokens, tile.a_to)
+                split.cost = split.end - split.begin
+                n += 1
+        first = last
+    return splits, n_splits
+
+
+@njit(cache=True)
 def stream_k(tiles, n_ctas, share, policy):  # type: ignore[no-untyped-def]
     """All tiles' KV divided into equal shares, one for each CTA (Stream-K, https://arxiv.org/abs/2301.03598).
 

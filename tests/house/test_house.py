@@ -28,9 +28,9 @@ NEIGHBOURS = {"paged": {"runners"}}
 # SGLang, where rooms of one floor may import each other.
 ORDER = {
     "planning": [
-        "prefix_tree", "batch", "costs", "groups", "plan", "policy", "splits", "schedule", "device_profile", "profiles",
-        "cpu_profile", "slot_list", "slot_list_once", "query_tiles", "item_arrays", "items", "fitting", "planners",
-        "audit", "prefix_hold",
+        "prefix_tree", "batch", "costs", "units", "groups", "plan", "policy", "splits", "schedule", "device_profile",
+        "profiles", "cpu_profile", "slot_list", "slot_list_once", "query_tiles", "item_arrays", "items", "fitting",
+        "planners", "audit", "prefix_hold",
     ],
     "kernels": [
         "copy_slots", "reference", "cpu_attention", "tiles", "columns", "slot_list_triton", "attention_triton", "merge",
