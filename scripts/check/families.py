@@ -60,8 +60,8 @@ def sinks(judge: Judge) -> None:
 
 
 def fp8(judge: Judge) -> None:
-    """Against flashinfer, which like packinfer does not round queries and weights: fa3 and triton do, and their texts of
-    this model are far apart."""
+    """Against flashinfer, which like packinfer does not round queries and weights: fa3 and triton do, and their texts
+    of this model are far apart."""
     stock = ("fa3", "triton", "fp8-flashinfer")
     if judge.started("fp8", "fp8-packinfer", stock=stock):
         judge.same("fp8", "fp8-packinfer", "fp8-flashinfer")
