@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the worker start
 from check.compare import Ran
 from check.scenarios import Scenario
 
-LIMIT_S = 360  # FlashInfer compiles its kernels for FP8 KV, in 180 s and more
+LIMIT_S = 240
 
 
 def worker(spec: dict[str, Any]) -> None:
