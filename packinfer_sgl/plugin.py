@@ -153,6 +153,12 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         )
     if deterministic := _deterministic():
         check_deterministic(deterministic, config, base, runner)
+        if deterministic == "--rl-on-policy-target":
+            logger.warning(
+                "packinfer %s: log-probabilities of decode are the same in any batch, but not those of a trainer that "
+                "computes them with FA3: packed decode sums in another order",
+                __version__,
+            )
     stock = factory(runner)
     if runner.is_draft_worker:
         return stock

@@ -35,7 +35,7 @@ SCENARIOS = {
 
 def companies(talk: Talk) -> Answers:
     """The CHOSEN prompts in each company, from a cold cache and from a warm one; ``prompt`` says which, ``company`` in
-    which. ``scored``: log-probabilities of what was said, computed as a prompt."""
+    which."""
     prompts, rng = tree_prompts(2, SHARED), random.Random(1)
     chosen = [prompts[i] for i in CHOSEN]
     siblings = [[*prompts[i % 16][:1450], *_words(rng, 5 + i)] for i in range(60)]
@@ -54,23 +54,24 @@ def companies(talk: Talk) -> Answers:
         for i in range(len(chosen)):
             found.append({**answer(outs[among * i]), "prompt": CHOSEN[i], "company": company})
 
-    def alone(company: str, cold: bool, params: dict[str, Any]) -> None:
+    def alone(kind: str, params: dict[str, Any]) -> None:
         for i, prompt in zip(CHOSEN, chosen):
-            if cold:
-                assert talk.engine.flush_cache().success
-            (own,) = greedy_of(params, 1)
-            out = talk.engine.generate(input_ids=[prompt], sampling_params=own, return_logprob=True, top_logprobs_num=5)
-            found.append({**answer(out[0]), "prompt": i, "company": company})
+            assert talk.engine.flush_cache().success
+            for company in (f"{kind}alone, cold", f"{kind}alone, warm"):
+                (own,) = greedy_of(params, 1)
+                out = talk.engine.generate(
+                    input_ids=[prompt], sampling_params=own, return_logprob=True, top_logprobs_num=5
+                )
+                found.append({**answer(out[0]), "prompt": i, "company": company})
 
     for kind, params in (("", {}), ("sampled ", SAMPLED)):
-        alone(f"{kind}alone, cold", True, params)
-        alone(f"{kind}alone, warm", False, params)
+        alone(kind, params)
         ask(f"{kind}among siblings, warm", siblings, False, params, 9)
         ask(f"{kind}among siblings, cold", siblings, True, params, 3)
         ask(f"{kind}among strangers, cold", strangers, True, params, 5)
         ask(f"{kind}among both, warm", [*siblings[:20], *strangers], False, params, 2)
         ask(f"{kind}the four, cold", [], True, params, 1)
-        alone(f"{kind}alone, at last", True, params)
+        alone(f"{kind}at last ", params)
     return found
 
 

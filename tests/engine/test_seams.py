@@ -130,7 +130,7 @@ REFUSED = {
 @pytest.mark.contract
 @pytest.mark.parametrize("flag", [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}], ids=str)
 @pytest.mark.parametrize("name", REFUSED)
-def test_where_the_deterministic_mode_is_refused(name, flag, model, monkeypatch):
+def test_where_the_deterministic_mode_is_refused(name, flag, model, monkeypatch, caplog):
     """By the setting, whoever gave it, and under a stock backend's name, too."""
     from sglang.srt import runtime_context
     from sglang.srt.server_args import ServerArgs
@@ -162,6 +162,8 @@ def test_where_the_deterministic_mode_is_refused(name, flag, model, monkeypatch)
     finally:
         runtime_context.reset_context()
     assert len(built) == (problem is None)
+    warned = "not those of a trainer that computes them with FA3" in caplog.text
+    assert warned == ("rl_on_policy_target" in flag and problem is None)
 
 
 def test_a_release_without_the_lists_is_refused(model, monkeypatch):

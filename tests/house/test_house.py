@@ -38,7 +38,7 @@ ORDER = {
         "hopper_extend_producer", "hopper_extend_consumer", "attention_hopper_extend", "device_plan",
     ],
     "runners": ["base", "cpu", "cuda", "slots", "arena"],
-    "paged": ["checks", "graph_buffers", "kernels", "batch", "wrapper", "sink_wrapper"],
+    "paged": ["checks", "graph_buffers", "kernels", "batch", "wrapper", "prefill_wrapper", "sink_wrapper"],
     "serving": ["metrics", "batch_rows", "batch_reasons", "layers", "packed_path", "router", "build", "backend"],
 }  # fmt: skip
 OPEN_FLOORS = {4, 5}

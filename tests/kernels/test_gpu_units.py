@@ -47,7 +47,7 @@ SHAPES = {
 def random_rows(seed: int, unit_tokens: int, rows: int = 0, **shape) -> Case:
     """Rows that share more or less than whole units, and have tails within, at and beyond their borders."""
     rng = np.random.default_rng(seed)
-    n = rows or int(rng.integers(2, 70))
+    n = rows or int(rng.integers(2, 70 if unit_tokens < 512 else 30))
     edges = [unit_tokens - 1, unit_tokens, unit_tokens + 1, 2 * unit_tokens, 3 * unit_tokens + 5]
     tails = [int(rng.choice([*edges, 1, int(rng.integers(1, 5 * unit_tokens))])) for _ in range(n)]
     return unit_case(
@@ -77,8 +77,9 @@ def test_bits_do_not_depend_on_company(name: str, unit_tokens: int) -> None:
         case = random_rows(seed, unit_tokens, **SHAPES[name])
         n = len(case.slots)
         right = run_packed(case)
-        if seed == 0:
-            check_attention(case, *right, TOLERANCE[case.q.dtype])
+        if seed == 0:  # some rows: the reference is slow
+            few = in_company(case, [*range(min(n, 8))], unit_tokens)
+            check_attention(few, *run_packed(few), TOLERANCE[case.q.dtype])
         for row in rng.choice(n, min(n, 10), replace=False).tolist():
             assert_same(case, right, [row], unit_tokens=unit_tokens)
         for i in range(8):
