@@ -13,7 +13,7 @@ from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
 UNIT_TOKENS = 512  # the shortest unit that is chosen; a multiple of every kernel's block
-UNIT_BYTES = 1 << 30  # most memory for the partial results of captured graphs
+UNIT_BYTES = 5 << 28  # most memory for the partial results of captured graphs: units of 512 at 32 heads, 131,072 tokens
 
 
 def units_of(tokens: int, unit_tokens: int) -> int:
