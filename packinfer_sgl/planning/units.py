@@ -13,7 +13,9 @@ from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
 UNIT_TOKENS = 512  # the shortest unit that is chosen; a multiple of every kernel's block
-UNIT_BYTES = 5 << 28  # most memory for the partial results of captured graphs: units of 512 at 32 heads, 131,072 tokens
+# Most memory for partial results of the rows for which a unit is chosen: units of 512 at 32 heads, 131,072 tokens.
+# Graphs of more rows take more.
+UNIT_BYTES = 5 << 28
 
 
 def units_of(tokens: int, unit_tokens: int) -> int:

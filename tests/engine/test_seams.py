@@ -123,6 +123,7 @@ REFUSED = {
         "prefill stays on fa3, and --packinfer-extend is on; leave it at auto",
     ),
     "mixed": ({"enable_mixed_chunk": True}, "fa3", "{}", True, "--enable-mixed-chunk runs some decode tokens"),
+    "arena": ({}, "fa3", '{"arena_tokens": 4096}', True, "--packinfer-arena-tokens copies spans .*; leave it out"),
     "taken": ({}, "fa3", '{"extend": "off"}', True, None),
 }
 
