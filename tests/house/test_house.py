@@ -39,7 +39,7 @@ ORDER = {
     ],
     "runners": ["base", "cpu", "cuda", "slots", "arena"],
     "paged": ["checks", "graph_buffers", "kernels", "batch", "wrapper", "sink_wrapper"],
-    "serving": ["metrics", "batch_rows", "batch_reasons", "layers", "packed_path", "router", "build", "backend"],
+    "serving": ["metrics", "radix_paths", "batch_rows", "batch_reasons", "layers", "packed_path", "router", "build", "backend"],
 }  # fmt: skip
 OPEN_FLOORS = {4, 5}
 THIRD_PARTY = {

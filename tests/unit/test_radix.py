@@ -29,7 +29,11 @@ def rust_tree(paths: dict[int, list[tuple[int, int]]]) -> SimpleNamespace:
     """A prefix cache of 0.5.23 that knows, for each node, the (id, end) of those above it and itself."""
 
     def collect_path_info(nodes):
-        return [[SimpleNamespace(node_id=i, path_end=end) for i, end in paths[node]] for node in nodes]
+        inner = {i for path in paths.values() for i, _ in path[:-1]}
+        return [
+            [SimpleNamespace(node_id=i, path_end=end, num_children=int(i in inner)) for i, end in paths[node]]
+            for node in nodes
+        ]
 
     return SimpleNamespace(tree_core=SimpleNamespace(collect_path_info=collect_path_info))
 
@@ -43,6 +47,11 @@ class Node:
     id: int
     parent: Node | None
     key: range
+
+    @property
+    def children(self) -> list[int]:
+        """Those of a leaf: nothing is split in these tests."""
+        return []
 
 
 class Rows(list):
