@@ -81,7 +81,9 @@ class StepBatch:
     @cached_property
     def qo_indptr(self) -> Int32:
         """[n + 1] int32 where the queries of each row begin."""
-        return np.concatenate([[0], np.cumsum(self.q_lens)]).astype(np.int32)
+        indptr = np.zeros(self.n_rows + 1, np.int32)
+        np.cumsum(self.q_lens, out=indptr[1:])
+        return indptr
 
     def tree(self) -> PrefixTree:
         """Who shares what, as far as it is known; else nobody shares anything."""

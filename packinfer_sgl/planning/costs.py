@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,20 @@ class CostModel:
     small_as_rows: float
     least_saving: float
 
-    def tiles(self, shape: AttentionShape, queries: int) -> tuple[int, float]:
-        """Number of tiles for so many queries, and the cost of each in rows of a large tile."""
+    def tiles(self, shape: AttentionShape, queries: Any) -> tuple[Any, Any]:
+        """Number of tiles for so many queries (a number of at least 1, or an array of them), and the cost of each in
+        rows of a large tile."""
         query_rows = queries * shape.group_size
-        if query_rows <= self.small_rows:
-            return -(-query_rows // self.small_rows), self.small_as_rows
-        return -(-query_rows // self.large_rows), self.large_rows
+        is_small = query_rows <= self.small_rows
+        tile_rows = np.where(is_small, self.small_rows, self.large_rows)
+        return -(-query_rows // tile_rows), np.where(is_small, self.small_as_rows, self.large_rows)
 
-    def read_us(self, shape: AttentionShape, queries: int) -> tuple[float, float]:
-        """Time of reading a span once for so many queries: us per KV token, and us besides."""
+    def read_us(self, shape: AttentionShape, queries: Any) -> tuple[Any, Any]:
+        """Time of reading a span once for so many queries (as for ``tiles``): us per KV token, and us besides."""
         tiles, rows = self.tiles(shape, queries)
         moved = shape.token_bytes / self.bytes_per_us + (tiles - 1) * (shape.token_bytes / self.reread_bytes_per_us)
         multiplied = tiles * rows * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
-        return max(moved, multiplied), tiles * shape.kv_heads * self.item_us
+        return np.maximum(moved, multiplied), tiles * shape.kv_heads * self.item_us
 
     def partials_us(self, shape: AttentionShape) -> float:
         """Time of one partial result of one query (float32 output and ``lse2`` of all heads), in us."""

@@ -11,6 +11,7 @@ from numba import njit
 
 from packinfer_sgl.planning.plan import Col
 
+N_COLS = len(Col)
 ITEM = np.dtype([(column.name.lower(), np.int32) for column in Col])
 
 
@@ -18,7 +19,7 @@ ITEM = np.dtype([(column.name.lower(), np.int32) for column in Col])
 def item_arrays(  # type: ignore[no-untyped-def]
     row_order, segments, n_shared, queries, place_of, tiles, splits, n_splits, sees, n_classes, room_tokens
 ):
-    """The fields of ``Plan`` from ``items`` ([n_items] of ``ITEM``) to ``merge_indptr``, and ``kv_tokens_read``.
+    """The fields of ``Plan`` from ``items`` to ``merge_indptr``, and ``kv_tokens_read``.
 
     Args:
         row_order: ``PrefixTree.row_order``.
@@ -59,7 +60,8 @@ def item_arrays(  # type: ignore[no-untyped-def]
             slot += 1
 
     item_of, class_indptr = _order(splits, tiles, n_classes)
-    items = np.empty(len(splits), ITEM)
+    columns = np.empty((len(splits), N_COLS), np.int32)
+    items = columns.reshape(-1).view(ITEM)
     kv_tokens_read = 0
     for i, split in enumerate(splits):
         tile, item = tiles[split.tile], items[item_of[i]]
@@ -74,7 +76,7 @@ def item_arrays(  # type: ignore[no-untyped-def]
         item.open_row = row_order[segment.lo] if is_open else -1
         item.next_item = item_of[i + 1] if i + 1 < len(splits) and splits[i + 1].cta == split.cta else -1
         kv_tokens_read += item.a_len + item.b_len
-    return items, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, kv_tokens_read
+    return columns, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, kv_tokens_read
 
 
 @njit

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from packinfer_sgl.planning.item_arrays import item_arrays
-from packinfer_sgl.planning.plan import Col, Plan, SpanCol
+from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 from packinfer_sgl.planning.query_tiles import query_tiles
 from packinfer_sgl.planning.schedule import split_tiles
 from packinfer_sgl.planning.slot_list import list_by_reader
 from packinfer_sgl.planning.slot_list_once import list_once
+
 
 
 def make_plan(
@@ -62,18 +63,18 @@ def make_plan(
         tree.row_order, segments, n_shared, queries, place_of, tiles, splits, n_splits, sees, len(classes), room_tokens
     )
     return Plan(
-        items=items.view(np.int32).reshape(-1, len(Col)),
+        items=items,
         class_indptr=class_indptr,
         query_rows=query_rows,
         partial_rows=partial_rows,
         win_lo=win_lo,
         win_hi=win_hi,
         merge_indptr=merge_indptr,
-        spans=spans.view(np.int32).reshape(-1, len(SpanCol)),
+        spans=spans,
         append_base=append_base if room_tokens else append_base[:0],
         kv_capacity=kv_capacity,
         kv_tokens_read=kv_tokens_read,
-        kv_tokens_logical=int(kv_lens.sum()),
+        kv_tokens_logical=sum(kv_lens.tolist()),
         kv_tokens_unique=kv_tokens_unique,
         windowed=windowed,
     )

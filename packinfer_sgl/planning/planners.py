@@ -112,7 +112,7 @@ class DecodePlanner:
         self._last = self._requests = None
 
     def _fit(self, tree: PrefixTree, batch: StepBatch) -> Fitted:
-        one_each = bool((batch.q_lens == 1).all())
+        one_each = batch.q_lens.tolist().count(1) == batch.n_rows
         return fit(
             tree, self.shape, self.cost, self.policy, self.limits, grouping=self.grouping, batch=batch,
             q_lens=None if one_each else batch.q_lens, saving_lens=batch.kv_lens if one_each else None,

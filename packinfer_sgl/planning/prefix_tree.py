@@ -123,7 +123,7 @@ class PrefixTree:
 
     def unique_tokens(self, kv_lens: Int32) -> int:
         """KV tokens that any kernel must read at least once, for rows of ``kv_lens`` tokens ([n_rows] int32)."""
-        return int((self.end - self.start).sum() + kv_lens.sum() - self.tail_start.sum())
+        return int(_unique_tokens(self.start, self.end, self.tail_start, kv_lens))
 
     def check_integrity(self) -> None:
         """For tests: raise AssertionError unless what the class's docstring says is true."""
@@ -194,6 +194,16 @@ def _from_nodes(nodes, lowest, limits):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def _unique_tokens(start, end, tail_start, kv_lens):  # type: ignore[no-untyped-def]
+    tokens = 0
+    for i in range(len(start)):
+        tokens += end[i] - start[i]
+    for row in range(len(kv_lens)):
+        tokens += kv_lens[row] - tail_start[row]
+    return tokens
+
+
+@njit(cache=True)
 def _intervals(n_rows, shared_tokens):  # type: ignore[no-untyped-def]
     """The nodes of ``PrefixTree.from_neighbours``, as its fields from ``parent`` on.
 
@@ -226,22 +236,24 @@ def _intervals(n_rows, shared_tokens):  # type: ignore[no-untyped-def]
             n += 1
 
     depth = np.zeros(n, np.int32)
+    begins = np.zeros(n + 1, np.int64)  # of each level, the index of its first node
     for i in range(n):
         above = parent[i]
         while above >= 0:
             depth[i] += 1
             above = parent[above]
+        begins[depth[i] + 1] += 1
+    for level in range(n):
+        begins[level + 1] += begins[level]
     # level by level; within a level intervals were opened from left to right
-    order = depth.argsort(kind="mergesort")
-    new_index = np.empty(n, np.int32)
-    for new in range(n):
-        new_index[order[new]] = new
-    start = np.zeros(n, np.int32)
+    nodes, new_index = np.empty((6, n), np.int32), np.empty(n, np.int32)
+    for i in range(n):
+        new_index[i], begins[depth[i]] = begins[depth[i]], begins[depth[i]] + 1
+    for i in range(n):
+        new, above = new_index[i], parent[i]
+        nodes[0, new], nodes[4, new] = (-1, 0) if above < 0 else (new_index[above], end[above])
+        nodes[1, new], nodes[2, new], nodes[3, new], nodes[5, new] = depth[i], lo[i], hi[i], end[i]
     tail_start = np.zeros(n_rows, np.int32)
-    new_parent = np.full(n, -1, np.int32)
     for new in range(n):
-        i = order[new]
-        if parent[i] >= 0:
-            new_parent[new], start[new] = new_index[parent[i]], end[parent[i]]
-        tail_start[lo[i] : hi[i]] = end[i]  # deeper nodes come later and overwrite
-    return new_parent, depth[order], lo[order], hi[order], start, end[order], tail_start
+        tail_start[nodes[2, new] : nodes[3, new]] = nodes[5, new]  # deeper nodes come later and overwrite
+    return nodes[0], nodes[1], nodes[2], nodes[3], nodes[4], nodes[5], tail_start

@@ -14,6 +14,7 @@ from packinfer_sgl.planning.plan import SpanCol
 # KV positions [start, end) for the rows at places [lo, hi). Position ``p`` is entry ``to_slots + p`` of the slot list.
 # First come segments that several rows read or that a row finds in another row's part of the list, then tails.
 SEGMENT = np.dtype([(name, np.int64) for name in ("lo", "hi", "start", "end", "to_slots")])
+N_SPAN_COLS = len(SpanCol)
 SPAN = np.dtype([(column.name.lower(), np.int32) for column in SpanCol])
 
 
@@ -23,7 +24,7 @@ def list_by_reader(row_order, nodes, tail_start, kv_lens, windows, room_tokens):
     for each row that reads it.
 
     Returns:
-        The segments, how many of them are no tails, ``Plan.spans`` ([n_spans] of ``SPAN``), ``Plan.append_base`` and
+        The segments, how many of them are no tails, ``Plan.spans``, ``Plan.append_base`` and
         ``Plan.kv_capacity``.
     """
     row_lo, row_hi, start, end = nodes
@@ -40,7 +41,8 @@ def list_by_reader(row_order, nodes, tail_start, kv_lens, windows, room_tokens):
         if windows or s.end > s.start or s.start == 0:
             n += 1
     segments = segments[:n]
-    spans = np.empty(n, SPAN)
+    columns = np.empty((n, N_SPAN_COLS), np.int32)
+    spans = columns.reshape(-1).view(SPAN)
     append_base = np.zeros(n_rows, np.int32)
     capacity = 0
     for i in range(n):
@@ -53,4 +55,4 @@ def list_by_reader(row_order, nodes, tail_start, kv_lens, windows, room_tokens):
         if i >= n_nodes:
             append_base[row] = s.to_slots
             capacity += room_tokens
-    return segments, n_nodes, spans, append_base, capacity
+    return segments, n_nodes, columns, append_base, capacity

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from packinfer_sgl.planning.slot_list import SEGMENT, SPAN
+from packinfer_sgl.planning.slot_list import N_SPAN_COLS, SEGMENT, SPAN
 
 
 @njit(cache=True)
@@ -47,7 +47,8 @@ def list_once(row_order, nodes, tail_start, kv_lens, windows, room_tokens, whole
             lister[above], most[above] = lister[i], rows
         list_from[lister[i]] = whole_start[i]
 
-    spans = np.empty(n_rows, SPAN)
+    columns = np.empty((n_rows, N_SPAN_COLS), np.int32)
+    spans = columns.reshape(-1).view(SPAN)
     append_base = np.zeros(n_rows, np.int32)
     to_slots = np.empty(n_rows, np.int64)
     capacity = 0
@@ -91,7 +92,7 @@ def list_once(row_order, nodes, tail_start, kv_lens, windows, room_tokens, whole
         s.start = max(tail_start[place], list_from[place])
         if windows or s.end > s.start or s.start == 0:
             n += 1
-    return segments[:n], n_shared, spans, append_base, capacity
+    return segments[:n], n_shared, columns, append_base, capacity
 
 
 @njit
