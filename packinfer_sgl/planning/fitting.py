@@ -1,6 +1,6 @@
 """Plans that fit buffers of a fixed size: captured graphs hold their addresses, so every batch must have such a plan.
 
-What overflows decides what gives way. Slot list: each KV token is listed once (``slot_list_once``). Query slots,
+What overflows decides what gives way. Slot list: each KV token is listed once (``query_tiles``). Query slots,
 partial results, items: fewer spans are read together, those that save the least first, by raising the price of a
 partial result; then spans are not cut. With nothing kept, nothing cut and each token listed once, ``n`` rows need
 ``least_partials(n)`` partial results for each of their queries and one list entry for each KV token, and that always
@@ -93,7 +93,7 @@ class Capacity:
 def least_partials(rows: int) -> int:
     """Most results that ``rows`` queries of one row each leave where nothing is read together, nothing cut and each
     KV token listed once: one for the row's own piece of the list, and on average at most ``log2(rows) / 2`` for pieces
-    of others (``slot_list_once``)."""
+    of others (``query_tiles``)."""
     return rows + math.ceil(rows * math.log2(rows) / 2) if rows > 1 else rows
 
 
@@ -161,7 +161,7 @@ class Fitted:
         plan: the plan.
         kept: the spans that it reads once.
         listed: the spans with which its slot list begins: ``kept``, or none where it has each token once
-            (``slot_list``), for then its spans are not those that it reads.
+            (``query_tiles``), for then its spans are not those that it reads.
         overflowed: what overflowed on the way to it.
         ungrouped: why ``kept`` has no span, if it has none.
     """

@@ -17,19 +17,29 @@ ITEM = np.dtype([(column.name.lower(), np.int32) for column in Col])
 
 @njit(cache=True)
 def item_arrays(  # type: ignore[no-untyped-def]
-    row_order, segments, n_shared, queries, place_of, tiles, splits, n_splits, sees, n_classes, room_tokens
+    row_order,
+    segments,
+    n_shared,
+    queries,
+    place_of,
+    tiles,
+    splits,
+    n_splits,
+    see_from,
+    see_to,
+    windows,
+    n_classes,
+    room_tokens,
 ):
     """The fields of ``Plan`` from ``items`` to ``merge_indptr``, and ``kv_tokens_read``.
 
     Args:
         row_order: ``PrefixTree.row_order``.
-        segments, n_shared: see ``slot_list``.
-        queries, place_of, tiles, sees: see ``query_tiles``.
+        segments, n_shared, queries, place_of, tiles, see_from, see_to, windows: see ``query_tiles``.
         splits, n_splits: see ``schedule.split_tiles``.
         n_classes: tile classes.
         room_tokens: see ``items.make_plan``.
     """
-    see_from, see_to, windows = sees
     slots = tiles.queries.sum()
     query_rows, partial_rows = np.empty(slots, np.int32), np.empty(slots, np.int32)
     win_lo, win_hi = np.zeros(slots, np.int32), np.zeros(slots, np.int32)

@@ -19,9 +19,7 @@ FLOORS = {
     "planning": 1,
     "kernels": 2,
     "runners": 3, "paged": 3,
-    "serving": [
-        "metrics", "radix_paths", "batch_rows", "batch_reasons", "layers", "packed_path", "router", "build", "backend",
-    ],
+    "serving": 4, "cpu_platform": 4, "__init__": 4,
     "plugin": 5, "cli": 5, "tools": 5, "patches": 5,
 }  # fmt: skip
 # Folders that a folder of its own floor may import.
@@ -30,9 +28,8 @@ NEIGHBOURS = {"paged": {"runners"}}
 # SGLang, where rooms of one floor may import each other.
 ORDER = {
     "planning": [
-        "prefix_tree", "batch", "costs", "groups", "plan", "policy", "splits", "schedule", "device_profile", "profiles",
-        "cpu_profile", "slot_list", "slot_list_once", "query_tiles", "item_arrays", "items", "fitting", "planners",
-        "audit", "prefix_hold",
+        "prefix_tree", "batch", "costs", "groups", "plan", "policy", "schedule", "device_profile", "profiles",
+        "cpu_profile", "query_tiles", "item_arrays", "items", "fitting", "planners", "audit", "prefix_hold",
     ],
     "kernels": [
         "copy_slots", "reference", "cpu_attention", "tiles", "columns", "slot_list_triton", "attention_triton", "merge",
