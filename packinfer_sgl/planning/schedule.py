@@ -13,6 +13,10 @@ import heapq
 import numpy as np
 from numba import njit
 
+from packinfer_sgl.planning.plan import Col
+
+Q_CNT, A_LEN, B_LEN = int(Col.Q_CNT), int(Col.A_LEN), int(Col.B_LEN)
+
 # Candidates for the longest split in waves, in tokens.
 SPLIT_CANDIDATES = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
 # Candidates for the number of splits of the longest tile in a queue. A count is skipped unless it could be at least 1 %
@@ -47,6 +51,30 @@ def makespan_us(item_us: np.ndarray, heads: int, ctas: int) -> float:
     """When ``ctas`` CTAs that take the next item when they are free are done with all heads of all items, in the order
     of ``item_us`` ([n] us of an item of one head)."""
     return max(_finish_us(item_us, heads, ctas))  # type: ignore[no-any-return]
+
+
+@njit(cache=True)
+def extend_makespan_us(  # type: ignore[no-untyped-def]
+    items, group_size, warpgroup_rows, warpgroups, full_us, saved_us, block, block_part, width, item_us, heads, ctas
+):
+    """The same of the items of an extend plan, longest first.
+
+    Args:
+        items: ``Plan.items``.
+        group_size: query heads of a KV head.
+        warpgroup_rows, warpgroups: rows of a warpgroup, and how many a tile has.
+        full_us, saved_us: time of a block, and what less it takes if one warpgroup only has rows.
+        block, block_part: KV tokens of a block, and what part they are of one that these times were measured with.
+        width: times as long as was measured.
+        item_us: time of an item besides its blocks.
+    """
+    us = np.empty(len(items))
+    for i in range(len(items)):
+        idle = warpgroups - -(-items[i, Q_CNT] * group_size // warpgroup_rows)
+        block_us = full_us - saved_us * idle / max(warpgroups - 1, 1)
+        blocks = -(-(items[i, A_LEN] + items[i, B_LEN]) // block) * block_part
+        us[i] = blocks * (block_us * width) + item_us
+    return max(_finish_us(-np.sort(-us), heads, ctas))
 
 
 @njit
