@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,20 @@ class CostModel:
         moved = shape.token_bytes / self.bytes_per_us + (tiles - 1) * (shape.token_bytes / self.reread_bytes_per_us)
         multiplied = tiles * rows * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
         return np.maximum(moved, multiplied), tiles * shape.kv_heads * self.item_us
+
+    def prices(self, shape: AttentionShape, most: int) -> npt.NDArray[np.float64]:
+        """[most + 1, 3] of spans for so many queries: ``read_us``, and the number of tiles."""
+        key = shape.qo_heads, shape.kv_heads, shape.head_dim, shape.kv_bytes, most
+        if key not in self._prices:
+            queries = np.arange(most + 1)
+            with np.errstate(divide="ignore"):  # no query, where a model has no small tiles
+                table = np.stack([*self.read_us(shape, queries), self.tiles(shape, queries)[0]], axis=1)
+            self._prices[key] = table
+        return self._prices[key]
+
+    @cached_property
+    def _prices(self) -> dict[tuple[int, ...], npt.NDArray[np.float64]]:
+        return {}
 
     def partials_us(self, shape: AttentionShape) -> float:
         """Time of one partial result of one query (float32 output and ``lse2`` of all heads), in us."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
@@ -42,7 +39,7 @@ def prune(
     most = tree.n_rows if q_lens is None else int(q_lens.sum())
     fields = _prune(
         tree.row_order, tree.parent, tree.depth, tree.row_lo, tree.row_hi, tree.start, tree.end, of_rows,
-        _prices(shape, cost, 1 << most.bit_length()), cost.partials_us(shape) if partials_us is None else partials_us,
+        cost.prices(shape, 1 << most.bit_length()), cost.partials_us(shape) if partials_us is None else partials_us,
         mode == "multi", _NOT_GIVEN if kv_lens is None else kv_lens, cost.least_saving,
     )  # fmt: skip
     return PrefixTree(tree.row_order, *fields)
@@ -54,14 +51,6 @@ def without_nodes(tree: PrefixTree) -> PrefixTree:
     return PrefixTree(tree.row_order, none, none, none, none, none, none, np.zeros(tree.n_rows, np.int32))
 
 
-@functools.lru_cache(maxsize=64)
-def _prices(shape: AttentionShape, cost: CostModel, most: int) -> npt.NDArray[np.float64]:
-    """[most + 1, 3] of spans for so many queries: ``CostModel.read_us``, and the number of tiles."""
-    queries = np.arange(most + 1)
-    with np.errstate(divide="ignore"):  # no query, where a model has no small tiles
-        return np.stack([*cost.read_us(shape, queries), cost.tiles(shape, queries)[0]], axis=1)
-
-
 @njit(cache=True)
 def _prune(  # type: ignore[no-untyped-def]
     row_order, parent, depth, row_lo, row_hi, start, end, q_lens, prices, partial_us, multi, kv_lens, least_saving
@@ -70,7 +59,7 @@ def _prune(  # type: ignore[no-untyped-def]
 
     Args:
         q_lens, kv_lens: as for ``prune``; [0] for none.
-        prices: see ``_prices``.
+        prices: ``CostModel.prices``.
         partial_us: time of one partial result of one query.
     """
     n_rows, n = len(row_order), len(parent)

@@ -92,7 +92,7 @@ class PrefixTree:
             lowest: per row, the index of its lowest node; -1 for none.
             limits: per row, the leading tokens that it may share: nodes that end beyond are left out.
         """
-        return cls(*_from_nodes(nodes, np.array(lowest, np.int64), np.array(limits, np.int64)))
+        return cls(*_from_nodes(nodes, np.array(lowest + limits, np.int64)))
 
     @classmethod
     def from_slots(cls, indptr: Int32, indices: Int32, page_size: int, limit_tokens: Int32) -> PrefixTree:
@@ -143,10 +143,10 @@ class PrefixTree:
 
 
 @njit(cache=True)
-def _from_nodes(nodes, lowest, limits):  # type: ignore[no-untyped-def]
+def _from_nodes(nodes, lowest_and_limits):  # type: ignore[no-untyped-def]
     """The fields of ``PrefixTree.from_nodes``: its rows in the order of the identities on their paths."""
-    n = len(lowest)
-    bottom = lowest.copy()
+    n = len(lowest_and_limits) // 2
+    bottom, limits = lowest_and_limits[:n].copy(), lowest_and_limits[n:]
     depth = np.zeros(n + 1, np.int64)
     for row in range(n):
         while bottom[row] >= 0 and nodes[bottom[row], 2] > limits[row]:

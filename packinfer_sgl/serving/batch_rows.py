@@ -12,9 +12,12 @@ import numpy as np
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.serving.radix_paths import RadixPaths
 
-# where the two supported layouts of a request keep: row of req_to_token, lowest radix node, tokens the tree owns
-_ROW_NESTED = attrgetter("kv.req_pool_idx", "last_node", "kv.cache_protected_len")  # 0.5.23
-_ROW_FLAT = attrgetter("req_pool_idx", "last_node", "cache_protected_len")  # 0.5.17
+# where the two supported layouts of a request keep: row of req_to_token, lowest radix node, tokens the tree owns, and
+# how often its KV was taken from it
+_NESTED = "kv.req_pool_idx", "last_node", "kv.cache_protected_len"  # 0.5.23
+_FLAT = "req_pool_idx", "last_node", "cache_protected_len"  # 0.5.17
+_COUNT = "retraction_count"
+_ROWS = {names: (attrgetter(*names, _COUNT), attrgetter(*names)) for names in (_NESTED, _FLAT)}
 
 
 class BatchRows(NamedTuple):
@@ -43,8 +46,11 @@ class BatchRows(NamedTuple):
         """Read a ``ScheduleBatch`` (on the scheduler's thread, right before its forward pass)."""
         reqs = list(schedule_batch.reqs)
         nested = bool(reqs) and hasattr(getattr(reqs[0], "kv", None), "cache_protected_len")
-        row, unknown = _ROW_NESTED if nested else _ROW_FLAT, object()  # a count that is not there equals no other
-        rows = [(*row(req), getattr(req, "retraction_count", unknown)) for req in reqs]
+        counted, row = _ROWS[_NESTED if nested else _FLAT]
+        try:
+            rows = [*map(counted, reqs)]
+        except AttributeError:  # a count that is not there equals no other
+            rows = [(*row(req), getattr(req, _COUNT, object())) for req in reqs]
         beams = {}
         tail = getattr(schedule_batch, "beam_tail", None)
         for group, leader, *_ in tail.entries if tail is not None else ():
