@@ -36,7 +36,7 @@ def prune(
     if mode == "off" or tree.n_nodes == 0:
         return without_nodes(tree)
     of_rows = _NOT_GIVEN if q_lens is None else q_lens
-    most = tree.n_rows if q_lens is None else int(q_lens.sum())
+    most = tree.n_rows if q_lens is None else sum(q_lens.tolist())
     fields = _prune(
         tree.row_order, tree.parent, tree.depth, tree.row_lo, tree.row_hi, tree.start, tree.end, of_rows,
         cost.prices(shape, 1 << most.bit_length()), cost.partials_us(shape) if partials_us is None else partials_us,

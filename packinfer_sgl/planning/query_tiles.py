@@ -286,8 +286,8 @@ def _inline_tails(tiles, segments, n_shared, queries, place_of, see_from, see_to
         if tile.segment < n_shared and is_inlined[tile.segment]:
             s = segments[tile.segment]
             begin, end = _tails(tile, segments[n_shared:], queries, place_of, see_to)
-            mine = queries[tile.first : tile.first + tile.queries]
-            is_inlined[tile.segment] = end - begin <= most and see_from[mine].max() == 0 and see_to[mine].min() >= s.end
+            _, last_from, first_to, _ = _windows(tile, queries, see_from, see_to)
+            is_inlined[tile.segment] = end - begin <= most and last_from == 0 and first_to >= s.end
     n = 0
     for tile in tiles:
         node = tile.segment if tile.segment < n_shared else on_node[tile.segment - n_shared]
@@ -316,6 +316,18 @@ def _tails(tile, tails, queries, place_of, see_to):  # type: ignore[no-untyped-d
 
 
 @njit
+def _windows(tile, queries, see_from, see_to):  # type: ignore[no-untyped-def]
+    """The least and the greatest ``see_from`` of the tile's queries, and of their ``see_to``."""
+    query = queries[tile.first]
+    first_from, last_from, first_to, last_to = see_from[query], see_from[query], see_to[query], see_to[query]
+    for at in range(tile.first + 1, tile.first + tile.queries):
+        query = queries[at]
+        first_from, last_from = min(first_from, see_from[query]), max(last_from, see_from[query])
+        first_to, last_to = min(first_to, see_to[query]), max(last_to, see_to[query])
+    return first_from, last_from, first_to, last_to
+
+
+@njit
 def _set_runs(tiles, segments, n_shared, queries, see_from, see_to):  # type: ignore[no-untyped-def]
     """Set run A and run B of each tile by what its queries see.
 
@@ -332,12 +344,12 @@ def _set_runs(tiles, segments, n_shared, queries, see_from, see_to):  # type: ig
             tiles[n] = tile
             n += 1
             continue
-        mine = queries[tile.first : tile.first + tile.queries]
-        b_to = min(max(see_to[mine].max(), s.start), s.end)
-        a_from = min(max(see_from[mine].min(), s.start), b_to)
+        first_from, last_from, first_to, last_to = _windows(tile, queries, see_from, see_to)
+        b_to = min(max(last_to, s.start), s.end)
+        a_from = min(max(first_from, s.start), b_to)
         a_to = a_from
-        if see_from[mine].max() <= a_from:
-            a_to = min(max(see_to[mine].min(), a_from), b_to)
+        if last_from <= a_from:
+            a_to = min(max(first_to, a_from), b_to)
         if b_to > a_from or tile.segment >= n_shared:
             tiles[n] = tile
             tiles[n].a_from, tiles[n].a_to = a_from, a_to

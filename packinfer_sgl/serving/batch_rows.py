@@ -73,6 +73,8 @@ class BatchRows(NamedTuple):
         if lowest is None:
             return None
         limits, nodes = [row[2] for row in self.rows], paths.nodes
+        if self.beams:
+            nodes = nodes[: paths.n_nodes]
         below: dict[int, int] = {}  # of each prompt of beams, its index
         for i, (prompt, end) in self.beams.items():
             ids, ends = paths.path(lowest[i], limits[i])

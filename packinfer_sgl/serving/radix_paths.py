@@ -23,7 +23,8 @@ class RadixPaths:
 
     Attributes:
         tree_cache: SGLang's prefix cache.
-        nodes: [n, 3] int64: see ``PrefixTree.from_nodes``.
+        nodes: [at least n_nodes, 3] int64: see ``PrefixTree.from_nodes``.
+        n_nodes: how many are known.
     """
 
     def __init__(self, tree_cache: Any) -> None:
@@ -62,7 +63,8 @@ class RadixPaths:
 
     def _forget(self) -> None:
         self._place: dict[int | None, int] = {None: -1}
-        self.nodes: npt.NDArray[np.int64] = np.empty((0, 3), np.int64)
+        self.nodes: npt.NDArray[np.int64] = np.empty((256, 3), np.int64)
+        self.n_nodes = 0
 
     def _places(
         self, ids: list[int | None], nodes: list[Any], tree: Any, read: Callable[[Any, list[Any]], Iterator[Path]]
@@ -79,20 +81,21 @@ class RadixPaths:
 
     def _enter(self, new: dict[int | None, Any], paths: list[Path]) -> bool:
         """Add the paths of these nodes; False if those known may lack a node of theirs, or there is no room."""
-        known, place = len(self.nodes), self._place
-        rows: list[tuple[int, int, int]] = []
+        known, place = self.n_nodes, self._place
         for lowest, path in zip(new, paths):
             above = -1
             for node, end, is_inner in path:
                 at = place.get(node)
                 if at is None:
-                    if known and (is_inner or known + len(rows) >= MOST_NODES):
+                    if known and (is_inner or self.n_nodes >= MOST_NODES):
                         return False
-                    at = place[node] = known + len(rows)
-                    rows.append((node, above, end))
+                    at = place[node] = self.n_nodes
+                    if at == len(self.nodes):
+                        self.nodes = np.concatenate([self.nodes, np.empty_like(self.nodes)])
+                    self.nodes[at] = node, above, end
+                    self.n_nodes += 1
                 above = at
             place[lowest] = above
-        self.nodes = np.concatenate([self.nodes, np.array(rows, np.int64).reshape(-1, 3)])
         return True
 
 
