@@ -39,7 +39,7 @@ the next item's blocks before it has converted an item's last. Queries and weigh
 Within the producer, ``wait_group`` waits for a thread's own copies, and the compiler lets the warpgroup meet before it
 reads what others copied, before it copies over what others read, and between its fence and the arrival.
 
-Taken for granted (``device_plan`` checks it): no run B, no item that grows or that another follows.
+Taken for granted (``device_plan`` checks it): no run B, no item that another follows; none that grows but with OPEN.
 An empty item has one block, all of it hidden.
 """
 
@@ -67,6 +67,7 @@ from packinfer_sgl.kernels.hopper_common import (
     allocate_barriers,
     empty_phase,
     full_phase,
+    grown,
     row_layout,
     soft_capped,
     with_sink,
@@ -92,6 +93,7 @@ class ProducerArgs(NamedTuple):
     v_ptr: gl.tensor
     slots_ptr: gl.tensor
     items_ptr: gl.tensor
+    kv_lens_ptr: gl.tensor
     first: gl.tensor  # item of the class
     work: gl.tensor  # (item, KV head) pairs
     kv_heads: gl.tensor
@@ -107,6 +109,7 @@ class ConsumerArgs(NamedTuple):
     part_out_ptr: gl.tensor
     part_lse2_ptr: gl.tensor
     items_ptr: gl.tensor
+    kv_lens_ptr: gl.tensor
     query_rows_ptr: gl.tensor
     partial_rows_ptr: gl.tensor
     sinks_ptr: gl.tensor
@@ -126,7 +129,8 @@ class ConsumerArgs(NamedTuple):
 
 @gluon.jit
 def _produce(
-    args, pipe, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr
+    args, pipe, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+    OPEN: gl.constexpr,
 ):  # fmt: skip
     """The producer warpgroup: copy the KV blocks of all items to the ring, one after the other."""
     layout: gl.constexpr = row_layout(HEAD_DIM)
@@ -136,6 +140,8 @@ def _produce(
     for w in range(gl.program_id(0), args.work, gl.num_programs(0)):
         item_ptr = args.items_ptr + (args.first + w // args.kv_heads) * N_COLS
         a_len = gl.load(item_ptr + A_LEN)
+        if OPEN:
+            a_len = grown(item_ptr, a_len, args.kv_lens_ptr)
         a_slots = args.slots_ptr + gl.load(item_ptr + A_OFF)
         head = (w % args.kv_heads).to(gl.int64) * args.stride_kv_head
         # slots are loaded a block ahead; the slot list ends in room for it
@@ -244,7 +250,7 @@ def _begin_values(pipe, n, p_operand, acc, STAGES: gl.constexpr, FIRST_D: gl.con
 @gluon.jit
 def _consume(
     args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, OUT_PARTS: gl.constexpr,
+    SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, OUT_PARTS: gl.constexpr, OPEN: gl.constexpr,
 ):  # fmt: skip
     """The consumer warpgroup: online softmax over the blocks in the ring, and the results."""
     WIDTH: gl.constexpr = HEAD_DIM // OUT_PARTS
@@ -260,6 +266,8 @@ def _consume(
         q_off = gl.load(item_ptr + Q_OFF)
         q_cnt = gl.load(item_ptr + Q_CNT)
         a_len = gl.load(item_ptr + A_LEN)
+        if OPEN:
+            a_len = grown(item_ptr, a_len, args.kv_lens_ptr)
         split = gl.load(item_ptr + SPLIT)
         _load_q(args, q_off, q_cnt, kv_head, GROUP, HEAD_DIM)
 
@@ -316,13 +324,14 @@ def _consume(
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
 def packed_attention_hopper_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
-    query_rows_ptr, partial_rows_ptr, sinks_ptr, stride_q_token, stride_q_head, stride_out_token, stride_out_head,
-    stride_page, stride_slot, stride_kv_head, scale2, cap2, v_scale, first_count, last_count, kv_heads, n_heads,
+    query_rows_ptr, partial_rows_ptr, kv_lens_ptr, sinks_ptr, stride_q_token, stride_q_head, stride_out_token,
+    stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, v_scale, first_count, last_count, kv_heads,
+    n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
     SINKS: gl.constexpr, STAGES: gl.constexpr, RAW_STAGES: gl.constexpr, OUT_PARTS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    OPEN: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As ``packed_attention_kernel`` with BLOCK_M 64, for items without run B that do not grow.
+    """As ``packed_attention_kernel`` with BLOCK_M 64, for items without run B; with OPEN they may grow.
 
     With OUT_PARTS 2 values are multiplied by halves of HEAD_DIM: a product of 256 columns wants more registers than
     CTAs of the other tile class leave.
@@ -354,14 +363,15 @@ def packed_attention_hopper_kernel(
         )  # fmt: skip
         consumer = ConsumerArgs(
             q_ptr=q_ptr, out_ptr=out_ptr, lse2_ptr=lse2_ptr, part_out_ptr=part_out_ptr, part_lse2_ptr=part_lse2_ptr,
-            items_ptr=items_ptr, query_rows_ptr=query_rows_ptr, partial_rows_ptr=partial_rows_ptr, sinks_ptr=sinks_ptr,
-            first=first, work=work, kv_heads=kv_heads, n_heads=n_heads, stride_q_token=stride_q_token,
-            stride_q_head=stride_q_head, stride_out_token=stride_out_token, stride_out_head=stride_out_head,
-            scale2=scale2, cap2=cap2, v_scale=v_scale, q_tile=q_tile,
+            items_ptr=items_ptr, kv_lens_ptr=kv_lens_ptr, query_rows_ptr=query_rows_ptr, sinks_ptr=sinks_ptr,
+            partial_rows_ptr=partial_rows_ptr, first=first, work=work, kv_heads=kv_heads, n_heads=n_heads,
+            stride_q_token=stride_q_token, stride_q_head=stride_q_head, stride_out_token=stride_out_token,
+            stride_out_head=stride_out_head, scale2=scale2, cap2=cap2, v_scale=v_scale, q_tile=q_tile,
         )  # fmt: skip
         producer = ProducerArgs(
-            k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, first=first, work=work,
-            kv_heads=kv_heads, stride_page=stride_page, stride_slot=stride_slot, stride_kv_head=stride_kv_head,
+            k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, kv_lens_ptr=kv_lens_ptr, first=first,
+            work=work, kv_heads=kv_heads, stride_page=stride_page, stride_slot=stride_slot,
+            stride_kv_head=stride_kv_head,
         )  # fmt: skip
         if RAW_STAGES:
             raw_rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -372,8 +382,8 @@ def packed_attention_hopper_kernel(
             )
             gl.warp_specialize(
                 [
-                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS)),
-                    (produce_from_fp8, (producer, pipe, raw, HEAD_DIM, BLOCK_N, PAGE, STAGES, RAW_STAGES)),
+                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS, OPEN)),
+                    (produce_from_fp8, (producer, pipe, raw, HEAD_DIM, BLOCK_N, PAGE, STAGES, RAW_STAGES, OPEN)),
                 ],
                 [4],
                 [PRODUCER_REGISTERS],
@@ -381,8 +391,8 @@ def packed_attention_hopper_kernel(
         else:
             gl.warp_specialize(
                 [
-                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS)),
-                    (_produce, (producer, pipe, HEAD_DIM, BLOCK_N, PAGE, STAGES)),
+                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS, OPEN)),
+                    (_produce, (producer, pipe, HEAD_DIM, BLOCK_N, PAGE, STAGES, OPEN)),
                 ],
                 [4],
                 [PRODUCER_REGISTERS],

@@ -34,6 +34,8 @@ _NONE = np.zeros(0, np.int32)
 LOG2_E = math.log2(math.e)
 # partial results that a program of the merge loads at once, and its warps: few programs have many results each
 MERGE_FEW, MERGE_MANY = (128, 4), (16, 1)
+# The same in the deterministic mode, for any number of queries: another form would add in another order.
+MERGE_UNITS = (32, 4)
 
 
 class PackedCuda:
@@ -143,7 +145,7 @@ class PackedCuda:
                 continue
             items = plan.items[plan.class_indptr[i] : plan.class_indptr[i + 1]]
             for column, what in ((OPEN_ROW, "grow"), (NEXT_ITEM, "are followed by others")):
-                if items[:, int(column)].max(initial=-1) >= 0:
+                if items[:, int(column)].max(initial=-1) >= 0 and not (column is OPEN_ROW and tile.units):
                     raise ValueError(f"the {tile.kernel} kernel runs no items that {what}")
         self._has_run_b = plan.windowed and bool(plan.items[:, Col.B_LEN].any())
 
@@ -285,8 +287,8 @@ class PackedCuda:
                 )  # fmt: skip
             elif tile.kernel == "hopper_decode" and self._is_hopper and not windowed and mask is None:
                 packed_attention_hopper_kernel[grid](
-                    **arguments, **launch, RAW_STAGES=tile.raw_stages, OUT_PARTS=tile.out_parts,
-                    PRODUCER_REGISTERS=tile.producer_registers,
+                    **arguments, **launch, kv_lens_ptr=kv_lens, RAW_STAGES=tile.raw_stages, OUT_PARTS=tile.out_parts,
+                    OPEN=tile.units, PRODUCER_REGISTERS=tile.producer_registers,
                     num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             else:
@@ -308,6 +310,8 @@ class PackedCuda:
         crowded = n * n_heads > 32 * self._sms
         heads = next(h for h in (4, 2, 1) if n_heads % h == 0 and (crowded or h == 1))
         at_once, warps = MERGE_FEW if n * n_heads <= self._sms else MERGE_MANY
+        if self.tiles[0].units:
+            heads, (at_once, warps) = 1, MERGE_UNITS
         arguments = {
             "part_out_ptr": self._part_out, "part_lse2_ptr": self._part_lse2,
             "merge_indptr_ptr": self._view["merge_indptr"], "counts_ptr": self._view["counts"], "out_ptr": out,

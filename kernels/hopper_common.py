@@ -1,10 +1,12 @@
-"""What both Hopper kernels are made of: layouts, barriers, the parity that a wait asks for, FP8, soft cap, sinks."""
+"""What the Hopper kernels are made of: layouts, barriers, the parity that a wait asks for, FP8, soft cap, sinks."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from packinfer_sgl.kernels.columns import A_POS, OPEN_ROW
 
 ROWS = gl.constexpr(64)  # query rows of one consumer warpgroup: those of one product
 # Arrivals that complete a phase of a "full" barrier that copies fill: each thread of the producer warpgroup arrives
@@ -41,6 +43,14 @@ def convert(tile, raw, HEAD_DIM: gl.constexpr):
     """FP8 rows that have landed in ``raw``, to rows of a product's operand: exact in float16. Each thread reads 8
     elements: so a quarter of a warp writes 128 bytes in a row, which no two of its threads do to the same bank."""
     tile.store(raw.load(row_layout(HEAD_DIM)).to(tile.dtype))
+
+
+@gluon.jit
+def grown(item_ptr, a_len, kv_lens_ptr):
+    """Length of run A now: of an item that grows, up to the current length of its row."""
+    open_row = gl.load(item_ptr + OPEN_ROW)
+    kv_len = gl.load(kv_lens_ptr + gl.maximum(open_row, 0)).to(gl.int32)
+    return gl.where(open_row >= 0, kv_len - gl.load(item_ptr + A_POS), a_len)
 
 
 # The ``n``th use of a ring of STAGES is in stage n % STAGES. A wait returns when the phase of the given parity is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,6 +37,8 @@ class Tile:
         resident: CTAs of an SM at once, by which KV is split.
         programs: CTAs launched for each SM.
         shares: CTAs of an SM among which a class that runs alone is divided (Stream-K); 0 for never.
+        units: the only class of plans in units (``planning.units``): items may grow, and partial results are merged in
+            one form, so that the bits of a query depend on nothing but its own row.
     """
 
     kernel: Literal["triton", "hopper_decode", "hopper_extend"]
@@ -53,6 +56,7 @@ class Tile:
     resident: int
     programs: int
     shares: int = 0
+    units: bool = False
 
     @property
     def consumer_registers(self) -> int:
@@ -115,6 +119,34 @@ FP8_TILES = {
 }
 _EXTEND_FP8 = replace(_EXTEND, producer_registers=104, raw_stages=1)
 FP8_EXTEND_TILES = {64: (_EXTEND_FP8,), 128: (_EXTEND_FP8,)}
+
+
+# CTAs of an SM in the deterministic mode, where no other class runs beside the large one: as many as its shared memory
+# holds, by head dimension and bytes of a KV element; else 1.
+UNIT_PROGRAMS = {(64, 2): 2, (128, 2): 2}
+
+
+def unit_tiles(shape: AttentionShape) -> tuple[Tile, ...]:
+    """The one tile class of the deterministic mode: whether a span is shared or private, the same kernel reads it.
+
+    Raises:
+        ValueError: see ``decode_tiles``.
+    """
+    large = decode_tiles(shape.head_dim, shape.group_size, shape.kv_bytes)[0]
+    programs = UNIT_PROGRAMS.get((shape.head_dim, shape.kv_bytes), 1)
+    return (replace(large, units=True, resident=programs, programs=programs),)
+
+
+def unit_policy(shape: AttentionShape, unit_tokens: int) -> TilePolicy:
+    """How a plan for ``unit_tiles`` is cut.
+
+    Raises:
+        ValueError: a block of KV would lie in two units.
+    """
+    (tile,) = unit_tiles(shape)
+    if unit_tokens <= 0 or unit_tokens % math.lcm(tile.tokens, tile.triton_tokens or tile.tokens):
+        raise ValueError(f"units of {unit_tokens} tokens are not of whole blocks of {tile.tokens}")
+    return TilePolicy((max(1, tile.rows // shape.group_size),), max_split_tokens=1 << 30, unit_tokens=unit_tokens)
 
 
 def most_group_size(head_dim: int) -> int:

@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 NAME = "packinfer"
 TESTED = ("0.5.17", "0.5.23")
+# SGLang's lists of backends that its deterministic mode takes, and that keep the radix cache in it; what adds to each
+_DETERMINISTIC_CHOICES = {
+    "DETERMINISTIC_ATTENTION_BACKEND_CHOICES": "add_deterministic_attention_backend_choices",
+    "RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND": "add_radix_supported_deterministic_attention_backend_choices",
+}
 _REPORTED = ("grouping", "extend", "check", "arena_tokens", "hold_siblings")  # settings that /server_info repeats
 
 
@@ -53,6 +58,7 @@ def register() -> None:
 
     if NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([NAME])
+    _add_to_deterministic()
     register_attention_backend(NAME)(create_backend)
     if ENV in os.environ:  # for everybody else the stock factories stay as they are
         for name, factory in ATTENTION_BACKENDS.items():
@@ -60,6 +66,15 @@ def register() -> None:
                 ATTENTION_BACKENDS[name] = WrappedFactory(name, factory)
     for hook in hooks():
         hook.register()
+
+
+def _add_to_deterministic() -> None:
+    """So that SGLang's deterministic mode takes the name, and keeps the radix cache with it."""
+    from sglang.srt import server_args
+
+    for choices, add in _DETERMINISTIC_CHOICES.items():
+        if hasattr(server_args, add) and NAME not in getattr(server_args, choices, ()):
+            getattr(server_args, add)([NAME])
 
 
 def check() -> list[Check]:
@@ -87,8 +102,8 @@ def create_backend(runner: Any) -> Any:
     """The factory behind ``--attention-backend packinfer``; called in each model process.
 
     Raises:
-        PluginError: a hook did not take, the server runs in SGLang's deterministic mode, or the base does not go
-            together with its KV cache.
+        PluginError: a hook did not take, the server's deterministic mode cannot be kept (``check_deterministic``), or
+            the base does not go together with its KV cache.
         ConfigError: a setting is wrong.
         ArenaError: the server cannot have an arena.
         HoldError: the server cannot hold requests.
@@ -136,11 +151,14 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         warnings.warn(
             f"packinfer {__version__} is tested with SGLang {', '.join(TESTED)}, not {version('sglang')}", stacklevel=2
         )
-    if flag := _deterministic():
-        raise PluginError(
-            f"packinfer: {flag} promises bits that do not depend on what runs beside a request, and grouping does not "
-            "keep that; leave out the flag or packinfer"
-        )
+    if deterministic := _deterministic():
+        check_deterministic(deterministic, config, base, runner)
+        if deterministic == "--rl-on-policy-target":
+            logger.warning(
+                "packinfer %s: log-probabilities of decode are the same in any batch, but not those of a trainer that "
+                "computes them with FA3: packed decode sums in another order",
+                __version__,
+            )
     stock = factory(runner)
     if runner.is_draft_worker:
         return stock
@@ -183,7 +201,8 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     STATS.details["device"] = {
         "record": profile.name, "measured": profile.is_measured, "least_saving": profile.least_saving,
     }  # fmt: skip
-    router = build_router(stock, runner, config, packable, slots, STATS)
+    router = build_router(stock, runner, config, packable, slots, STATS, deterministic=deterministic is not None)
+    STATS.details["deterministic"] = {"unit_tokens": router.unit_tokens} if deterministic else None
     backend = wrap(stock, router)
     when_flushed(router.read_scales)
     if router.arena is not None:
@@ -195,15 +214,48 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
     ranks = getattr(runner, "ps", None) or get_parallel()  # 0.5.17 or 0.5.23
     start_prometheus({f"{kind}_rank": str(getattr(ranks, f"{kind}_rank") or 0) for kind in ("pp", "tp", "dp")})
     logger.info(
-        "packinfer %s: shared prefixes read once, over %s on %s (SGLang %s, %d hooks verified, grouping %s)",
+        "packinfer %s: shared prefixes read once, over %s on %s (SGLang %s, %d hooks verified, grouping %s%s)",
         __version__,
         base,
         type(current_platform).__name__,
         version("sglang"),
         len(checks),
         config.grouping,
+        f", deterministic in units of {router.unit_tokens} tokens" if deterministic else "",
     )
     return backend
+
+
+def check_deterministic(flag: str, config: Config, base: str, runner: Any) -> None:
+    """Raise PluginError, naming cause and cure, where packinfer cannot keep what SGLang's deterministic mode promises:
+    bits of a request that do not depend on what runs beside it.
+
+    Args:
+        flag: by which the server is in the mode.
+        base: the stock backend, which runs all but decode.
+    """
+    from sglang.srt import server_args
+    from sglang.srt.runtime_context import get_schedule
+
+    problem = None
+    if not all(hasattr(server_args, name) for name in _DETERMINISTIC_CHOICES.values()):
+        problem = f"SGLang {version('sglang')} has no registry of deterministic backends; install {' or '.join(TESTED)}"
+    elif not _on_hopper(runner.device):
+        problem = "packed decode keeps bits on Hopper GPUs only; leave out packinfer here"
+    elif base != "fa3":
+        problem = f"it runs over fa3, whose deterministic form is known, not over {base}; choose fa3"
+    elif config.extend == "on":
+        problem = "prefill stays on fa3, and --packinfer-extend is on; leave it at auto, or off"
+    elif get_schedule().enable_mixed_chunk:
+        problem = "--enable-mixed-chunk runs some decode tokens with prefills, on fa3, with other bits; leave it out"
+    if problem is not None:
+        raise PluginError(f"packinfer: {flag}: {problem}")
+
+
+def _on_hopper(device: str) -> bool:
+    import torch
+
+    return device == "cuda" and torch.cuda.get_device_capability()[0] == 9
 
 
 def _deterministic() -> str | None:

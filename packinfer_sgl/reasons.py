@@ -10,6 +10,7 @@ class BatchReason(str, Enum):
 
     EXTEND = "extend"  # left to the stock backend by the setting, by the expected times, or as too large to plan
     SPECULATIVE = "speculative"
+    DETERMINISTIC = "deterministic"  # a verify step in SGLang's deterministic mode, where only decode is packed
     ENCODER_DECODER = "encoder_decoder"
     NO_BATCH = "no_batch"  # a forward that SGLang did not build from its scheduler's batch (warm-up, capture)
     TOO_MANY_ROWS = "too_many_rows"  # more rows than the buffers hold

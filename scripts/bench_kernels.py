@@ -2,6 +2,7 @@
 
     python scripts/bench_kernels.py [--only D1,P] [--slots random,contiguous] [--baselines fa3,fi,cascade]
                                     [--trees kernel_trees.json] [--out DIR]    # results.json, results.md, plots
+    python scripts/bench_kernels.py --only D --deterministic 512    # the deterministic mode
 
 Workloads: decode (D, E; few requests with long contexts: S), prompts over cached prefixes and without (P), prompts
 beside decodes (M), and, if asked for,
@@ -32,14 +33,21 @@ from pathlib import Path
 import flashinfer
 import torch
 import triton
-from bench.kernel_baselines import Method, baselines
+from bench.kernel_baselines import Method, baselines, in_fixed_splits
 from bench.kernel_inputs import Inputs
 from bench.kernel_report import floor, show, write
 from bench.kernel_workloads import Workload, tree_workload, workloads
 from rich.console import Console
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, shape_tiles, tile_policy
+from packinfer_sgl.kernels.tiles import (
+    device_profile,
+    multiprocessors,
+    shape_tiles,
+    tile_policy,
+    unit_policy,
+    unit_tiles,
+)
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.plan import Col
 
@@ -47,14 +55,18 @@ ROUNDS = 5
 FAMILIES = "fa3,fi,cascade,batch,triton,pod"
 
 
-def ours(x: Inputs) -> tuple[Method, dict]:
+def ours(x: Inputs, unit_tokens: int = 0) -> tuple[Method, dict]:
+    """``unit_tokens``: of SGLang's deterministic mode, for decode; 0 without it."""
     work = x.work
     device = torch.device(x.device)
     windowed = work.kind != "decode"
     tiles, sms = shape_tiles(work.shape, device, windowed), multiprocessors(device)
     profile = device_profile(device)
     started = time.perf_counter()
-    if windowed:
+    if unit_tokens:
+        tiles = unit_tiles(work.shape)
+        plan = work.unit_plan(profile.decode_cost, unit_policy(work.shape, unit_tokens))
+    elif windowed:
         plan = work.extend_plan(tiles, sms, profile)
     else:
         plan = work.plan(work.pruned(profile.decode_cost), tile_policy(work.shape, device))
@@ -120,12 +132,13 @@ def error(outs: list, reference: torch.Tensor) -> float:
     return float(torch.nan_to_num(difference / reference.flatten(1).norm(dim=1), nan=9.0).max())
 
 
-def bench(work: Workload, contiguous: bool, families: set[str]) -> dict:
+def bench(work: Workload, contiguous: bool, families: set[str], unit_tokens: int = 0) -> dict:
     x = Inputs(work, contiguous)
     reference = x.reference()
-    (call, outs), info = ours(x)
+    (call, outs), info = ours(x, unit_tokens)
     timed, failed = {}, {}
-    for name, make in {"packinfer": lambda: (call, outs), **baselines(x, families)}.items():
+    others = in_fixed_splits(x, families, unit_tokens) if unit_tokens else baselines(x, families)
+    for name, make in {"packinfer": lambda: (call, outs), **others}.items():
         try:
             method, results = make()
             for out in results:
@@ -166,10 +179,16 @@ def main() -> None:
     parser.add_argument("--baselines", default=FAMILIES)
     parser.add_argument("--trees", type=Path, help="JSON file of tree shapes, run with each of its head configurations")
     parser.add_argument("--out", type=Path, help="folder for results and plots")
+    parser.add_argument(
+        "--deterministic", type=int, default=0, metavar="TOKENS",
+        help="decode as in SGLang's deterministic mode, in units of so many tokens (512), beside FA3 with one split "
+        "and FlashInfer with splits of so many tokens",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no workload after this time")
     args = parser.parse_args()
     started = time.perf_counter()
     todo = [w for w in workloads() if w.name.startswith(tuple(args.only.split(",")))]
+    todo = [w for w in todo if w.kind == "decode" or not args.deterministic]
     if args.trees:
         trees = json.loads(args.trees.read_text())
         todo = [
@@ -180,13 +199,13 @@ def main() -> None:
     versions = {module.__name__: module.__version__ for module in (torch, triton, flashinfer)}
     machine = {"gpu": torch.cuda.get_device_name(), **versions, "sglang": version("sglang")}
     profile = asdict(device_profile(torch.device("cuda")))  # scripts/fit_extend.py makes the plans again
-    file: dict = {"machine": machine, "profile": profile, "results": []}
+    file: dict = {"machine": machine, "profile": profile, "deterministic": args.deterministic, "results": []}
     console = Console(highlight=False)
     for work, slots in itertools.product(todo, args.slots.split(",")):
         if time.perf_counter() - started > args.seconds:
             print("out of time before", work.name, slots)
             break
-        r = bench(work, slots == "contiguous", set(args.baselines.split(",")))
+        r = bench(work, slots == "contiguous", set(args.baselines.split(",")), args.deterministic)
         if "packinfer" in r["failed"]:
             sys.exit(f"bench_kernels: {work.name}, {slots} slots: packinfer: {r['failed']['packinfer']}")
         file["results"].append(r)

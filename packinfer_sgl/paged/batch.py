@@ -31,6 +31,7 @@ from packinfer_sgl.runners.base import Runner
 KVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
+WHOLE = 1 << 30  # tokens: longer than any request
 BACKENDS = ("auto", "fa2", "fa3")  # FlashInfer's names for kernels that compute the same
 
 
@@ -68,6 +69,15 @@ class EqualPages(NamedTuple):
         return PrefixTree.from_slots(self.indptr, self.indices, self.page_size, self.limit)
 
 
+def check_sees_all(sees_all: bool, unit_tokens: int) -> None:
+    """Raise NotImplementedError if KV is to be cut into units and queries do not see all KV of their requests."""
+    if unit_tokens and not sees_all:
+        raise NotImplementedError(
+            "fixed_split_size and disable_split_kv are not supported where a query sees a part of its request's KV "
+            "(is_causal, window_left)"
+        )
+
+
 class PagedWrapper:
     """What the decode and the prefill wrapper have in common; decode is prefill with equal query lengths."""
 
@@ -93,6 +103,7 @@ class PagedWrapper:
         self._plan: Plan | None = None
         self._runner: Runner
         self._causal, self._window_left = False, -1
+        self._unit_tokens = 0  # of ``planning.units``, if the bits of a request must not depend on the batch
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -134,8 +145,10 @@ class PagedWrapper:
         dtypes: tuple[Dtype, Dtype | None, Dtype | None],
         sm_scale: float | None,
         logits_soft_cap: float | None,
+        unit_tokens: int = 0,
     ) -> None:
-        """``dtypes`` are those of q, KV and the output; the last two default to the first."""
+        """``dtypes`` are those of q, KV and the output; the last two default to the first. ``unit_tokens``: see
+        ``planning.units``; 0 where KV is split for speed."""
         if min(qo_heads, kv_heads, head_dim, page_size) < 1 or qo_heads % kv_heads:
             raise ValueError(
                 "num_qo_heads must be a multiple of num_kv_heads and all sizes at least 1: "
@@ -147,7 +160,10 @@ class PagedWrapper:
         )
         shape = AttentionShape(qo_heads, kv_heads, head_dim, kv_dtype.itemsize)
         self._kernels.check_layer(shape, q_dtype, kv_dtype)
+        if unit_tokens:
+            self._kernels.check_units(shape, unit_tokens)
         self._plan = None  # if the new one fails, the old one must not run with half of it
+        self._unit_tokens = unit_tokens
         self._q_dtype, self._kv_dtype, self._o_dtype, self._shape = q_dtype, kv_dtype, o_dtype, shape
         self._page_size = page_size
         self._set_logits(sm_scale, logits_soft_cap)
@@ -184,16 +200,17 @@ class PagedWrapper:
         Args:
             mask: [sum of qo_len * kv_len] bool, which tokens each query sees; replaces ``causal``.
         """
+        windowed = (causal and mask is None) or window_left >= 0  # whether a query may see part of its KV
+        check_sees_all(not windowed, self._unit_tokens)
         self._plan = None  # if this fails, nothing of it must run
         self._causal, self._window_left = causal, max(window_left, -1)
-        windowed = (causal and mask is None) or self._window_left >= 0  # whether a query may see part of its KV
         shape, tables = self._shape, (self._indptr, self._indices, self._last_page_len, self._qo_indptr)
         self._pages_needed = pages_needed(self._indptr, self._indices, -(-self._kv_lens // self._page_size))
         baked = {
             "num_qo_heads": shape.qo_heads, "num_kv_heads": shape.kv_heads, "head_dim": shape.head_dim,
             "page_size": self._page_size, "q_data_type": self._q_dtype, "kv_data_type": self._kv_dtype,
             "o_data_type": self._o_dtype, "sm_scale": self._sm_scale, "logits_soft_cap": self._soft_cap,
-            "causal or window_left": windowed,
+            "causal or window_left": windowed, "fixed_split_size": self._unit_tokens // self._page_size,
         }  # fmt: skip
         self._kernels.check_batch(tables, self._pages_needed, baked)
         row = np.repeat(np.arange(len(self._q_lens)), self._q_lens)
@@ -204,9 +221,10 @@ class PagedWrapper:
             row_start = (np.cumsum(cells) - cells)[row] + nth * self._kv_lens[row].astype(np.int64)
             self._mask = MaskRows(mask, torch.from_numpy(row_start).to(self.device))
         inlines = windowed and mask is None
-        planned = self._kernels.planner(shape, inlines).plan(self._step_batch(row, nth, causal and mask is None))
+        planner = self._kernels.planner(shape, inlines, self._unit_tokens)
+        planned = planner.plan(self._step_batch(row, nth, causal and mask is None))
         assert planned is not None  # without a stock backend every batch is packed
-        self._runner = self._kernels.load(planned.plan, tables, self._page_size, shape, inlines)
+        self._runner = self._kernels.load(planned.plan, tables, self._page_size, shape, inlines, self._unit_tokens)
         self._plan = planned.plan
 
     def _step_batch(self, row: np.ndarray, nth: np.ndarray, causal: bool) -> StepBatch:

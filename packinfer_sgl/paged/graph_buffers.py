@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from packinfer_sgl.planning.batch import SlotTable
@@ -50,7 +52,8 @@ class GraphBuffers:
         Args:
             tables: kv indptr, kv indices, kv last_page_len, qo_indptr.
             n_pages: the highest page that is read, plus 1.
-            baked: what a captured graph holds for good, by name; at least num_qo_heads, head_dim, page_size.
+            baked: what a captured graph holds for good, by name; at least num_qo_heads, head_dim, page_size and
+                fixed_split_size (pages, 0 for none).
 
         Raises:
             ValueError: the buffers, or a graph that was captured over them, cannot take the batch.
@@ -72,6 +75,13 @@ class GraphBuffers:
                 partials=min(8 * n_queries + 65536 // heads, PARTIAL_BYTES // (heads * (head_dim + 1) * 4)),
                 kv_slots=sizes[1] * page_size,
             )
+            if split := int(str(baked["fixed_split_size"])):
+                # a partial result of each query for each split of its request, whatever they share
+                units = (sizes[1] // split + sizes[2]) * -(-n_queries // max(sizes[2], 1))
+                if units * heads * (head_dim + 1) * 4 > PARTIAL_BYTES:
+                    raise ValueError(f"fixed_split_size={split} makes {units} partial results: too many for a graph")
+                more = {"slots": max(self.capacity.slots, units), "items": max(self.capacity.items, units)}
+                self.capacity = replace(self.capacity, partials=max(self.capacity.partials, units), **more)
             self._baked, self._most_queries = baked, n_queries
         if n_queries > self._most_queries:
             raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, shape_tiles
+from packinfer_sgl.kernels.tiles import device_profile, is_hopper, multiprocessors, shape_tiles, unit_policy, unit_tiles
 from packinfer_sgl.paged.checks import check_cuda_call, check_cuda_layer
 from packinfer_sgl.paged.graph_buffers import PARTIAL_BYTES, GraphBuffers, check_pages, pinned
 from packinfer_sgl.planning.batch import SlotTable
@@ -37,17 +37,27 @@ class OnCpu:
     def check_masks(self, **masks: torch.Tensor | None) -> None:
         """All are supported."""
 
+    def check_units(self, shape: AttentionShape, unit_tokens: int) -> None:
+        """Raise NotImplementedError: products of torch on a CPU may differ with the number of rows."""
+        raise NotImplementedError("fixed_split_size and disable_split_kv are not supported on the CPU")
+
     def check_batch(self, tables: tuple[Int32, ...], n_pages: int, baked: dict[str, object]) -> None:
         """Any batch will do."""
 
-    def planner(self, shape: AttentionShape, inlines: bool) -> Planner:
+    def planner(self, shape: AttentionShape, inlines: bool, unit_tokens: int) -> Planner:
         if inlines:
             return cpu.extend_planner(shape, grouping=GROUPING, always=True)
         policy = replace(CPU.extend_policy, max_inline_tail_tokens=0)  # many queries may see all of a row
         return cpu.decode_planner(shape, grouping=GROUPING, room_tokens=0, policy=policy)
 
     def load(
-        self, plan: Plan, tables: tuple[Int32, ...], page_size: int, shape: AttentionShape, inlines: bool
+        self,
+        plan: Plan,
+        tables: tuple[Int32, ...],
+        page_size: int,
+        shape: AttentionShape,
+        inlines: bool,
+        unit_tokens: int,
     ) -> Runner:
         indptr, indices = (torch.from_numpy(x) for x in tables[:2])
         runner = cpu.CpuRunner(shape)
@@ -86,16 +96,31 @@ class OnCuda:
             if mask is not None and self.graph is not None:
                 raise NotImplementedError(f"{name} is not supported with use_cuda_graph")
 
+    def check_units(self, shape: AttentionShape, unit_tokens: int) -> None:
+        """Raise NotImplementedError where KV cannot be cut into units of so many tokens with the same bits for all."""
+        if self.device.type == "cuda" and not is_hopper(self.device):
+            raise NotImplementedError("fixed_split_size and disable_split_kv are supported on Hopper GPUs only")
+        try:
+            unit_policy(shape, unit_tokens)
+        except ValueError as e:
+            raise NotImplementedError(f"fixed_split_size of these pages is not supported: {e}") from None
+
     def check_batch(self, tables: tuple[Int32, ...], n_pages: int, baked: dict[str, object]) -> None:
         """Raise ValueError for a batch that the kernels, or a captured graph, cannot take. See ``GraphBuffers``."""
         check_pages(n_pages, int(str(baked["page_size"])))
         self._limits = None if self.graph is None else self.graph.check_batch(tables, n_pages, baked)
 
-    def planner(self, shape: AttentionShape, inlines: bool) -> Planner:
+    def planner(self, shape: AttentionShape, inlines: bool, unit_tokens: int) -> Planner:
         """
         Args:
             inlines: whether queries see a part of their row each, by position: tails may ride with their prefix.
+            unit_tokens: of ``planning.units``; 0 for splits that are chosen for speed.
         """
+        if unit_tokens:  # whose partial results cannot be fewer
+            return self._cuda.decode_planner(
+                shape, self.device, grouping=GROUPING, limits=self._limits or Capacity.unlimited(), room_tokens=0,
+                unit_tokens=unit_tokens,
+            )  # fmt: skip
         row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
         limits = self._limits or Capacity.unlimited(partials=PARTIAL_BYTES // row_bytes)
         if not inlines:
@@ -107,10 +132,16 @@ class OnCuda:
         )  # fmt: skip
 
     def load(
-        self, plan: Plan, tables: tuple[Int32, ...], page_size: int, shape: AttentionShape, inlines: bool
+        self,
+        plan: Plan,
+        tables: tuple[Int32, ...],
+        page_size: int,
+        shape: AttentionShape,
+        inlines: bool,
+        unit_tokens: int,
     ) -> Runner:
         """Upload the plan and the page tables on the current stream, and look up the slots there."""
-        tiles = shape_tiles(shape, self.device, inlines)
+        tiles = unit_tiles(shape) if unit_tokens else shape_tiles(shape, self.device, inlines)
         if self._runner is None or (self._runner.shape, self._runner.tiles) != (shape, tiles):
             if self._runner is not None:
                 self._runner.free()  # the old one makes room first

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from packinfer_sgl.paged.checks import Dtype, as_dtype, refuse
-from packinfer_sgl.paged.wrapper import BatchPrefillWithPagedKVCacheWrapper
+from packinfer_sgl.paged.prefill_wrapper import BatchPrefillWithPagedKVCacheWrapper
 
 
 class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper):

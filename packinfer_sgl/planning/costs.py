@@ -106,6 +106,11 @@ class CostModel:
         rows = 2 * self.small_rows
         return self if group_size <= self.small_rows else replace(self, small_rows=rows, small_as_rows=rows)
 
+    def in_units(self) -> CostModel:
+        """The same for plans in units of KV (``units``): each query leaves the same partial results whatever is
+        grouped, of as many items a tile, in tiles of the large class; so each shared unit is worth one read."""
+        return replace(self.without_partials(), item_us=0, small_rows=0, least_saving=1.0)
+
     def without_partials(self) -> CostModel:
         """The same for tails that are inlined in their prefix's tiles, which leave no partial results."""
         return replace(self, partial_us=0, partial_bytes_per_us=math.inf)

@@ -21,6 +21,7 @@ from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.planning.units import units_of
 from packinfer_sgl.reasons import UngroupedReason
 
 BUFFER_BYTES = 1 << 27  # most memory for the partial results of verify steps, if they fit in it, and of extends
@@ -116,6 +117,29 @@ def decode_capacity(
         spans=row_spans * max_rows,
         partials=least + 65536 // shape.qo_heads,
         kv_slots=_kv_slots(max_rows, context_tokens, pool_tokens) + max_rows * room_tokens,
+    )
+
+
+def units_capacity(
+    unit_tokens: int, *, max_rows: int, context_tokens: int, pool_tokens: int, room_tokens: int, row_spans: int
+) -> Capacity:
+    """Buffers for decode steps of up to ``max_rows`` rows in units of ``unit_tokens``; the rest as for
+    ``decode_capacity``.
+
+    Every batch has a plan that fits, without another cut of its KV: a row has a partial result for each of its units,
+    whoever computes them, and so at most as many items and query slots. What may overflow is the slot list and its
+    spans; with each token listed once a row has one span, and the list as many entries as the pool and what rows share
+    beyond whole units.
+    """
+    units = max_rows * units_of(context_tokens, unit_tokens)
+    once = min(max_rows * context_tokens, pool_tokens + max_rows * unit_tokens)
+    return Capacity(
+        queries=max_rows,
+        slots=units,
+        items=units,
+        spans=row_spans * max_rows,
+        partials=units,
+        kv_slots=max(_kv_slots(max_rows, context_tokens, pool_tokens), once) + max_rows * room_tokens,
     )
 
 

@@ -39,9 +39,14 @@ def make_plan(
         listed_once: the tree before pruning: no KV token that it shows as shared then stands twice in the slot list,
             which costs partial results (``query_tiles``). Default: spans that no node keeps are listed for
             each row that reads them.
+
+    Raises:
+        ValueError: the policy has units, and the tree has nodes that are not of whole ones, or the batch has windows.
     """
     windowed = visible is not None
     see_from, see_to = visible or (_NONE, _NONE)
+    if (unit := policy.unit_tokens) and (windowed or any((t.end % unit).any() for t in (tree, listed_once or tree))):
+        raise ValueError(f"units of {unit} tokens are for nodes of whole units whose rows see all of them")
     if qo_indptr is None:
         qo_indptr = np.arange(tree.n_rows + 1, dtype=np.int32)
     whole, whole_tail = _NO_NODES, _NONE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
+from packinfer_sgl.planning.units import steps_within_units, whole_units
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +59,8 @@ class KnownTree:
 class DecodePlanner:
     """Plans decode batches, and others whose groups need not know what each query sees; keeps the plan of the last one.
 
-    A plan holds while the requests compare equal, every row has grown by exactly one token since the step before, and
-    the tails have room.
+    A plan holds while the requests compare equal, every row has grown by exactly one token since the step before, the
+    tails have room, and, where the policy has units, no row begins a new one.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class DecodePlanner:
         two = StepBatch(np.ones(2, np.int32), np.full(2, 2, np.int32))
         tree = PrefixTree.from_neighbours((0, 1), (1,))
         self._fit(tree, two)
+        if unit := self.policy.unit_tokens:
+            tree = whole_units(tree, unit)
         try:
             fit(tree, self.shape, self.cost, self.policy, Capacity.unlimited(kv_slots=2), grouping="multi", batch=two)
         except DoesNotFit:
@@ -122,6 +125,8 @@ class DecodePlanner:
         planned = Planned(fitted, tree, (time.perf_counter() - started) * 1e6)
         self._last = Planned(fitted, tree, 0.0, is_new=False)
         self._requests, self._lens, self._steps_left = batch.requests, lens.copy(), self.room_tokens
+        if unit := self.policy.unit_tokens:
+            self._steps_left = min(self._steps_left, steps_within_units(lens, unit))
         return planned
 
     def forget(self) -> None:
@@ -129,6 +134,9 @@ class DecodePlanner:
         self._last = self._requests = None
 
     def _fit(self, tree: PrefixTree, batch: StepBatch) -> Fitted:
+        if unit := self.policy.unit_tokens:
+            unique = tree.unique_tokens(batch.kv_lens) if batch.unique_tokens is None else batch.unique_tokens
+            tree, batch = whole_units(tree, unit), replace(batch, unique_tokens=unique)
         one_each = batch.q_lens.tolist().count(1) == batch.n_rows
         return fit(
             tree, self.shape, self.cost, self.policy, self.limits, grouping=self.grouping, batch=batch,

@@ -53,12 +53,15 @@ class TilePolicy:
         timings: of each class: splits are then chosen so that all CTAs end together, and ``max_split_tokens`` is only
             an upper bound. None: splits are as long as ``max_split_tokens`` allows.
         max_inline_tail_tokens: most tokens of private tails that one tile of a shared span may hold as its run B.
+        unit_tokens: if not 0, each item covers one unit of KV positions, from a multiple of ``unit_tokens`` to the next
+            or to the end of the row (``units``), whatever ``timings`` and ``max_split_tokens`` say. For one tile class.
     """
 
     tile_queries: tuple[int, ...]
     max_split_tokens: int
     timings: tuple[SplitTiming, ...] | None = None
     max_inline_tail_tokens: int = 0
+    unit_tokens: int = 0
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -67,12 +70,12 @@ class TilePolicy:
         unknown = SplitTiming(nan, nan, nan, nan, stream_k_ctas=0, launched=0, bw_saturation=nan)
         timings = self.timings or [unknown] * len(self.tile_queries)
         classes = zip(self.tile_queries, timings, strict=True)
-        both = self.max_split_tokens, self.max_inline_tail_tokens
+        both = self.max_split_tokens, self.max_inline_tail_tokens, self.unit_tokens
         return np.array([(queries, *both, *astuple(timing)) for queries, timing in classes], TILE_CLASS)
 
 
 # A tile class as the compiled functions of ``query_tiles`` and ``schedule`` take it.
 TILE_CLASS = np.dtype(
-    [(name, np.int64) for name in ("tile_queries", "max_split_tokens", "max_inline_tail_tokens")]
+    [(name, np.int64) for name in ("tile_queries", "max_split_tokens", "max_inline_tail_tokens", "unit_tokens")]
     + [(f.name, np.float64) for f in fields(SplitTiming)]
 )

@@ -1,9 +1,10 @@
 """How the KV of query tiles is split, so that no CTA works long after the others.
 
 Three schedules, by what the kernel of a tile class does: waves of splits, Stream-K where a class is alone, and a queue
-from which CTAs take items (``SplitTiming.dynamic``). Compiled by numba: loops over tiles and splits, which as array
-operations took five times as long. numba invalidates its cache per file, so compiled functions here must not call
-compiled functions of other files.
+from which CTAs take items (``SplitTiming.dynamic``). The deterministic mode has none: splits are units of KV.
+
+Compiled by numba: loops over tiles and splits, which as array operations took five times as long. numba invalidates its
+cache per file, so compiled functions here must not call compiled functions of other files.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def split_tiles(tiles, policy):  # type: ignore[no-untyped-def]
         policy: ``TilePolicy.table``.
 
     Returns:
-        [n] of ``SPLIT`` in the order of the tiles, and [n_tiles] int64 splits of each.
+        [n] of ``SPLIT``, and [n_tiles] int64 splits of each tile.
     """
+    if policy[0].unit_tokens > 0:
+        return _unit_splits(tiles, policy[0].unit_tokens)
     n_splits, n_ctas, share = _choose(tiles, policy)
     if n_ctas > 0:
         return _stream_k(tiles, n_ctas, share, policy)
@@ -256,6 +259,37 @@ def _even_splits(tiles, n_splits, policy):  # type: ignore[no-untyped-def]
                 split.cost = int(split.cost * timing.half_tile_factor)
             n += 1
     return splits
+
+
+@njit
+def _unit_splits(tiles, unit_tokens):  # type: ignore[no-untyped-def]
+    """One split for each unit of ``unit_tokens`` positions of each tile, each with its own CTA (``units``).
+
+    The tiles of one segment, which are neighbours, follow each other unit by unit: those that run at the same time
+    read the same KV.
+
+    Returns:
+        The splits, and how many each tile has.
+    """
+    n_splits = np.empty(len(tiles), np.int64)
+    for i, tile in enumerate(tiles):
+        n_splits[i] = max(-(-(tile.a_to - tile.a_from) // unit_tokens), 1)
+    splits = np.empty(n_splits.sum(), SPLIT)
+    n, first = 0, 0
+    while first < len(tiles):
+        last = first
+        while last < len(tiles) and tiles[last].segment == tiles[first].segment:
+            last += 1
+        for nth in range(n_splits[first]):
+            for i in range(first, last):
+                tile, split = tiles[i], splits[n]
+                split.tile, split.nth, split.cta = i, nth, n
+                split.begin = tile.a_from + nth * unit_tokens
+                split.end = min(split.begin + unit_tokens, tile.a_to)
+                split.cost = split.end - split.begin
+                n += 1
+        first = last
+    return splits, n_splits
 
 
 @njit

@@ -35,15 +35,18 @@ def extend_reason(batch: ForwardBatch, rows: BatchRows | None) -> BatchReason | 
     return None if np.array_equal(lens, known) else BatchReason.OTHER_LENGTHS
 
 
-def decode_reason(batch: ForwardBatch, rows: BatchRows | None) -> BatchReason | None:
-    """Why a batch that is no packed extend and no packed verify step is the stock backend's, or None."""
+def decode_reason(batch: ForwardBatch, rows: BatchRows | None, *, needs_rows: bool) -> BatchReason | None:
+    """Why a batch that is no packed extend and no packed verify step is the stock backend's, or None.
+
+    ``needs_rows``: it is, unless its requests are known.
+    """
     if (reason := mode_reason(batch.forward_mode)) is not None:
         return reason
     if getattr(batch, "spec_info", None) is not None:
         return BatchReason.SPECULATIVE
     if batch.encoder_lens is not None:
         return BatchReason.ENCODER_DECODER
-    return BatchReason.NO_BATCH if rows is None else None
+    return BatchReason.NO_BATCH if rows is None and needs_rows else None
 
 
 def chain_drafts(spec_info: Any) -> int:

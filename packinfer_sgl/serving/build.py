@@ -12,16 +12,30 @@ import torch
 from packinfer_sgl.config import Config
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
-from packinfer_sgl.kernels.tiles import device_profile, is_hopper, multiprocessors, shape_tiles, tile_policy
+from packinfer_sgl.kernels.tiles import (
+    device_profile,
+    is_hopper,
+    multiprocessors,
+    shape_tiles,
+    tile_policy,
+    unit_tiles,
+)
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
-from packinfer_sgl.planning.fitting import decode_capacity, verify_capacity
+from packinfer_sgl.planning.fitting import (
+    UNLIMITED,
+    Capacity,
+    decode_capacity,
+    units_capacity,
+    verify_capacity,
+)
+from packinfer_sgl.planning.units import choose_unit
 from packinfer_sgl.runners import cpu, cuda
 from packinfer_sgl.runners.arena import SPANS_PER_ROW, Arena
 from packinfer_sgl.serving.layers import LayerGate, full_pool, heads_of, is_fp8, sinks_of
 from packinfer_sgl.serving.metrics import Stats
 from packinfer_sgl.serving.packed_path import Kind, PackedPath
-from packinfer_sgl.serving.router import Router
+from packinfer_sgl.serving.router import EAGER_ROWS, Router
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -37,6 +51,8 @@ def build_router(
     layers: Sequence[RadixAttention],
     slots: range | None,
     stats: Stats,
+    *,
+    deterministic: bool = False,
 ) -> Router:
     """The router of layers of the first one's shape.
 
@@ -45,6 +61,8 @@ def build_router(
         runner: SGLang's model runner.
         layers: those that can be packed.
         slots: of the runner's KV pool, for the arena.
+        deterministic: whether the server is in SGLang's deterministic mode: decode is packed in units of KV, and all
+            else is the stock backend's.
     """
     packed, pool = layers[0], runner.token_to_kv_pool
     shape = AttentionShape(*heads_of(packed), pool.dtype.itemsize)
@@ -62,7 +80,12 @@ def build_router(
         path = make.extend(always=extend == "on") if extend != "off" else None
         return Router(**parts, on_gpu=False, make_decode=lambda max_rows: decode, extend=path, make_verify=None)
     stock.needs_cpu_seq_lens = True  # plans are made on the host
-    paths = CudaPaths(shape, config, stats, req_to_token, pool.size, arena)
+    paths = CudaPaths(shape, config, stats, req_to_token, pool.size, arena, deterministic=deterministic)
+    if deterministic:
+        return Router(
+            **parts, on_gpu=True, make_decode=paths.decode, extend=None, make_verify=None,
+            make_any_rows=paths.decode_of_any_rows, unit_tokens=paths.unit_tokens,
+        )  # fmt: skip
     # what the device record does not know, soft-capped layers among it, is left to the stock backend
     known = is_hopper(paths.device) and device_profile(paths.device).knows(shape) and not packed.logit_cap
     path = None
@@ -105,26 +128,44 @@ class CudaPaths:
         req_to_token: torch.Tensor,
         pool_tokens: int,
         arena: Arena | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         """
         Args:
             req_to_token: [pool rows, max context] int32, SGLang's table of slots.
             pool_tokens: KV tokens in the pool.
+            deterministic: see ``build_router``. The unit is chosen for EAGER_ROWS rows, so that it depends on the
+                layers' shape and the context length only, and not on which graphs are captured.
         """
         self.shape, self.config, self.stats, self.arena = shape, config, stats, arena
         self.device = req_to_token.device
         self._sizes = {"context_tokens": req_to_token.shape[1], "pool_tokens": pool_tokens}
+        self.unit_tokens = 0
+        if deterministic:
+            self.unit_tokens = choose_unit(shape, max_rows=EAGER_ROWS, context_tokens=req_to_token.shape[1])
 
     def decode(self, max_rows: int) -> PackedPath:
         """In buffers at fixed addresses, so that a captured graph replays any plan."""
-        capacity = decode_capacity(
-            self.shape, max_rows=max_rows, room_tokens=cuda.ROOM_TOKENS, row_spans=SPANS_PER_ROW, **self._sizes
-        )
-        tiles = shape_tiles(self.shape, self.device)
+        sizes = {"max_rows": max_rows, "room_tokens": cuda.ROOM_TOKENS, "row_spans": SPANS_PER_ROW, **self._sizes}
+        unit = self.unit_tokens
+        capacity = units_capacity(unit, **sizes) if unit else decode_capacity(self.shape, **sizes)
+        path = self._decode(capacity, max_rows)
+        logger.info("packinfer: decode buffers for %d rows: %.0f MB", max_rows, path.runner.nbytes / 1e6)
+        return path
+
+    def decode_of_any_rows(self) -> PackedPath:
+        """In buffers that grow: no graph runs it."""
+        return self._decode(None, UNLIMITED)
+
+    def _decode(self, capacity: Capacity | None, max_rows: int) -> PackedPath:
+        tiles = unit_tiles(self.shape) if self.unit_tokens else shape_tiles(self.shape, self.device)
         runner = cuda.CudaRunner(self.shape, tiles, self.device, capacity=capacity)
-        planner = cuda.decode_planner(self.shape, self.device, grouping=self.config.grouping, limits=capacity)
+        planner = cuda.decode_planner(
+            self.shape, self.device, grouping=self.config.grouping, limits=capacity or Capacity.unlimited(),
+            unit_tokens=self.unit_tokens,
+        )  # fmt: skip
         planner.compile()
-        logger.info("packinfer: decode buffers for %d rows: %.0f MB", max_rows, runner.nbytes / 1e6)
         return PackedPath(
             Kind.DECODE, planner, runner, self.stats, check=self.config.check, max_rows=max_rows, arena=self.arena
         )

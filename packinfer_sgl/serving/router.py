@@ -39,6 +39,7 @@ class Router:
 
     Attributes:
         path: what runs this pass; None for the stock backend.
+        unit_tokens: in SGLang's deterministic mode, the unit in which KV is summed (``planning.units``); else 0.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class Router:
         make_verify: Callable[[int, int], PackedPath] | None,
         check: bool,
         arena: Arena | None = None,
+        make_any_rows: Callable[[], PackedPath] | None = None,
+        unit_tokens: int = 0,
     ) -> None:
         """
         Args:
@@ -65,7 +68,11 @@ class Router:
                 backend's.
             check: see ``config.Config``.
             arena: of the decode path, if there is one.
+            make_any_rows: with ``unit_tokens``, makes the path of eager decode steps of more rows than ``make_decode``
+                has buffers for: each decode step must be packed, for the stock backend's bits are others.
+            unit_tokens: see above.
         """
+        self._make_any_rows, self._any_rows, self.unit_tokens = make_any_rows, None, unit_tokens
         self.gate, self.stats, self.extend, self.check, self.arena = gate, stats, extend, check, arena
         self._req_to_token, self._make_decode, self._make_verify = req_to_token, make_decode, make_verify
         self._on_gpu = on_gpu
@@ -103,7 +110,7 @@ class Router:
         try:
             path, reason = self._choose(batch, running_rows())
         except Exception as e:  # it would end the server: the stock backend can run any batch
-            if self.check:
+            if self.check or self._deterministic:
                 raise
             return self.stats.count_error(e, "the stock backend runs this batch")
         if reason is not None:
@@ -134,7 +141,7 @@ class Router:
                     "the chain of drafts that it was captured for; please report this with the SGLang version"
                 )
             elif not batch.actual_forward_mode.is_idle():
-                self.stats.count_fallback(mode_reason(mode) or BatchReason.EXTEND)
+                self.stats.count_fallback(self._in_mode(mode_reason(mode)) or BatchReason.EXTEND)
 
     def append_in_graph(self, batch: ForwardBatch) -> None:
         """Captured with the graph of a decode step: enter the new slots."""
@@ -148,7 +155,10 @@ class Router:
         lens = _first(batch.seq_lens_cpu, n).numpy().astype(np.int32) if n else np.zeros(0, np.int32)
         if path.kind is Kind.VERIFY:
             lens = lens + np.int32(path.row_tokens)  # SGLang counts the drafts once they are accepted
-        step = self._batch(path, _if_rows(running_rows(), n), _first(batch.req_pool_indices, n), lens)
+        self._step(path, self._batch(path, _if_rows(running_rows(), n), _first(batch.req_pool_indices, n), lens))
+
+    def _step(self, path: PackedPath, step: StepBatch) -> None:
+        """Prepare the packed kernels for a batch that nothing else may run."""
         try:
             path.step(step)
         except Exception as e:  # it would end the server; of the batch nothing but rows and lengths is needed
@@ -156,6 +166,14 @@ class Router:
                 raise
             self.stats.count_error(e, "this batch is run without groups")
             path.step_alone(step)
+
+    @property
+    def _deterministic(self) -> bool:
+        return self.unit_tokens > 0
+
+    def _in_mode(self, reason: BatchReason | None) -> BatchReason | None:
+        """Verify steps have a reason of their own in the deterministic mode."""
+        return BatchReason.DETERMINISTIC if self._deterministic and reason is BatchReason.SPECULATIVE else reason
 
     def _choose(self, batch: ForwardBatch, rows: BatchRows | None) -> tuple[PackedPath | None, BatchReason | None]:
         """The path that is prepared for this eager pass; or why the stock backend runs it, None for an idle rank."""
@@ -167,11 +185,14 @@ class Router:
             return self.extend, self._plan_extend(batch, rows) if reason is None else reason
         if (verify := self._verify_path(batch)) is not None:
             return verify, self._plan_rows(verify, batch, rows)
-        if (reason := decode_reason(batch, rows)) is not None:
-            return None, reason
+        if (reason := decode_reason(batch, rows, needs_rows=not self._deterministic)) is not None:
+            return None, self._in_mode(reason)
         if self._decode is None:  # not for a prefill: graphs may need larger buffers
             self._decode = self._make_decode(EAGER_ROWS)
-        return self._decode, self._plan_rows(self._decode, batch, rows)
+        path = self._decode
+        if batch.batch_size > path.max_rows and self._make_any_rows is not None:
+            path = self._any_rows = self._any_rows or self._make_any_rows()
+        return path, self._plan_rows(path, batch, rows)
 
     def _plan_extend(self, batch: ForwardBatch, rows: BatchRows | None) -> BatchReason | None:
         assert self.extend is not None
@@ -195,7 +216,11 @@ class Router:
             lens = lens + np.int32(path.row_tokens)
         else:
             new = {"kv_lens_device": _first(batch.seq_lens, n), "out_slots": _first(batch.out_cache_loc, n)}
-        path.step(self._batch(path, _if_rows(rows, n), _first(batch.req_pool_indices, n), lens, **new))
+        step = self._batch(path, _if_rows(rows, n), _first(batch.req_pool_indices, n), lens, **new)
+        if self._deterministic:
+            self._step(path, step)
+        else:
+            path.step(step)
         return None
 
     def _batch(

@@ -21,6 +21,7 @@ UNGROUPED = {
     UngroupedReason.FULL_BUFFERS: "a plan with groups did not fit the buffers",
 }
 FALLBACK = {
+    BatchReason.DETERMINISTIC: "verify steps of speculative decoding, not packed in the deterministic mode",
     BatchReason.SPECULATIVE: "speculative decoding that is not packed (trees of drafts, device, base backend)",
     BatchReason.ENCODER_DECODER: "cross attention",
     BatchReason.NO_BATCH: "forwards without a batch of the scheduler (warm-up, capture)",
@@ -94,7 +95,9 @@ def _prefill(state: State) -> list[str]:
     if not stock:
         return [f"{said}."]
     why = f"{state['base_backend']} was expected to be faster, or the batch was too large to plan"
-    if state["config"]["extend"] == "off":
+    if state.get("deterministic"):
+        why = "in SGLang's deterministic mode only decode is packed"
+    elif state["config"]["extend"] == "off":
         why = "the setting extend is off"
     elif "extend" not in state["packs"]:
         why = "times of prefill on this device or head dimension are not measured (--packinfer-extend on packs all)"

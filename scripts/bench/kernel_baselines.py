@@ -29,7 +29,8 @@ def fa3_query(x: Inputs, q: torch.Tensor) -> torch.Tensor:
     return q.to(x.k[0].dtype) if x.work.fp8 else q
 
 
-def fa3(x: Inputs, page_size: int) -> Method:
+def fa3(x: Inputs, page_size: int, splits: int = 0) -> Method:
+    """``splits``: of KV; 0 for as many as FA3 chooses."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
     work = x.work
@@ -41,7 +42,7 @@ def fa3(x: Inputs, page_size: int) -> Method:
         k, v = x.caches(i, page_size)
         outs[i] = flash_attn_with_kvcache(
             fa3_query(x, x.q[i]), k, v, cache_seqlens=lens, page_table=table, cu_seqlens_q=cu,
-            max_seqlen_q=max(work.new), softmax_scale=x.sm_scale, causal=True, num_splits=0, **more,
+            max_seqlen_q=max(work.new), softmax_scale=x.sm_scale, causal=True, num_splits=splits, **more,
         )  # fmt: skip
 
     return call, outs
@@ -88,14 +89,16 @@ def workspace(x: Inputs) -> torch.Tensor:
     return torch.zeros(256 << 20, dtype=torch.uint8, device=x.device)
 
 
-def flashinfer_decode(x: Inputs, page_size: int) -> Method:
+def flashinfer_decode(x: Inputs, page_size: int, split_tokens: int = 0) -> Method:
+    """``split_tokens``: of a KV split; 0 for as FlashInfer chooses."""
     import flashinfer
 
     work = x.work
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(x), "NHD", use_tensor_cores=True)
     wrapper.plan(
-        *x.paged(page_size), work.qo_heads, work.kv_heads, work.head_dim, page_size, sm_scale=x.sm_scale, **dtypes(x)
-    )
+        *x.paged(page_size), work.qo_heads, work.kv_heads, work.head_dim, page_size, sm_scale=x.sm_scale,
+        fixed_split_size=split_tokens // page_size or None, **dtypes(x),
+    )  # fmt: skip
     outs = [torch.empty_like(q) for q in x.q]
     return (lambda i: wrapper.run(x.q[i], x.caches(i, page_size), out=outs[i])), outs
 
@@ -197,6 +200,20 @@ def sglang_triton(x: Inputs, page_size: int) -> Method:
         )
 
     return call, outs
+
+
+def in_fixed_splits(x: Inputs, families: set[str], unit_tokens: int) -> dict[str, Callable[[], Method]]:
+    """Decode whose bits do not depend on the batch: FA3 as SGLang's deterministic mode runs it, and FlashInfer with
+    splits of ``unit_tokens``."""
+    pages = (1, 64) if x.contiguous and all(t % 64 == 0 for t in x.work.node_tokens) else (1,)
+    methods: dict[str, Callable[[], Method]] = {}
+    for page_size in pages:
+        if "fa3" in families:
+            methods[f"fa3 page {page_size}, one split"] = lambda p=page_size: fa3(x, p, splits=1)
+        if "fi" in families and not x.work.sinks:
+            name = f"flashinfer page {page_size}, splits of {unit_tokens}"
+            methods[name] = lambda p=page_size: flashinfer_decode(x, p, unit_tokens)
+    return methods
 
 
 def baselines(x: Inputs, families: set[str]) -> dict[str, Callable[[], Method]]:

@@ -16,6 +16,7 @@ from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200
+from packinfer_sgl.planning.units import whole_units
 from packinfer_sgl.runners.cuda import extend_planner
 
 HEAD_DIM = 128  # of workloads that name no other
@@ -100,6 +101,11 @@ class Workload:
     def plan(self, tree: PrefixTree, policy: TilePolicy) -> Plan:
         queries = {} if self.kind == "decode" else {"qo_indptr": self.qo_indptr, "visible": self.visible}
         return make_plan(tree, self.kv_lens, policy, kv_tokens_unique=self.unique_tokens, **queries)
+
+    def unit_plan(self, cost: CostModel, policy: TilePolicy) -> Plan:
+        """Of a decode batch in SGLang's deterministic mode."""
+        tree = whole_units(self.tree(), policy.unit_tokens)
+        return self.plan(prune(tree, self.shape, cost.in_units(), kv_lens=self.kv_lens), policy)
 
     def extend_plan(self, tiles: tuple[Tile, ...], sms: int, profile: DeviceProfile = H200) -> Plan:
         """With which SGLang's extend batches of this kind are served."""

@@ -7,6 +7,7 @@ from check import (
     attention,
     cache,
     copies,
+    determinism,
     families,
     hybrids,
     parallel,
@@ -16,7 +17,7 @@ from check import (
     vision,
 )
 
-AREAS = (attention, scheduling, asking, copies, cache, speculation, families, hybrids, vision, parallel)
+AREAS = (attention, scheduling, determinism, asking, copies, cache, speculation, families, hybrids, vision, parallel)
 SCENARIOS = {name: scenario for area in AREAS for name, scenario in area.SCENARIOS.items()}
 CHECKS = {name: check for area in AREAS for name, check in area.CHECKS.items()}
 ROUNDS = rounds.ROUNDS | {name: ask for area in AREAS for name, ask in getattr(area, "ROUNDS", {}).items()}

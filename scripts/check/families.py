@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from check.compare import compare
 from check.judge import Judge, account, packs
 from check.scenarios import CHECK, DUMMY, EAGER, FA3, OURS, TRITON, WRAP, Check, Scenario
 
@@ -12,7 +13,6 @@ FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 SCENARIOS = {
     "fp8-fa3": Scenario("llama", {**FA3, **FP8}),
     "fp8-triton": Scenario("llama", {**TRITON, **FP8}),
-    "fp8-flashinfer": Scenario("llama", {"attention_backend": "flashinfer", **FP8}),
     "fp8-packinfer": Scenario("llama", {**OURS, **FP8}, {"extend": "on"}),
     "fp8-each": Scenario("llama", {**OURS, **FP8, **EAGER}, {"extend": "on", **CHECK}),
     "gemma2-fa3": Scenario("gemma2", FA3),
@@ -62,14 +62,19 @@ def sinks(judge: Judge) -> None:
 
 
 def fp8(judge: Judge) -> None:
-    """fa3 and triton round queries and weights to FP8, too; flashinfer, like packinfer, does not: how far it is from
-    fa3 is allowed."""
-    stock = ("fp8-fa3", "fp8-triton", "fp8-flashinfer")
+    """No stock backend computes what packinfer does: fa3 and triton round queries and weights to FP8, flashinfer reads
+    new tokens as they were before they were rounded. With this model the texts of fa3 and triton part at once and for
+    good, so that ours may be as far from fa3's as theirs; how exact the kernels are, tests/kernels say."""
+    stock = ("fp8-fa3", "fp8-triton")
     if judge.started("fp8", "fp8-packinfer", stock=stock):
-        judge.same("fp8", "fp8-packinfer", "fp8-fa3", control="fp8-flashinfer", stock="fp8-")
+        ours, theirs = (compare(judge.ran[name], judge.ran["fp8-fa3"]) for name in ("fp8-packinfer", "fp8-triton"))
+        ok = packs(judge.ran["fp8-packinfer"]) and ours.of > 0 and ours.drift <= judge.limit("fp8-")
+        note = f"against fp8-fa3: {ours}; fp8-triton: {theirs}; {account(judge.ran['fp8-packinfer'])}"
+        judge.add("fp8", ok, note)
     if judge.started("fp8: each layer", "fp8-each", stock=stock):
         ran = judge.ran["fp8-each"]
-        ok = packs(ran) and 0 < ran.state["check_error"] and ran.state["packed_extends"] > 0
+        # fa3's queries and weights are off by up to 1/16 each
+        ok = packs(ran) and 0 < ran.state["check_error"] < 2 / 16 and ran.state["packed_extends"] > 0
         error = f"worst relative error of a row {ran.state.get('check_error', 0):.2g}"
         judge.add("fp8: each layer", ok, f"{error}; {account(ran)}")
 
@@ -86,6 +91,6 @@ CHECKS = {
         "attention sinks: a gpt-oss kind, its full-attention layers",
     ),
     "fp8": Check(
-        fp8, ("fp8-fa3", "fp8-triton", "fp8-flashinfer", "fp8-packinfer", "fp8-each"), "FP8 KV cache (e4m3)"
+        fp8, ("fp8-fa3", "fp8-triton", "fp8-packinfer", "fp8-each"), "FP8 KV cache (e4m3)"
     ),
 }  # fmt: skip

@@ -28,15 +28,21 @@ class Random:
 
 
 def qwen3_next(config: dict, llama: Weights) -> tuple[dict, Weights]:
-    """Qwen3-Next: a gated delta net, full attention of 16 and 2 heads of 256, twice; a mixture of experts. Its norms
-    add one."""
+    """Qwen3-Next: a gated delta net, full attention of 16 and 2 heads of 256, twice; a mixture of experts; and a layer
+    of full attention that drafts tokens (MTP), most of which are refused. Its norms add one."""
     heads, kv_heads, dim, layers = 16, 2, 256, 4
     random, zeros = Random(), np.zeros(HIDDEN, np.float32)
     weights = ends(llama, random, "model.embed_tokens.weight", "model.norm.weight", zeros)
     for i in range(layers):
         layer = _full(random, heads, kv_heads, dim) if i % 2 else _delta_net(random)
-        layer |= {f"{name}_layernorm.weight": zeros for name in ("input", "post_attention")} | _experts(random)
-        weights |= {f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()}
+        weights |= _named(f"model.layers.{i}", layer | _norms(zeros) | _experts(random))
+    draft = _full(random, heads, kv_heads, dim) | _norms(zeros) | _experts(random)
+    weights |= _named("mtp.layers.0", draft) | {
+        "mtp.fc.weight": random.linear(HIDDEN, 2 * HIDDEN),
+        "mtp.pre_fc_norm_embedding.weight": zeros,
+        "mtp.pre_fc_norm_hidden.weight": zeros,
+        "mtp.norm.weight": zeros,
+    }
     return shape(config, "Qwen3NextForCausalLM", "qwen3_next", heads, kv_heads, dim, layers) | {
         "full_attention_interval": 2,
         "layer_types": ["linear_attention", "full_attention"] * (layers // 2),
@@ -55,6 +61,14 @@ def qwen3_next(config: dict, llama: Weights) -> tuple[dict, Weights]:
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     }, weights
+
+
+def _named(prefix: str, layer: Weights) -> Weights:
+    return {f"{prefix}.{name}": tensor for name, tensor in layer.items()}
+
+
+def _norms(values: np.ndarray) -> Weights:
+    return {f"{name}_layernorm.weight": values for name in ("input", "post_attention")}
 
 
 def _full(random: Random, heads: int, kv_heads: int, dim: int) -> Weights:

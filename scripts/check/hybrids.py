@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from check.judge import Judge
-from check.scenarios import CHECK, EAGER, FA3, OURS, TRITON, Check, Scenario
+from check.scenarios import CHAIN, CHECK, EAGER, FA3, OURS, TRITON, Check, Scenario
 
 # SGLang's default, FlashInfer's, needs a package that not every host has
 DELTA = {"linear_attn_backend": "triton"}
 BASE = {"base_backend": "triton"}
+# the draft is part of the checkpoint
+MTP = {**DELTA, **CHAIN, "speculative_algorithm": "NEXTN", "speculative_draft_model_path": "qwen3_next"}
 ROUNDS_OF_IT = ("deep", "deep")  # what is shared is cut at checkpoints of the state
 
 SCENARIOS = {
@@ -21,6 +23,10 @@ SCENARIOS = {
     "nemotron_h-fa3": Scenario("nemotron_h", FA3, rounds=ROUNDS_OF_IT),
     "nemotron_h-packinfer": Scenario("nemotron_h", OURS, rounds=ROUNDS_OF_IT),
     "nemotron_h-eager-packinfer": Scenario("nemotron_h", {**OURS, **EAGER}, CHECK, rounds=ROUNDS_OF_IT),
+    "qwen3_next-fa3": Scenario("qwen3_next", {**FA3, **DELTA}, rounds=ROUNDS_OF_IT),
+    "mtp-fa3": Scenario("qwen3_next", {**FA3, **MTP}, rounds=ROUNDS_OF_IT, logprobs=False),
+    "mtp-packinfer": Scenario("qwen3_next", {**OURS, **MTP}, rounds=ROUNDS_OF_IT, logprobs=False),
+    "mtp-eager-packinfer": Scenario("qwen3_next", {**OURS, **MTP, **EAGER}, CHECK, rounds=ROUNDS_OF_IT, logprobs=False),
 }
 
 
@@ -32,13 +38,30 @@ def hybrid(kind: str, stock: str, judge: Judge) -> None:
             judge.add(f"{name} layers", layers == {"linear_attention": 2}, f"2 layers keep a state: {layers}")
 
 
+def mtp(judge: Judge) -> None:
+    names = ("mtp-packinfer", "mtp-eager-packinfer")
+    if not judge.started("mtp", *names, stock=("fa3", "triton", "qwen3_next-fa3", "mtp-fa3")):
+        return
+    for name in names:
+        judge.same("mtp", name, "qwen3_next-fa3", control="mtp-fa3")
+        counted = judge.ran[name].state["fallback_steps"].get("speculative", 0)
+        judge.add("mtp packed", counted == 0, f"{name}: {counted} verify steps on the base backend")
+    error = judge.ran["mtp-eager-packinfer"].state["check_error"]
+    judge.add("mtp verified", error > 0, f"worst relative error of a row {error:.2g}")
+
+
 def _check(kind: str, stock: str, feature: str) -> Check:
-    return Check(
-        partial(hybrid, kind, stock), ("fa3", "triton", *(name for name in SCENARIOS if name.startswith(kind))), feature
-    )
+    engines = (f"{kind}-{stock}", f"{kind}-packinfer", f"{kind}-eager-packinfer")
+    return Check(partial(hybrid, kind, stock), ("fa3", "triton", *engines), feature)
 
 
 CHECKS = {
     "qwen3-next": _check("qwen3_next", "triton", "hybrid: a Qwen3-Next kind, full attention at head dimension 256"),
     "nemotron-h": _check("nemotron_h", "fa3", "hybrid: a Nemotron-H kind, 32 query heads and 2 KV heads"),
+    "mtp": Check(
+        mtp,
+        ("fa3", "triton", "qwen3_next-fa3", "mtp-fa3", "mtp-packinfer", "mtp-eager-packinfer"),
+        "hybrid with its own drafts (MTP): a Qwen3-Next kind, chains packed",
+        since="0.5.23",
+    ),
 }

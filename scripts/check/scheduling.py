@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from check.compare import Ran, compare
 from check.judge import Judge, account
 from check.rounds import Answers, Talk, answer
-from check.scenarios import CHECK, FA3, OURS, RECENT, WRAP, Check, Scenario
+from check.scenarios import CHECK, FA3, OURS, RECENT, Check, Scenario
 from drive import Driver, greedy, tree_prompts
 from safetensors.numpy import load_file, save_file
 
@@ -22,7 +21,6 @@ CHUNK = 256  # tokens
 CHUNKS = {"chunked_prefill_size": CHUNK, "enable_mixed_chunk": True}
 SMALL = {"max_total_tokens": 2600}
 RETRACT = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "25"}
-SEEDS = {"enable_deterministic_inference": True}  # without it SGLang does not look at a request's seed
 BETWEEN = ("tree", "abort", "flushed", "paused", "updated", "alone")
 SAVER = {"enable_memory_saver": True}
 ROLLOUTS = ("tree", "resumed")
@@ -40,8 +38,6 @@ SCENARIOS = {
     "between-fa3": Scenario("llama", FA3, rounds=BETWEEN),
     "rollouts": Scenario("llama", {**OURS, **SAVER}, CHECK, rounds=ROLLOUTS),
     "rollouts-fa3": Scenario("llama", {**FA3, **SAVER}, rounds=ROLLOUTS),
-    "seeds": Scenario("llama", {**OURS, **SEEDS}, rounds=("tree",)),
-    "seeds-wrapped": Scenario("llama", {**FA3, **SEEDS}, WRAP, rounds=("tree",)),
 }
 
 
@@ -209,13 +205,6 @@ def rollouts(judge: Judge) -> None:
         judge.add("resumed: cache", cached == 0, f"{cached} cached tokens of the first prompt")
 
 
-def refused(name: str, judge: Judge) -> None:
-    """Whether the start ends with a line that says why."""
-    problem = judge.ran[name].problem
-    said = "deterministic" in problem and problem.startswith("while starting")
-    judge.row(name, "REFUSED" if said else "FAIL", problem or "started")
-
-
 CHECKS = {
     # the older release allocates pages on a GPU only
     "pages": Check(pages, ("fa3", "triton", "page16", "page64"), "page sizes 16 and 64", gpus=0 if RECENT else 1),
@@ -228,6 +217,4 @@ CHECKS = {
     "rollouts": Check(
         rollouts, ("fa3", "triton", "rollouts-fa3", "rollouts"), "memory given back and taken again between rollouts"
     ),
-    "seeds": Check(partial(refused, "seeds"), ("seeds",), "sampling seeds", gpus=0),
-    "seeds-wrapped": Check(partial(refused, "seeds-wrapped"), ("seeds-wrapped",), "sampling seeds, wrapped"),
 }

@@ -68,6 +68,7 @@ def test_before_the_first_step():
     [
         ({}, "fa3 was expected to be faster"),
         ({"config": {"extend": "off", "check": False}}, "the setting extend is off"),
+        ({"deterministic": {"unit_tokens": 512}}, "in SGLang's deterministic mode only decode is packed"),
         ({"packs": ["decode"]}, "times of prefill on this device or head dimension are not measured"),
     ],
 )

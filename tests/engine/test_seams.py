@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -94,39 +95,92 @@ def test_a_graph_around_the_plans_is_refused(monkeypatch):
         layer_reasons(runner)
 
 
-@pytest.mark.parametrize(
-    "flag",
-    [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}, {}],
-    ids=lambda flag: str([*flag]),
-)
-def test_deterministic_mode_is_refused(flag, model, monkeypatch):
-    """Under a stock backend's name, which SGLang's own check lets pass; by the setting, whoever gave it."""
+@pytest.mark.contract
+def test_the_deterministic_mode_takes_the_name_and_keeps_the_radix_cache(model):
     from sglang.srt import runtime_context
     from sglang.srt.server_args import ServerArgs
 
-    from packinfer_sgl.plugin import PluginError, WrappedFactory
+    for flag in ({"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}):
+        args = ServerArgs(model_path=model, attention_backend="packinfer", **flag)
+        if hasattr(args, "resolve_once"):  # 0.5.23
+            args.resolve_once()
+        runtime_context.publish(args, role="scheduler")
+        try:
+            assert runtime_context.get_exec().deterministic.enable_deterministic_inference
+            assert not runtime_context.get_memory().disable_radix_cache
+        finally:
+            runtime_context.reset_context()
 
-    monkeypatch.setenv("PACKINFER_CONFIG", '{"wrap": true}')
+
+REFUSED = {
+    "not Hopper": ({}, "fa3", "{}", False, "packed decode keeps bits on Hopper GPUs only"),
+    "over triton": ({}, "triton", "{}", True, "it runs over fa3, .* not over triton; choose fa3"),
+    "extend on": (
+        {},
+        "fa3",
+        '{"extend": "on"}',
+        True,
+        "prefill stays on fa3, and --packinfer-extend is on; leave it at auto",
+    ),
+    "mixed": ({"enable_mixed_chunk": True}, "fa3", "{}", True, "--enable-mixed-chunk runs some decode tokens"),
+    "taken": ({}, "fa3", '{"extend": "off"}', True, None),
+}
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("flag", [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}], ids=str)
+@pytest.mark.parametrize("name", REFUSED)
+def test_where_the_deterministic_mode_is_refused(name, flag, model, monkeypatch, caplog):
+    """By the setting, whoever gave it, and under a stock backend's name, too."""
+    from sglang.srt import runtime_context
+    from sglang.srt.server_args import ServerArgs
+
+    from packinfer_sgl import plugin
+    from packinfer_sgl.config import Config
+
+    more, base, config, on_hopper, problem = REFUSED[name]
+    monkeypatch.setattr(plugin, "_on_hopper", lambda device: on_hopper)
+    monkeypatch.setenv("PACKINFER_CONFIG", json.dumps({**json.loads(config), "wrap": True}))
     args = ServerArgs(model_path=model, attention_backend="triton", **flag)
     runtime_context.publish(args, role="scheduler")
+    schedule = SimpleNamespace(**{"enable_mixed_chunk": False, **more})  # on a CPU SGLang turns it off
+    monkeypatch.setattr(runtime_context, "get_schedule", lambda: schedule)
     built = []
-    runner = SimpleNamespace(is_draft_worker=True)  # else it is looked at further
+    runner = SimpleNamespace(is_draft_worker=True, device="cpu")  # else it is looked at further
 
     def wrapped() -> object:
-        return WrappedFactory("triton", lambda runner: built.append(runner))(runner)
+        return plugin.WrappedFactory(base, lambda runner: built.append(runner))(runner)
 
     try:
-        if flag:
-            name = next(iter(flag)).replace("_", "-")
-            with pytest.raises(
-                PluginError, match=f"^packinfer: --{name} promises bits that do not depend on what runs"
-            ):
+        assert Config.load().wrap
+        if problem is not None:
+            said = next(iter(flag)).replace("_", "-")
+            with pytest.raises(plugin.PluginError, match=f"^packinfer: --{said}: {problem}"):
                 wrapped()
         else:
             wrapped()
     finally:
         runtime_context.reset_context()
-    assert len(built) == (not flag)
+    assert len(built) == (problem is None)
+    warned = "not those of a trainer that computes them with FA3" in caplog.text
+    assert warned == ("rl_on_policy_target" in flag and problem is None)
+
+
+def test_a_release_without_the_lists_is_refused(model, monkeypatch):
+    from sglang.srt import runtime_context, server_args
+
+    from packinfer_sgl import plugin
+    from packinfer_sgl.config import Config
+
+    monkeypatch.delattr(server_args, "add_radix_supported_deterministic_attention_backend_choices")
+    plugin._add_to_deterministic()  # and nothing happens
+    args = server_args.ServerArgs(model_path=model, attention_backend="triton", enable_deterministic_inference=True)
+    runtime_context.publish(args, role="scheduler")
+    try:
+        with pytest.raises(plugin.PluginError, match="has no registry of deterministic backends"):
+            plugin.check_deterministic("--x", Config(), "fa3", SimpleNamespace(device="cuda"))
+    finally:
+        runtime_context.reset_context()
 
 
 def test_flags_reach_a_parser_whose_method_was_replaced():

@@ -28,7 +28,7 @@ NEIGHBOURS = {"paged": {"runners"}}
 # SGLang, where rooms of one floor may import each other.
 ORDER = {
     "planning": [
-        "prefix_tree", "batch", "costs", "groups", "plan", "policy", "schedule", "device_profile", "profiles",
+        "prefix_tree", "batch", "costs", "units", "groups", "plan", "policy", "schedule", "device_profile", "profiles",
         "cpu_profile", "query_tiles", "item_arrays", "items", "fitting", "planners", "audit", "prefix_hold",
     ],
     "kernels": [
@@ -37,7 +37,7 @@ ORDER = {
         "hopper_extend_producer", "hopper_extend_consumer", "attention_hopper_extend", "device_plan",
     ],
     "runners": ["base", "cpu", "cuda", "slots", "arena"],
-    "paged": ["checks", "graph_buffers", "kernels", "batch", "wrapper", "sink_wrapper"],
+    "paged": ["checks", "graph_buffers", "kernels", "batch", "wrapper", "prefill_wrapper", "sink_wrapper"],
     "serving": [
         "metrics", "radix_paths", "batch_rows", "batch_reasons", "layers", "packed_path", "router", "build", "backend",
     ],

@@ -14,6 +14,7 @@ from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import SplitTiming, TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.units import whole_units
 
 POISON = 2**28  # a slot that no test has
 
@@ -79,6 +80,7 @@ def random_case(
     max_inline_tail_tokens: int = 0,
     tiles: tuple[Tile, ...] | None = None,
     sinks: torch.dtype | None = None,
+    unit_tokens: int = 0,
 ) -> Case:
     """Rows of which neighbours ``i`` and ``i + 1`` share ``shared[i]`` tokens, each with a tail of its own.
 
@@ -86,7 +88,8 @@ def random_case(
     divided among so many programs. With ``new`` the batch is an extend: each row's last so many tokens are queries,
     which see no later token, and none that lies more than ``window_left`` (if that is not -1) before their own.
     ``sinks``: the type of those of the layer; one hides all tokens, one is so low that it does not count.
-    ``kv_dtype``: that of the queries, if not another. Values count times ``v_scale``.
+    ``kv_dtype``: that of the queries, if not another. Values count times ``v_scale``. ``unit_tokens``: cut into units
+    of so many tokens.
     """
     rng = np.random.default_rng(seed)
     n = len(tails)
@@ -135,9 +138,13 @@ def random_case(
         timings = [SplitTiming(float(shares), 1.0, 1.0, 0.0, n, shares, 3.0) for n in (0, shares)]
         policy = TilePolicy(tile_queries, 1 << 30, tuple(timings))
     else:
-        policy = TilePolicy(tile_queries, max_split_tokens, max_inline_tail_tokens=max_inline_tail_tokens)
+        policy = TilePolicy(
+            tile_queries, max_split_tokens, max_inline_tail_tokens=max_inline_tail_tokens, unit_tokens=unit_tokens
+        )
     qo_indptr = np.cumsum([0, *q_lens]).astype(np.int32)
     room_tokens = room_tokens if new is None else 0
+    if unit_tokens:
+        tree = whole_units(tree, unit_tokens)
     plan = make_plan(
         tree, lens, policy, kv_tokens_unique=total, qo_indptr=qo_indptr, visible=visible, room_tokens=room_tokens
     )

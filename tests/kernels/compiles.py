@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from packinfer_sgl.kernels.copy_slots import SlotCopier
-from packinfer_sgl.kernels.tiles import EXTEND_TILES, FP8_EXTEND_TILES, WIDE_TILES
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, FP8_EXTEND_TILES, WIDE_TILES, unit_tiles
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.fitting import Capacity
 
 DTYPE = {64: torch.float16, 128: torch.bfloat16, 256: torch.bfloat16}
@@ -63,6 +64,17 @@ def main() -> None:
 
     JITFunction.run = compile_only
     for (head_dim, dtype), kv_dtype in itertools.product(DTYPE.items(), (None, FP8)):
+        for group in (4, 32) if head_dim in WIDE_TILES else (4,):
+            tiles = unit_tiles(AttentionShape(2 * group, 2, head_dim, 2 if kv_dtype is None else 1))
+            what = {"head_dim": head_dim, "fp8": kv_dtype is FP8, "windowed": False, "group": group, "units": True}
+            shape = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype, "tiles": tiles, "group": group}
+            case = random_case(0, shared=[512] * 2, tails=[5] * 3, unit_tokens=512, **shape)
+            packed = make_packed(case, Capacity.of(case.plan))
+            packed._pdl = packed._is_hopper = True
+            packed.load(case.plan)
+            for sinks in (None, torch.zeros(case.q.shape[1], dtype=torch.bfloat16)):
+                what["sinks"] = sinks is not None
+                packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, sinks=sinks)
         extend = (EXTEND_TILES if kv_dtype is None else FP8_EXTEND_TILES).get(head_dim)
         kinds = [(3, None, None, 4), (40, None, None, 4), (3, [5] * 3, extend, 4), (3, [5] * 3, None, 4)]
         if head_dim in WIDE_TILES:

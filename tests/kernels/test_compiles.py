@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
+FP8 = (False, True)
 TRITON_SHARED_BYTES = 163 << 10  # of an A100's, where the Triton kernels run all classes
 
 
@@ -36,6 +38,8 @@ def test_every_kernel_compiles_for_hopper() -> None:
     }  # fmt: skip
     assert len([kernel for kernel in tuned if kernel.get("sinks")]) >= 10
     assert {kernel["head_dim"] for kernel in tuned if kernel["group"] == 32} == {64, 128}
+    in_units = [kernel for kernel in tuned if kernel.get("units") and "hopper" in kernel["kernel"]]
+    assert {(kernel["head_dim"], kernel["fp8"]) for kernel in in_units} == set(itertools.product((64, 128, 256), FP8))
     assert [kernel for kernel in tuned if kernel["stack_bytes"] > _stack_bytes(kernel)] == []
 
 

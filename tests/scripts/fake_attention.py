@@ -47,7 +47,7 @@ def flash_attn_with_kvcache(
     page_table: torch.Tensor, cu_seqlens_q: torch.Tensor, max_seqlen_q: int, softmax_scale: float, causal: bool,
     num_splits: int, return_softmax_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    assert max_seqlen_q == cu_seqlens_q.diff().max() and num_splits == 0
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and num_splits in (0, 1)
     lens = cache_seqlens.tolist()
     pages = [row[: -(-n // k_cache.shape[1])] for row, n in zip(page_table, lens, strict=True)]
     out, lse = attend(q, (k_cache, v_cache), cu_seqlens_q, pages, lens, causal, softmax_scale)

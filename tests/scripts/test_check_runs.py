@@ -6,8 +6,8 @@ import json
 import math
 
 import pytest
+from check import determinism, rounds
 from check import models as check_models
-from check import rounds
 from check import runs as check_runs
 from check.areas import AREAS, CHECKS, ROUNDS, SCENARIOS
 from check.compare import Ran, compare
@@ -116,3 +116,17 @@ def test_no_area_hides_what_another_has():
     for kind in ("SCENARIOS", "CHECKS", "ROUNDS"):
         names = [name for area in (*AREAS, rounds) for name in getattr(area, kind, {})]
         assert len(names) == len(set(names))
+
+
+def test_bits_are_compared_within_a_kind_and_without_what_was_retracted():
+    top = [{"5": -0.125}]
+
+    def one(company: str, logprob: float = -0.125, ids: tuple[int, ...] = (5,), retracted: int = 0) -> dict:
+        return {"prompt": 0, "company": company, "ids": [*ids], "top": [{"5": logprob}], "retracted": retracted}
+
+    said = [one("alone, cold"), one("alone, warm"), one("sampled alone, cold", ids=(7,)), one("x", -0.3, retracted=1)]
+    assert said[0]["top"] == top and determinism.others_than_first(said, "") == ([], 1)
+    near = math.nextafter(-0.125, 0)
+    wrong, compared = determinism.others_than_first([*said, one("among siblings", near)], "")
+    assert wrong == ["0 among siblings from token 0"] and compared == 2
+    assert determinism.others_than_first([*said, one("sampled among siblings", ids=(8,))], "sampled")[0]

@@ -8,10 +8,14 @@ from types import SimpleNamespace
 import fake_attention
 import pytest
 import torch
-from bench.kernel_baselines import baselines
+from bench.kernel_baselines import baselines, in_fixed_splits
 from bench.kernel_inputs import Inputs
 from bench.kernel_report import family
 from test_kernel_workloads import WORKLOADS, small
+
+from packinfer_sgl.planning.plan import Col
+from packinfer_sgl.planning.policy import TilePolicy
+from packinfer_sgl.planning.profiles import H200
 
 FAMILIES = {"fa3", "fi", "cascade", "batch", "pod"}
 
@@ -60,3 +64,23 @@ def test_baselines_are_right(name: str, families: set[str], contiguous: bool) ->
         out = torch.cat(outs[0]) if isinstance(outs[0], tuple) else outs[0]
         wrong = (out.float() - reference).norm() / reference.norm()
         assert wrong < 0.005, (method, wrong)
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_baselines_in_fixed_splits_are_right(contiguous: bool) -> None:
+    work = small(WORKLOADS["D2"])
+    x = Inputs(work, contiguous, device="cpu")
+    methods = in_fixed_splits(x, FAMILIES, 128)
+    assert {family(method) for method in methods} == {"FA3", "FlashInfer decode"}
+    for method, make in methods.items():
+        call, outs = make()
+        call(0)
+        assert (outs[0].float() - x.reference()).norm() / x.reference().norm() < 0.005, method
+
+
+def test_packinfer_in_units() -> None:
+    work = small(WORKLOADS["D2"])
+    policy = TilePolicy((16,), 1 << 30, unit_tokens=8)
+    plan = work.unit_plan(H200.decode_cost, policy)
+    assert not (plan.items[:, Col.A_POS] % 8).any() and plan.items[:, Col.A_LEN].max() == 8
+    assert plan.kv_tokens_read < plan.kv_tokens_logical

@@ -16,7 +16,7 @@ import pytest
 import torch
 from paged_cases import EDGES, Batch, Layer, check, tree_batch
 
-from packinfer_sgl.paged import kernels, wrapper
+from packinfer_sgl.paged import kernels, prefill_wrapper, wrapper
 from packinfer_sgl.planning import fitting, planners
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
@@ -161,7 +161,7 @@ def test_the_caller_may_overwrite_its_tensors() -> None:
         cases.int32(batch.last_page_len),
     ]
     mask = torch.cat([batch.sees(row).flatten() for row in range(8)])
-    planned = wrapper.BatchPrefillWithPagedKVCacheWrapper(torch.empty(0))
+    planned = prefill_wrapper.BatchPrefillWithPagedKVCacheWrapper(torch.empty(0))
     qo_indptr = cases.indptr(batch.q_lens)
     planned.plan(qo_indptr, *tables, 4, 2, 16, 16, custom_mask=mask, q_data_type="float32")
     for x in (qo_indptr, *tables, mask):
@@ -220,5 +220,5 @@ def test_the_package_alone_imports_no_torch() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(wrapper).attempted > 15
-    assert doctest.testmod(wrapper).failed == 0
+    results = [doctest.testmod(room) for room in (wrapper, prefill_wrapper)]
+    assert sum(result.attempted for result in results) > 15 and not any(result.failed for result in results)
