@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.plan import Col, Plan
 
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
+_NONE = np.zeros(0, np.int32)
 LOG2_E = math.log2(math.e)
 # partial results that a program of the merge loads at once, and its warps: few programs have many results each
 MERGE_FEW, MERGE_MANY = (128, 4), (16, 1)
@@ -89,6 +91,7 @@ class PackedCuda:
         self._view = {name: self._block[at] for name, at in self._at.items()}
         pinned = device.type == "cuda"
         self._staging = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._blocks = [staging.numpy() for staging in self._staging]
         self._staged = [torch.cuda.Event() if pinned else None for _ in range(2)]
         self._turn = 0
         self.kv_slots = torch.zeros(c.kv_slots + SLOTS_AHEAD, dtype=torch.int32, device=device)
@@ -113,14 +116,13 @@ class PackedCuda:
             raise ValueError(f"the plan does not fit the buffers: {over}")
         self._check_items(plan)
         self._turn ^= 1
-        staged, staging = self._staged[self._turn], self._staging[self._turn]
+        staged, staging, block = self._staged[self._turn], self._staging[self._turn], self._blocks[self._turn]
         if staged is not None:
             staged.synchronize()  # the copy of two loads ago
-        block = staging.numpy()
         counts = block[self._at["counts"]]
         counts[: len(plan.class_indptr)] = plan.class_indptr
-        self._class_items = np.diff(plan.class_indptr)
-        merged = plan.merged
+        self._class_items = [b - a for a, b in pairwise(plan.class_indptr.tolist())]
+        merged = plan.merged if plan.windowed else _NONE  # else no kernel asks for them
         counts[int(N_QUERIES)], counts[int(N_SPANS)] = len(plan.merge_indptr) - 1, len(plan.spans)
         counts[int(N_MERGED)] = len(merged)
         self._n_queries, self._n_merged = len(plan.merge_indptr) - 1, len(merged)
@@ -145,7 +147,7 @@ class PackedCuda:
             for column, what in ((OPEN_ROW, "grow"), (NEXT_ITEM, "are followed by others")):
                 if items[:, int(column)].max(initial=-1) >= 0 and not (column is OPEN_ROW and tile.units):
                     raise ValueError(f"the {tile.kernel} kernel runs no items that {what}")
-        self._has_run_b = bool(plan.items[:, Col.B_LEN].any())
+        self._has_run_b = plan.windowed and bool(plan.items[:, Col.B_LEN].any())
 
     def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor, page_size: int = 1) -> None:
         """Fill the slot list of the loaded plan from SGLang's table, or from page tables.

@@ -62,6 +62,9 @@ class EqualPages(NamedTuple):
     page_size: int
     limit: Int32
 
+    def __eq__(self, other: object) -> bool:
+        return self is other  # a batch that is planned is new
+
     def prefix_tree(self) -> PrefixTree:
         return PrefixTree.from_slots(self.indptr, self.indices, self.page_size, self.limit)
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+from numba import njit
 
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
@@ -81,7 +82,9 @@ class StepBatch:
     @cached_property
     def qo_indptr(self) -> Int32:
         """[n + 1] int32 where the queries of each row begin."""
-        return np.concatenate([[0], np.cumsum(self.q_lens)]).astype(np.int32)
+        indptr = np.zeros(self.n_rows + 1, np.int32)
+        np.cumsum(self.q_lens, out=indptr[1:])
+        return indptr
 
     def tree(self) -> PrefixTree:
         """Who shares what, as far as it is known; else nobody shares anything."""
@@ -100,7 +103,16 @@ class StepBatch:
 
 def causal(q_lens: Int32, kv_lens: Int32) -> tuple[Int32, Int32]:
     """``StepBatch.visible`` of new tokens that see those before them: prefill, and chains of drafts."""
-    row = np.repeat(np.arange(len(q_lens)), q_lens)
-    ends = np.cumsum(q_lens).astype(np.int32)
-    position = kv_lens[row] - ends[row] + np.arange(len(row), dtype=np.int32)
-    return np.zeros(len(row), np.int32), position + np.int32(1)
+    return _causal(q_lens, kv_lens)  # type: ignore[no-any-return]
+
+
+@njit(cache=True)
+def _causal(q_lens, kv_lens):  # type: ignore[no-untyped-def]
+    n = q_lens.sum()
+    see_from, see_to = np.zeros(n, np.int32), np.empty(n, np.int32)
+    query = 0
+    for row in range(len(q_lens)):
+        for nth in range(q_lens[row]):
+            see_to[query] = kv_lens[row] - q_lens[row] + nth + 1
+            query += 1
+    return see_from, see_to

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -62,19 +67,34 @@ class CostModel:
     small_as_rows: float
     least_saving: float
 
-    def tiles(self, shape: AttentionShape, queries: int) -> tuple[int, float]:
-        """Number of tiles for so many queries, and the cost of each in rows of a large tile."""
+    def tiles(self, shape: AttentionShape, queries: Any) -> tuple[Any, Any]:
+        """Number of tiles for so many queries (a number of at least 1, or an array of them), and the cost of each in
+        rows of a large tile."""
         query_rows = queries * shape.group_size
-        if query_rows <= self.small_rows:
-            return -(-query_rows // self.small_rows), self.small_as_rows
-        return -(-query_rows // self.large_rows), self.large_rows
+        is_small = query_rows <= self.small_rows
+        tile_rows = np.where(is_small, self.small_rows, self.large_rows)
+        return -(-query_rows // tile_rows), np.where(is_small, self.small_as_rows, self.large_rows)
 
-    def read_us(self, shape: AttentionShape, queries: int) -> tuple[float, float]:
-        """Time of reading a span once for so many queries: us per KV token, and us besides."""
+    def read_us(self, shape: AttentionShape, queries: Any) -> tuple[Any, Any]:
+        """Time of reading a span once for so many queries (as for ``tiles``): us per KV token, and us besides."""
         tiles, rows = self.tiles(shape, queries)
         moved = shape.token_bytes / self.bytes_per_us + (tiles - 1) * (shape.token_bytes / self.reread_bytes_per_us)
         multiplied = tiles * rows * (4 * shape.kv_heads * shape.head_dim / self.flops_per_us)
-        return max(moved, multiplied), tiles * shape.kv_heads * self.item_us
+        return np.maximum(moved, multiplied), tiles * shape.kv_heads * self.item_us
+
+    def prices(self, shape: AttentionShape, most: int) -> npt.NDArray[np.float64]:
+        """[most + 1, 3] of spans for so many queries: ``read_us``, and the number of tiles."""
+        key = shape.qo_heads, shape.kv_heads, shape.head_dim, shape.kv_bytes, most
+        if key not in self._prices:
+            queries = np.arange(most + 1)
+            with np.errstate(divide="ignore"):  # no query, where a model has no small tiles
+                table = np.stack([*self.read_us(shape, queries), self.tiles(shape, queries)[0]], axis=1)
+            self._prices[key] = table
+        return self._prices[key]
+
+    @cached_property
+    def _prices(self) -> dict[tuple[int, ...], npt.NDArray[np.float64]]:
+        return {}
 
     def partials_us(self, shape: AttentionShape) -> float:
         """Time of one partial result of one query (float32 output and ``lse2`` of all heads), in us."""

@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
-from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import SplitTiming
 from packinfer_sgl.planning.prefix_tree import Int32
-from packinfer_sgl.planning.schedule import makespan_us
+from packinfer_sgl.planning.schedule import extend_makespan_us, makespan_us
 
 # Query rows of the decode kernels' tile classes (kernels/tiles.py); see ``CostModel.for_group_size``, too.
 LARGE_ROWS, SMALL_ROWS = 64, 16
@@ -188,16 +188,15 @@ class DeviceProfile:
             sms: multiprocessors, each with one program; programs take items from a queue, longest first.
             rows, block: query rows of a tile, and KV tokens of its blocks.
         """
-        items = plan.items
-        tokens = items[:, Col.A_LEN] + items[:, Col.B_LEN]
         warpgroups = rows // WARPGROUP_ROWS
-        idle = warpgroups - -(-items[:, Col.Q_CNT] * shape.group_size // WARPGROUP_ROWS)
         full_us = self.extend_block_us * rows / EXTEND_ROWS
-        block_us = full_us - (full_us - self.extend_half_block_us) * idle / max(warpgroups - 1, 1)
-        blocks = -(-tokens // block) * (block / EXTEND_BLOCK)
-        item_us = blocks * (block_us * self._widths(shape)[0]) + self.extend_item_us
+        saved_us = full_us - self.extend_half_block_us  # by all warpgroups but one
+        tiles_us = extend_makespan_us(
+            plan.items, shape.group_size, WARPGROUP_ROWS, warpgroups, full_us, saved_us, block, block / EXTEND_BLOCK,
+            self._widths(shape)[0], self.extend_item_us, shape.kv_heads, sms,
+        )  # fmt: skip
         busy_us = max(
-            makespan_us(-np.sort(-item_us), shape.kv_heads, sms),
+            tiles_us,
             plan.kv_tokens_unique * shape.token_bytes / self.bytes_per_us,
         )
         partials_us = self.extend_partial_factor * plan.n_partials * self.decode_cost.partials_us(shape)

@@ -1,6 +1,6 @@
 """Plans that fit buffers of a fixed size: captured graphs hold their addresses, so every batch must have such a plan.
 
-What overflows decides what gives way. Slot list: each KV token is listed once (``slot_list_once``). Query slots,
+What overflows decides what gives way. Slot list: each KV token is listed once (``query_tiles``). Query slots,
 partial results, items: fewer spans are read together, those that save the least first, by raising the price of a
 partial result; then spans are not cut. With nothing kept, nothing cut and each token listed once, ``n`` rows need
 ``least_partials(n)`` partial results for each of their queries and one list entry for each KV token, and that always
@@ -16,7 +16,7 @@ import numpy as np
 
 from packinfer_sgl.planning.batch import StepBatch
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
-from packinfer_sgl.planning.groups import prune, save_enough
+from packinfer_sgl.planning.groups import prune, without_nodes
 from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
@@ -68,12 +68,21 @@ class Capacity:
 
     def overflow(self, plan: Plan) -> dict[str, str]:
         """What ``plan`` needs more of, by name: ``needs > holds``. Empty if it fits."""
+        if self.holds(plan):
+            return {}
         need = Capacity.of(plan)
         both = {f.name: (getattr(need, f.name), getattr(self, f.name)) for f in fields(self)}
         return {name: f"{needs} > {holds}" for name, (needs, holds) in both.items() if needs > holds}
 
     def holds(self, plan: Plan) -> bool:
-        return not self.overflow(plan)
+        return (
+            len(plan.merge_indptr) - 1 <= self.queries
+            and len(plan.query_rows) <= self.slots
+            and len(plan.items) <= self.items
+            and len(plan.spans) <= self.spans
+            and plan.n_partials <= self.partials
+            and plan.kv_capacity <= self.kv_slots
+        )
 
     def grown(self, plan: Plan) -> Capacity:
         """What ``plan`` needs and a quarter more, so that slightly larger plans fit, too; nowhere less than before."""
@@ -85,7 +94,7 @@ class Capacity:
 def least_partials(rows: int) -> int:
     """Most results that ``rows`` queries of one row each leave where nothing is read together, nothing cut and each
     KV token listed once: one for the row's own piece of the list, and on average at most ``log2(rows) / 2`` for pieces
-    of others (``slot_list_once``)."""
+    of others (``query_tiles``)."""
     return rows + math.ceil(rows * math.log2(rows) / 2) if rows > 1 else rows
 
 
@@ -176,7 +185,7 @@ class Fitted:
         plan: the plan.
         kept: the spans that it reads once.
         listed: the spans with which its slot list begins: ``kept``, or none where it has each token once
-            (``slot_list``), for then its spans are not those that it reads.
+            (``query_tiles``), for then its spans are not those that it reads.
         overflowed: what overflowed on the way to it.
         ungrouped: why ``kept`` has no span, if it has none.
     """
@@ -228,24 +237,23 @@ def fit(
     ungrouped: UngroupedReason | None = None
     once: PrefixTree | None = None  # or ``tree``, to list each of its tokens once
     if kept is None:
-        kept = prune(tree, shape, cost, grouping, q_lens)
-        if saving_lens is not None and kept.n_nodes and not save_enough(kept, shape, cost, saving_lens):
-            kept, ungrouped = prune(tree, shape, cost, "off"), UngroupedReason.SMALL_SAVING
+        kept = prune(tree, shape, cost, grouping, q_lens, saving_lens)
+        if saving_lens is not None and not kept.n_nodes and prune(tree, shape, cost, grouping, q_lens).n_nodes:
+            ungrouped = UngroupedReason.SMALL_SAVING
     if ungrouped is None and not kept.n_nodes:
         ungrouped = UngroupedReason.SHORT_SPANS if tree.n_nodes else UngroupedReason.NOTHING_SHARED
         ungrouped = UngroupedReason.OFF if grouping == "off" else ungrouped
-    # a partial result then costs at least as much as a KV token that a row reads alone: some costs have it for nothing
-    dear_us = max(cost.partials_us(shape), cost.read_us(shape, 1)[0])
-    price_us, overflowed = dear_us, dict[str, str]()
+    overflowed: dict[str, str] = {}
+    times_dearer = 1  # than at first, a partial result
     unique = tree.unique_tokens(batch.kv_lens) if batch.unique_tokens is None else batch.unique_tokens
     while True:
         plan = make_plan(
-            kept, batch.kv_lens, policy, kv_tokens_unique=unique, qo_indptr=batch.qo_indptr, visible=batch.visible,
-            room_tokens=room_tokens, listed_once=once,
+            kept, batch.kv_lens, policy, kv_tokens_unique=unique, qo_indptr=None if q_lens is None else batch.qo_indptr,
+            visible=batch.visible, room_tokens=room_tokens, listed_once=once,
         )  # fmt: skip
         over = limits.overflow(plan)
         if not over:
-            listed = kept if once is None else prune(tree, shape, cost, "off")
+            listed = kept if once is None else without_nodes(tree)
             if ungrouped is None and not kept.n_nodes:
                 ungrouped = UngroupedReason.FULL_BUFFERS
             return Fitted(plan, kept, listed, tuple(overflowed), ungrouped)
@@ -257,11 +265,13 @@ def fit(
             policy = replace(policy, max_split_tokens=UNCUT_TOKENS, timings=None)
         elif kept.n_nodes and not over.keys() & {"kv_slots", "spans", "queries"}:
             before = kept.n_nodes
+            # at first at least as dear as a KV token that a row reads alone: some costs have it for nothing
+            first_us = max(cost.partials_us(shape), float(cost.read_us(shape, 1)[0]))
             # a choice of spans with more query slots than fit is not cut, only to see that
             while kept.n_nodes == before or (kept.n_nodes and _members(kept, q_lens) > limits.slots):
-                price_us *= 2
-                mode = grouping if price_us < DEAREST * dear_us else "off"
-                kept = prune(tree, shape, cost, mode, q_lens, saving_lens, price_us)
+                times_dearer *= 2
+                mode = grouping if times_dearer < DEAREST else "off"
+                kept = prune(tree, shape, cost, mode, q_lens, saving_lens, times_dearer * first_us)
         else:
             sizes = ", ".join(f"{name} {needs}" for name, needs in over.items())
             raise DoesNotFit(f"packinfer: a batch of {batch.n_rows} rows does not fit the buffers ({sizes})")

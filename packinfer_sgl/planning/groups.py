@@ -8,6 +8,8 @@ from numba import njit
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
+_NOT_GIVEN = np.zeros(0, np.int32)
+
 
 def prune(
     tree: PrefixTree,
@@ -27,53 +29,70 @@ def prune(
         tree: who shares what.
         mode: ``multi`` keeps any set of nodes, ``single`` at most one on each row's path, ``off`` none.
         q_lens: [n_rows] int32 query tokens of each row; default: one each (decode).
-        kv_lens: [n_rows] int32 KV tokens of each row: if all kept nodes together do not ``save_enough``, none is kept.
-            Default: no such test.
+        kv_lens: [n_rows] int32 KV tokens of each row: if all kept nodes together do not make a decode step read
+            ``CostModel.least_saving`` times fewer KV tokens, none is kept. Default: no such test.
         partials_us: price of one partial result of one query; default: its time by ``cost``.
     """
     if mode == "off" or tree.n_nodes == 0:
-        return _without_nodes(tree)
-    queries, own_us = tree.row_hi - tree.row_lo, cost.read_us(shape, 1)[0] * (tree.row_hi - tree.row_lo)
-    if q_lens is not None:
-        at_place = q_lens[tree.row_order]
-        each, which = np.unique(at_place, return_inverse=True)
-        us_of = np.array([cost.read_us(shape, n)[0] for n in each.tolist()])[which]
-        queries, own_us = (
-            before[tree.row_hi] - before[tree.row_lo]
-            for before in (np.concatenate([[0], np.cumsum(x)]) for x in (at_place, us_of))
-        )
-    prices = {n: cost.read_us(shape, n) for n in set(queries.tolist())}
-    kept, begin = _choose(
-        tree.parent,
-        tree.depth,
-        tree.start,
-        tree.end,
-        np.array([prices[n] for n in queries.tolist()]),
-        own_us,
-        queries * (cost.partials_us(shape) if partials_us is None else partials_us),
-        mode == "multi",
-    )
-    nodes = _keep(tree.parent, tree.row_lo, tree.row_hi, tree.end, tree.n_rows, kept, begin)
-    pruned = PrefixTree(tree.row_order, *nodes)
-    if kv_lens is not None and not save_enough(pruned, shape, cost, kv_lens):
-        return _without_nodes(tree)
-    return pruned
+        return without_nodes(tree)
+    of_rows = _NOT_GIVEN if q_lens is None else q_lens
+    most = tree.n_rows if q_lens is None else sum(q_lens.tolist())
+    fields = _prune(
+        tree.row_order, tree.parent, tree.depth, tree.row_lo, tree.row_hi, tree.start, tree.end, of_rows,
+        cost.prices(shape, 1 << most.bit_length()), cost.partials_us(shape) if partials_us is None else partials_us,
+        mode == "multi", _NOT_GIVEN if kv_lens is None else kv_lens, cost.least_saving,
+    )  # fmt: skip
+    return PrefixTree(tree.row_order, *fields)
 
 
-def save_enough(kept: PrefixTree, shape: AttentionShape, cost: CostModel, kv_lens: Int32) -> bool:
-    """Whether the nodes of ``kept``, all together, make a decode step read ``CostModel.least_saving`` times fewer KV
-    tokens."""
-    tiles = [cost.tiles(shape, rows)[0] for rows in (kept.row_hi - kept.row_lo).tolist()]
-    read = (kept.end - kept.start) @ np.array(tiles, np.int64) + (kv_lens - kept.tail_start).sum()
-    return bool(kv_lens.sum() >= cost.least_saving * read)
-
-
-def _without_nodes(tree: PrefixTree) -> PrefixTree:
-    none = np.zeros(0, np.int32)
+def without_nodes(tree: PrefixTree) -> PrefixTree:
+    """The tree with nothing to read together."""
+    none = _NOT_GIVEN
     return PrefixTree(tree.row_order, none, none, none, none, none, none, np.zeros(tree.n_rows, np.int32))
 
 
 @njit(cache=True)
+def _prune(  # type: ignore[no-untyped-def]
+    row_order, parent, depth, row_lo, row_hi, start, end, q_lens, prices, partial_us, multi, kv_lens, least_saving
+):
+    """The fields of ``prune``'s tree from ``parent`` on.
+
+    Args:
+        q_lens, kv_lens: as for ``prune``; [0] for none.
+        prices: ``CostModel.prices``.
+        partial_us: time of one partial result of one query.
+    """
+    n_rows, n = len(row_order), len(parent)
+    read_us, own_us, partials_us = np.empty((n, 2)), np.empty(n), np.empty(n)
+    before, before_us = np.zeros(n_rows + 1, np.int64), np.zeros(n_rows + 1)
+    for place in range(len(q_lens)):
+        queries = q_lens[row_order[place]]
+        before[place + 1] = before[place] + queries
+        before_us[place + 1] = before_us[place] + prices[queries, 0]
+    for i in range(n):
+        lo, hi = row_lo[i], row_hi[i]
+        queries, own_us[i] = hi - lo, prices[1, 0] * (hi - lo)
+        if len(q_lens) > 0:
+            queries, own_us[i] = before[hi] - before[lo], before_us[hi] - before_us[lo]
+        read_us[i, 0], read_us[i, 1], partials_us[i] = prices[queries, 0], prices[queries, 1], queries * partial_us
+    kept, begins = _choose(parent, depth, start, end, read_us, own_us, partials_us, multi)
+    if len(kv_lens) > 0:
+        # all kept nodes together must make a decode step read ``least_saving`` times fewer KV tokens
+        held, read = 0, 0
+        tail_start = np.zeros(n_rows, np.int64)
+        for i in range(n):
+            if kept[i]:
+                read += (end[i] - begins[i]) * int(prices[row_hi[i] - row_lo[i], 2])
+                tail_start[row_lo[i] : row_hi[i]] = end[i]  # deeper nodes come later and overwrite
+        for row in range(n_rows):
+            held += kv_lens[row]
+            read += kv_lens[row] - tail_start[row]
+        if held < least_saving * read:
+            kept[:] = False
+    return _keep(parent, row_lo, row_hi, end, n_rows, kept, begins)
+
+
+@njit
 def _choose(parent, depth, start, end, read_us, own_us, partials_us, multi):  # type: ignore[no-untyped-def]
     """Which nodes to keep ([n_nodes] bool), and where their spans then begin ([n_nodes] int32).
 
@@ -132,7 +151,7 @@ def _choose(parent, depth, start, end, read_us, own_us, partials_us, multi):  # 
     return kept, begins
 
 
-@njit(cache=True)
+@njit
 def _keep(parent, row_lo, row_hi, end, n_rows, kept, begins):  # type: ignore[no-untyped-def]
     """The ``kept`` nodes, with spans from ``begins``, as the fields of a PrefixTree from ``parent`` on."""
     n = len(parent)

@@ -11,24 +11,35 @@ from numba import njit
 
 from packinfer_sgl.planning.plan import Col
 
+N_COLS = len(Col)
 ITEM = np.dtype([(column.name.lower(), np.int32) for column in Col])
 
 
 @njit(cache=True)
 def item_arrays(  # type: ignore[no-untyped-def]
-    row_order, segments, n_shared, queries, place_of, tiles, splits, n_splits, sees, n_classes, room_tokens
+    row_order,
+    segments,
+    n_shared,
+    queries,
+    place_of,
+    tiles,
+    splits,
+    n_splits,
+    see_from,
+    see_to,
+    windows,
+    n_classes,
+    room_tokens,
 ):
-    """The fields of ``Plan`` from ``items`` ([n_items] of ``ITEM``) to ``merge_indptr``, and ``kv_tokens_read``.
+    """The fields of ``Plan`` from ``items`` to ``merge_indptr``, and ``kv_tokens_read``.
 
     Args:
         row_order: ``PrefixTree.row_order``.
-        segments, n_shared: see ``slot_list``.
-        queries, place_of, tiles, sees: see ``query_tiles``.
+        segments, n_shared, queries, place_of, tiles, see_from, see_to, windows: see ``query_tiles``.
         splits, n_splits: see ``schedule.split_tiles``.
         n_classes: tile classes.
         room_tokens: see ``items.make_plan``.
     """
-    see_from, see_to, windows = sees
     slots = tiles.queries.sum()
     query_rows, partial_rows = np.empty(slots, np.int32), np.empty(slots, np.int32)
     win_lo, win_hi = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
@@ -59,7 +70,8 @@ def item_arrays(  # type: ignore[no-untyped-def]
             slot += 1
 
     item_of, class_indptr = _order(splits, tiles, n_classes)
-    items = np.empty(len(splits), ITEM)
+    columns = np.empty((len(splits), N_COLS), np.int32)
+    items = columns.reshape(-1).view(ITEM)
     kv_tokens_read = 0
     for i, split in enumerate(splits):
         tile, item = tiles[split.tile], items[item_of[i]]
@@ -74,7 +86,7 @@ def item_arrays(  # type: ignore[no-untyped-def]
         item.open_row = row_order[segment.lo] if is_open else -1
         item.next_item = item_of[i + 1] if i + 1 < len(splits) and splits[i + 1].cta == split.cta else -1
         kv_tokens_read += item.a_len + item.b_len
-    return items, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, kv_tokens_read
+    return columns, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, kv_tokens_read
 
 
 @njit

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from packinfer_sgl.planning.item_arrays import item_arrays
-from packinfer_sgl.planning.plan import Col, Plan, SpanCol
+from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 from packinfer_sgl.planning.query_tiles import query_tiles
 from packinfer_sgl.planning.schedule import split_tiles
-from packinfer_sgl.planning.slot_list import list_by_reader
-from packinfer_sgl.planning.slot_list_once import list_once
+
+_NONE, _NO_NODES = np.zeros(0, np.int32), np.zeros((5, 0), np.int32)
 
 
 def make_plan(
@@ -37,48 +37,43 @@ def make_plan(
             sliding window); default: all of its row.
         room_tokens: how many tokens each tail may grow while the plan lives (decode only).
         listed_once: the tree before pruning: no KV token that it shows as shared then stands twice in the slot list,
-            which costs partial results (``slot_list_once.list_once``). Default: spans that no node keeps are listed for
+            which costs partial results (``query_tiles``). Default: spans that no node keeps are listed for
             each row that reads them.
 
     Raises:
         ValueError: the policy has units, and the tree has nodes that are not of whole ones, or the batch has windows.
     """
     windowed = visible is not None
-    see_from, see_to = visible or (np.zeros(0, np.int32), np.zeros(0, np.int32))
+    see_from, see_to = visible or (_NONE, _NONE)
     if (unit := policy.unit_tokens) and (windowed or any((t.end % unit).any() for t in (tree, listed_once or tree))):
         raise ValueError(f"units of {unit} tokens are for nodes of whole units whose rows see all of them")
     if qo_indptr is None:
         qo_indptr = np.arange(tree.n_rows + 1, dtype=np.int32)
-    nodes = (tree.row_lo, tree.row_hi, tree.start, tree.end)
-    sees = (see_from, see_to, windowed)
-    listed = (tree.row_order, nodes, tree.tail_start, kv_lens, windowed, room_tokens)
-    if listed_once is None:
-        segments, n_shared, spans, append_base, kv_capacity = list_by_reader(*listed)
-    else:
-        w = listed_once
-        whole = (w.parent, w.row_lo, w.row_hi, w.start, w.end, w.tail_start)
-        segments, n_shared, spans, append_base, kv_capacity = list_once(*listed, whole)
-    classes = policy.table
-    queries, place_of, tiles = query_tiles(
-        tree.row_order, segments, n_shared, qo_indptr, sees, classes, room_tokens
+    whole, whole_tail = _NO_NODES, _NONE
+    if (w := listed_once) is not None:
+        whole, whole_tail = np.stack([w.parent, w.row_lo, w.row_hi, w.start, w.end]), w.tail_start
+    classes, sees = policy.table, (see_from, see_to, windowed)
+    segments, n_shared, spans, append_base, kv_capacity, queries, place_of, tiles = query_tiles(
+        tree.row_order, tree.row_lo, tree.row_hi, tree.start, tree.end, tree.tail_start, listed_once is not None, whole,
+        whole_tail, kv_lens, qo_indptr, *sees, classes, room_tokens,
     )  # fmt: skip
     splits, n_splits = split_tiles(tiles, classes)
     items, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, kv_tokens_read = item_arrays(
-        tree.row_order, segments, n_shared, queries, place_of, tiles, splits, n_splits, sees, len(classes), room_tokens
+        tree.row_order, segments, n_shared, queries, place_of, tiles, splits, n_splits, *sees, len(classes), room_tokens
     )
     return Plan(
-        items=items.view(np.int32).reshape(-1, len(Col)),
+        items=items,
         class_indptr=class_indptr,
         query_rows=query_rows,
         partial_rows=partial_rows,
         win_lo=win_lo,
         win_hi=win_hi,
         merge_indptr=merge_indptr,
-        spans=spans.view(np.int32).reshape(-1, len(SpanCol)),
+        spans=spans,
         append_base=append_base if room_tokens else append_base[:0],
         kv_capacity=kv_capacity,
         kv_tokens_read=kv_tokens_read,
-        kv_tokens_logical=int(kv_lens.sum()),
+        kv_tokens_logical=sum(kv_lens.tolist()),
         kv_tokens_unique=kv_tokens_unique,
         windowed=windowed,
     )

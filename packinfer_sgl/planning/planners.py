@@ -40,6 +40,22 @@ class Planned:
         return self.fitted.plan
 
 
+class KnownTree:
+    """Who shares what in the last batch; it is the same while the requests compare equal, for they hold the same slots,
+    and what a step appends is each row's own."""
+
+    def __init__(self) -> None:
+        self._requests: Any = None
+        self._tree: PrefixTree | None = None
+
+    def of(self, batch: StepBatch) -> PrefixTree:
+        if self._tree is None or batch.requests is None or not batch.requests == self._requests:
+            self._tree = None
+            tree = batch.tree()
+            self._requests, self._tree = batch.requests, tree
+        return self._tree
+
+
 class DecodePlanner:
     """Plans decode batches, and others whose groups need not know what each query sees; keeps the plan of the last one.
 
@@ -65,6 +81,7 @@ class DecodePlanner:
         """
         self.shape, self.cost, self.policy, self.grouping = shape, cost, policy, grouping
         self.limits, self.room_tokens = limits, room_tokens
+        self._known = KnownTree()
         self._last: Planned | None = None
         self._requests: Any = None
         self._lens = np.zeros(0, np.int32)
@@ -104,7 +121,7 @@ class DecodePlanner:
             return self._last
         started = time.perf_counter()
         self.forget()  # whatever happens here, the last plan is not that of these rows
-        tree, fitted = _fit_known(batch, self._fit)
+        tree, fitted = _fit_known(batch, self._known, self._fit)
         planned = Planned(fitted, tree, (time.perf_counter() - started) * 1e6)
         self._last = Planned(fitted, tree, 0.0, is_new=False)
         self._requests, self._lens, self._steps_left = batch.requests, lens.copy(), self.room_tokens
@@ -120,7 +137,7 @@ class DecodePlanner:
         if unit := self.policy.unit_tokens:
             unique = tree.unique_tokens(batch.kv_lens) if batch.unique_tokens is None else batch.unique_tokens
             tree, batch = whole_units(tree, unit), replace(batch, unique_tokens=unique)
-        one_each = bool((batch.q_lens == 1).all())
+        one_each = batch.q_lens.tolist().count(1) == batch.n_rows
         return fit(
             tree, self.shape, self.cost, self.policy, self.limits, grouping=self.grouping, batch=batch,
             q_lens=None if one_each else batch.q_lens, saving_lens=batch.kv_lens if one_each else None,
@@ -166,6 +183,7 @@ class ExtendPlanner:
         """
         self.shape, self.ways, self.grouping, self.limits = shape, ways, grouping, limits
         self.packed_us, self.stock_us, self.must_fit = packed_us, stock_us, must_fit
+        self._known = KnownTree()
 
     def plan(self, batch: StepBatch) -> Planned | None:
         """The plan of this batch; None if the stock backend runs it: expected to be faster, or because nothing fits.
@@ -175,7 +193,7 @@ class ExtendPlanner:
         """
         started = time.perf_counter()
         if self.must_fit:
-            tree, (packed_us, fitted) = _fit_known(batch, self.fastest)
+            tree, (packed_us, fitted) = _fit_known(batch, self._known, self.fastest)
         else:
             tree = batch.tree()
             try:
@@ -225,9 +243,11 @@ Planner = DecodePlanner | ExtendPlanner
 T = TypeVar("T")
 
 
-def _fit_known(batch: StepBatch, fit_tree: Callable[[PrefixTree, StepBatch], T]) -> tuple[PrefixTree, T]:
+def _fit_known(
+    batch: StepBatch, known: KnownTree, fit_tree: Callable[[PrefixTree, StepBatch], T]
+) -> tuple[PrefixTree, T]:
     """Fit by the tree that is known; if that shows too little sharing to fit, by the slots themselves."""
-    tree = batch.tree()
+    tree = known.of(batch)
     try:
         return tree, fit_tree(tree, batch)
     except DoesNotFit:

@@ -74,7 +74,7 @@ class TilePolicy:
         return np.array([(queries, *both, *astuple(timing)) for queries, timing in classes], TILE_CLASS)
 
 
-# A tile class as the compiled functions of ``query_tiles``, ``schedule`` and ``splits`` take it.
+# A tile class as the compiled functions of ``query_tiles`` and ``schedule`` take it.
 TILE_CLASS = np.dtype(
     [(name, np.int64) for name in ("tile_queries", "max_split_tokens", "max_inline_tail_tokens", "unit_tokens")]
     + [(f.name, np.float64) for f in fields(SplitTiming)]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from numba import njit
 
 Int32 = npt.NDArray[np.int32]
+UNLIMITED_TOKENS = 1 << 62
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,20 +72,27 @@ class PrefixTree:
                 common iff both paths contain it; the caller leaves out nodes of which that is not sure.
             ends: of each row and node, the position after the node's last token.
         """
-        row_order = sorted(range(len(paths)), key=paths.__getitem__)
-        shared = []
-        for a, b in zip(row_order, row_order[1:]):
-            common = 0
-            path_a = paths[a]
-            if path_a is paths[b]:
-                common = len(path_a)
-            else:
-                for x, y in zip(path_a, paths[b]):
-                    if x != y:
-                        break
-                    common += 1
-            shared.append(ends[a][common - 1] if common else 0)
-        return cls.from_neighbours(row_order, shared)
+        place: dict[int, int] = {}
+        nodes: list[tuple[int, int, int]] = []
+        for path, path_ends in zip(paths, ends):
+            for i, (node, end) in enumerate(zip(path, path_ends)):
+                if node not in place:
+                    place[node] = len(nodes)
+                    nodes.append((node, place[path[i - 1]] if i else -1, end))
+        lowest = [place[path[-1]] if path else -1 for path in paths]
+        return cls.from_nodes(np.array(nodes, np.int64).reshape(-1, 3), lowest, [UNLIMITED_TOKENS] * len(paths))
+
+    @classmethod
+    def from_nodes(cls, nodes: npt.NDArray[np.int64], lowest: list[int], limits: list[int]) -> PrefixTree:
+        """The tree of rows whose radix paths are given by their lowest nodes.
+
+        Args:
+            nodes: [n_nodes, 3] of each radix node its identity, the index of the node above it (-1: none), and the
+                position after its last token. Two rows hold its slots in common if it is on both their paths.
+            lowest: per row, the index of its lowest node; -1 for none.
+            limits: per row, the leading tokens that it may share: nodes that end beyond are left out.
+        """
+        return cls(*_from_nodes(nodes, np.array(lowest + limits, np.int64)))
 
     @classmethod
     def from_slots(cls, indptr: Int32, indices: Int32, page_size: int, limit_tokens: Int32) -> PrefixTree:
@@ -115,7 +123,7 @@ class PrefixTree:
 
     def unique_tokens(self, kv_lens: Int32) -> int:
         """KV tokens that any kernel must read at least once, for rows of ``kv_lens`` tokens ([n_rows] int32)."""
-        return int((self.end - self.start).sum() + kv_lens.sum() - self.tail_start.sum())
+        return int(_unique_tokens(self.start, self.end, self.tail_start, kv_lens))
 
     def check_integrity(self) -> None:
         """For tests: raise AssertionError unless what the class's docstring says is true."""
@@ -132,6 +140,67 @@ class PrefixTree:
             assert (covered[lo:hi] == self.start[i]).all()
             covered[lo:hi] = self.end[i]
         assert (covered == self.tail_start).all()
+
+
+@njit(cache=True)
+def _from_nodes(nodes, lowest_and_limits):  # type: ignore[no-untyped-def]
+    """The fields of ``PrefixTree.from_nodes``: its rows in the order of the identities on their paths."""
+    n = len(lowest_and_limits) // 2
+    bottom, limits = lowest_and_limits[:n].copy(), lowest_and_limits[n:]
+    depth = np.zeros(n + 1, np.int64)
+    for row in range(n):
+        while bottom[row] >= 0 and nodes[bottom[row], 2] > limits[row]:
+            bottom[row] = nodes[bottom[row], 1]
+        node = bottom[row]
+        while node >= 0:
+            depth[row] += 1
+            node = nodes[node, 1]
+    path = np.full((n, depth.max()), -1, np.int64)  # a shorter path comes before those that go on
+    for row in range(n):
+        node = bottom[row]
+        for level in range(depth[row] - 1, -1, -1):
+            path[row, level], node = node, nodes[node, 1]
+
+    order, merged = np.arange(n), np.empty(n, np.int64)
+    width = 1  # a merge sort from the bottom up: ranges of so many places are sorted
+    while width < n:
+        for lo in range(0, n, 2 * width):
+            middle, hi = min(lo + width, n), min(lo + 2 * width, n)
+            a, b = lo, middle
+            for place in range(lo, hi):
+                takes_b = a == middle
+                if a < middle and b < hi:
+                    for level in range(path.shape[1]):
+                        of_a, of_b = path[order[a], level], path[order[b], level]
+                        if of_a != of_b:
+                            takes_b = of_b < 0 or (of_a >= 0 and nodes[of_b, 0] < nodes[of_a, 0])
+                            break
+                if takes_b:
+                    merged[place], b = order[b], b + 1
+                else:
+                    merged[place], a = order[a], a + 1
+        order, merged = merged, order
+        width *= 2
+
+    shared = np.zeros(max(n - 1, 0), np.int32)
+    for place in range(n - 1):
+        a, b = order[place], order[place + 1]
+        for level in range(depth[a]):
+            if path[a, level] != path[b, level]:
+                break
+            shared[place] = nodes[path[a, level], 2]
+    fields = _intervals(n, shared)
+    return (order.astype(np.int32), *fields)
+
+
+@njit(cache=True)
+def _unique_tokens(start, end, tail_start, kv_lens):  # type: ignore[no-untyped-def]
+    tokens = 0
+    for i in range(len(start)):
+        tokens += end[i] - start[i]
+    for row in range(len(kv_lens)):
+        tokens += kv_lens[row] - tail_start[row]
+    return tokens
 
 
 @njit(cache=True)
@@ -167,22 +236,24 @@ def _intervals(n_rows, shared_tokens):  # type: ignore[no-untyped-def]
             n += 1
 
     depth = np.zeros(n, np.int32)
+    begins = np.zeros(n + 1, np.int64)  # of each level, the index of its first node
     for i in range(n):
         above = parent[i]
         while above >= 0:
             depth[i] += 1
             above = parent[above]
+        begins[depth[i] + 1] += 1
+    for level in range(n):
+        begins[level + 1] += begins[level]
     # level by level; within a level intervals were opened from left to right
-    order = depth.argsort(kind="mergesort")
-    new_index = np.empty(n, np.int32)
-    for new in range(n):
-        new_index[order[new]] = new
-    start = np.zeros(n, np.int32)
+    nodes, new_index = np.empty((6, n), np.int32), np.empty(n, np.int32)
+    for i in range(n):
+        new_index[i], begins[depth[i]] = begins[depth[i]], begins[depth[i]] + 1
+    for i in range(n):
+        new, above = new_index[i], parent[i]
+        nodes[0, new], nodes[4, new] = (-1, 0) if above < 0 else (new_index[above], end[above])
+        nodes[1, new], nodes[2, new], nodes[3, new], nodes[5, new] = depth[i], lo[i], hi[i], end[i]
     tail_start = np.zeros(n_rows, np.int32)
-    new_parent = np.full(n, -1, np.int32)
     for new in range(n):
-        i = order[new]
-        if parent[i] >= 0:
-            new_parent[new], start[new] = new_index[parent[i]], end[parent[i]]
-        tail_start[lo[i] : hi[i]] = end[i]  # deeper nodes come later and overwrite
-    return new_parent, depth[order], lo[order], hi[order], start, end[order], tail_start
+        tail_start[nodes[2, new] : nodes[3, new]] = nodes[5, new]  # deeper nodes come later and overwrite
+    return nodes[0], nodes[1], nodes[2], nodes[3], nodes[4], nodes[5], tail_start

@@ -14,7 +14,9 @@ import heapq
 import numpy as np
 from numba import njit
 
-from packinfer_sgl.planning.splits import even_splits, stream_k, unit_splits
+from packinfer_sgl.planning.plan import Col
+
+Q_CNT, A_LEN, B_LEN = int(Col.Q_CNT), int(Col.A_LEN), int(Col.B_LEN)
 
 # Candidates for the longest split in waves, in tokens.
 SPLIT_CANDIDATES = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
@@ -23,8 +25,13 @@ SPLIT_CANDIDATES = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8
 COUNT_CANDIDATES = np.array([1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64])
 MIN_GAIN = 1.01
 
+# Split ``nth`` of a tile is tokens [begin, end) of its run A, and, if it is the last, run B. From this split on, CTA
+# ``cta`` has as much to do as for ``cost`` tokens of a full tile; splits of one CTA are neighbours.
+SPLIT = np.dtype([(name, np.int64) for name in ("tile", "nth", "begin", "end", "cta", "cost")])
 
-def split_tiles(tiles: np.ndarray, policy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+
+@njit(cache=True)
+def split_tiles(tiles, policy):  # type: ignore[no-untyped-def]
     """Split the KV of all tiles.
 
     Args:
@@ -32,14 +39,14 @@ def split_tiles(tiles: np.ndarray, policy: np.ndarray) -> tuple[np.ndarray, np.n
         policy: ``TilePolicy.table``.
 
     Returns:
-        [n] of ``splits.SPLIT`` in the order of the tiles, and [n_tiles] int64 splits of each.
+        [n] of ``SPLIT``, and [n_tiles] int64 splits of each tile.
     """
-    if len(policy) and policy[0]["unit_tokens"] > 0:
-        return unit_splits(tiles, policy[0]["unit_tokens"])  # type: ignore[no-any-return]
+    if policy[0].unit_tokens > 0:
+        return _unit_splits(tiles, policy[0].unit_tokens)
     n_splits, n_ctas, share = _choose(tiles, policy)
     if n_ctas > 0:
-        return stream_k(tiles, n_ctas, share, policy)  # type: ignore[no-any-return]
-    return even_splits(tiles, n_splits, policy), n_splits
+        return _stream_k(tiles, n_ctas, share, policy)
+    return _even_splits(tiles, n_splits, policy), n_splits
 
 
 @njit(cache=True)
@@ -47,6 +54,30 @@ def makespan_us(item_us: np.ndarray, heads: int, ctas: int) -> float:
     """When ``ctas`` CTAs that take the next item when they are free are done with all heads of all items, in the order
     of ``item_us`` ([n] us of an item of one head)."""
     return max(_finish_us(item_us, heads, ctas))  # type: ignore[no-any-return]
+
+
+@njit(cache=True)
+def extend_makespan_us(  # type: ignore[no-untyped-def]
+    items, group_size, warpgroup_rows, warpgroups, full_us, saved_us, block, block_part, width, item_us, heads, ctas
+):
+    """The same of the items of an extend plan, longest first.
+
+    Args:
+        items: ``Plan.items``.
+        group_size: query heads of a KV head.
+        warpgroup_rows, warpgroups: rows of a warpgroup, and how many a tile has.
+        full_us, saved_us: time of a block, and what less it takes if one warpgroup only has rows.
+        block, block_part: KV tokens of a block, and what part they are of one that these times were measured with.
+        width: times as long as was measured.
+        item_us: time of an item besides its blocks.
+    """
+    us = np.empty(len(items))
+    for i in range(len(items)):
+        idle = warpgroups - -(-items[i, Q_CNT] * group_size // warpgroup_rows)
+        block_us = full_us - saved_us * idle / max(warpgroups - 1, 1)
+        blocks = -(-(items[i, A_LEN] + items[i, B_LEN]) // block) * block_part
+        us[i] = blocks * (block_us * width) + item_us
+    return max(_finish_us(-np.sort(-us), heads, ctas))
 
 
 @njit
@@ -59,7 +90,7 @@ def _finish_us(item_us, heads, ctas):  # type: ignore[no-untyped-def]
     return busy
 
 
-@njit(cache=True)
+@njit
 def _choose(tiles, policy):  # type: ignore[no-untyped-def]
     """Splits of each tile ([n_tiles]); or, for Stream-K, the number of CTAs (else 0) and the tokens of a share."""
     n_splits = np.zeros(len(tiles), np.int64)
@@ -199,3 +230,119 @@ def _waves_us(tiles, timing, longest):  # type: ignore[no-untyped-def]
         last = end
     partials = (count * tiles.queries)[count > 1].sum()
     return us * timing.token_us * n / timing.parallel + partials * timing.partial_us
+
+
+@njit
+def _even_splits(tiles, n_splits, policy):  # type: ignore[no-untyped-def]
+    """``n_splits[i]`` splits of almost equal length of each tile ``i``, in the order of the tiles, each with its CTA.
+
+    The last split of a tail that grows is shorter by what it may grow: where CTAs end together, a longer one would
+    delay each step.
+    """
+    splits = np.empty(n_splits.sum(), SPLIT)
+    n = 0
+    for i, tile in enumerate(tiles):
+        timing = policy[tile.tile_class]
+        tokens, grows = tile.a_to - tile.a_from, tile.grows
+        if np.isnan(timing.parallel):  # no timings: splits are as long as they may be, nothing is balanced
+            grows = 0
+        length = -(-(tokens + grows) // n_splits[i])
+        if (n_splits[i] - 1) * length >= tokens:  # the last split would have no tokens
+            length = -(-tokens // n_splits[i])
+        for nth in range(n_splits[i]):
+            split = splits[n]
+            split.tile, split.nth, split.cta = i, nth, n
+            split.begin = tile.a_from + nth * length
+            split.end = min(split.begin + length, tile.a_to)
+            split.cost = split.end - split.begin + (tile.b_len if nth == n_splits[i] - 1 else 0)
+            if timing.dynamic > 0 and 2 * tile.queries <= timing.tile_queries:
+                split.cost = int(split.cost * timing.half_tile_factor)
+            n += 1
+    return splits
+
+
+@njit
+def _unit_splits(tiles, unit_tokens):  # type: ignore[no-untyped-def]
+    """One split for each unit of ``unit_tokens`` positions of each tile, each with its own CTA (``units``).
+
+    The tiles of one segment, which are neighbours, follow each other unit by unit: those that run at the same time
+    read the same KV.
+
+    Returns:
+        The splits, and how many each tile has.
+    """
+    n_splits = np.empty(len(tiles), np.int64)
+    for i, tile in enumerate(tiles):
+        n_splits[i] = max(-(-(tile.a_to - tile.a_from) // unit_tokens), 1)
+    splits = np.empty(n_splits.sum(), SPLIT)
+    n, first = 0, 0
+    while first < len(tiles):
+        last = first
+        while last < len(tiles) and tiles[last].segment == tiles[first].segment:
+            last += 1
+        for nth in range(n_splits[first]):
+            for i in range(first, last):
+                tile, split = tiles[i], splits[n]
+                split.tile, split.nth, split.cta = i, nth, n
+                split.begin = tile.a_from + nth * unit_tokens
+                split.end = min(split.begin + unit_tokens, tile.a_to)
+                split.cost = split.end - split.begin
+                n += 1
+        first = last
+    return splits, n_splits
+
+
+@njit
+def _stream_k(tiles, n_ctas, share, policy):  # type: ignore[no-untyped-def]
+    """All tiles' KV divided into equal shares, one for each CTA (Stream-K, https://arxiv.org/abs/2301.03598).
+
+    Invariant: the tiles' work lies on one line in their order, each split with its tokens and an item's fixed time
+    counted as tokens. ``done`` is the end of what has been laid out, and CTA ``s`` owns [s * share, (s + 1) * share). A
+    split belongs to the CTA in whose share it begins, and ends with the share or with its tile, whichever comes first.
+    Exceptions spare splits of fewer than ``least`` tokens: a split begins the next share if less than half of what
+    ``least`` tokens cost is left of this one, has at least ``least`` tokens if its tile has, and takes the rest of its
+    tile if at most ``least`` tokens would be left over. So no share but the last ends more than ``least`` tokens late
+    or ``(fixed + least) / 2`` early.
+
+    Args:
+        tiles: all of one class.
+        share: length of a share on that line.
+        policy: ``TilePolicy.table``.
+
+    Returns:
+        The splits, and how many each tile has.
+    """
+    splits = np.empty(len(tiles) + n_ctas, SPLIT)
+    n_splits = np.zeros(len(tiles), np.int64)
+    timing = policy[tiles[0].tile_class]
+    fixed = timing.fixed_us / timing.token_us
+    least = int(3 * fixed)  # tokens; a shorter split costs more than it balances
+    done, at_share, n = 0.0, 0, 0
+    cta, share_of_cta = -1, -1  # shares too short for a split have no CTA
+    for i, tile in enumerate(tiles):
+        begin = tile.a_from
+        while True:
+            left = tile.a_to - begin
+            while at_share < n_ctas - 1 and (at_share + 1) * share - done < (fixed + min(left, least)) / 2:
+                at_share += 1
+            room = (at_share + 1) * share - done - fixed
+            length = left
+            to_boundary = max(int(room), least, 1)
+            if to_boundary < left and at_share < n_ctas - 1 and left + tile.grows > room + least:
+                length = to_boundary
+            if at_share != share_of_cta:
+                cta, share_of_cta = cta + 1, at_share
+            split = splits[n]
+            split.tile, split.nth, split.cta = i, n_splits[i], cta
+            split.begin, split.end = begin, begin + length
+            split.cost = length + (tile.b_len if length == left else 0)
+            n, n_splits[i], done, begin = n + 1, n_splits[i] + 1, done + fixed + split.cost, begin + length
+            if begin == tile.a_to:
+                done += tile.grows
+                break
+            at_share += 1
+    splits = splits[:n]
+    for i in range(n - 2, -1, -1):
+        if splits[i].cta == splits[i + 1].cta:
+            splits[i].cost += splits[i + 1].cost
+    return splits, n_splits

@@ -7,11 +7,17 @@ from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from packinfer_sgl.planning.prefix_tree import PrefixTree
+import numpy as np
 
-# where the two supported layouts of a request keep: row of req_to_token, lowest radix node, tokens the tree owns
-_ROW_NESTED = attrgetter("kv.req_pool_idx", "last_node", "kv.cache_protected_len")  # 0.5.23
-_ROW_FLAT = attrgetter("req_pool_idx", "last_node", "cache_protected_len")  # 0.5.17
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.serving.radix_paths import RadixPaths
+
+# where the two supported layouts of a request keep: row of req_to_token, lowest radix node, tokens the tree owns, and
+# how often its KV was taken from it
+_NESTED = "kv.req_pool_idx", "last_node", "kv.cache_protected_len"  # 0.5.23
+_FLAT = "req_pool_idx", "last_node", "cache_protected_len"  # 0.5.17
+_COUNT = "retraction_count"
+_ROWS = {names: (attrgetter(*names, _COUNT), attrgetter(*names)) for names in (_NESTED, _FLAT)}
 
 
 class BatchRows(NamedTuple):
@@ -40,8 +46,11 @@ class BatchRows(NamedTuple):
         """Read a ``ScheduleBatch`` (on the scheduler's thread, right before its forward pass)."""
         reqs = list(schedule_batch.reqs)
         nested = bool(reqs) and hasattr(getattr(reqs[0], "kv", None), "cache_protected_len")
-        row, unknown = _ROW_NESTED if nested else _ROW_FLAT, object()  # a count that is not there equals no other
-        rows = [(*row(req), getattr(req, "retraction_count", unknown)) for req in reqs]
+        counted, row = _ROWS[_NESTED if nested else _FLAT]
+        try:
+            rows = [*map(counted, reqs)]
+        except AttributeError:  # a count that is not there equals no other
+            rows = [(*row(req), getattr(req, _COUNT, object())) for req in reqs]
         beams = {}
         tail = getattr(schedule_batch, "beam_tail", None)
         for group, leader, *_ in tail.entries if tail is not None else ():
@@ -59,66 +68,40 @@ class BatchRows(NamedTuple):
         A row may use a node only if the tree owns all of it in that row (``path_end <= cache_protected_len``): up
         to there its slots are the node's own, and the lock on its lowest node keeps them from being freed.
         """
-        nodes = dict.fromkeys(node for _, node, *_ in self.rows)
-        paths = _paths(self.tree_cache, list(nodes))
-        if paths is None:
+        paths = _paths_of(self.tree_cache)
+        lowest = paths.lowest([row[1] for row in self.rows])
+        if lowest is None:
             return None
-        ids: list[tuple[int, ...]] = []
-        ends: list[tuple[int, ...]] = []
-        for i, (_, node, protected, _) in enumerate(self.rows):
-            path_ids, path_ends = _owned(paths[node], protected)
-            if i in self.beams and (not path_ends or path_ends[-1] < self.beams[i][1]):
-                path_ids, path_ends = (*path_ids, self.beams[i][0]), (*path_ends, self.beams[i][1])
-            ids.append(path_ids)
-            ends.append(path_ends)
-        return PrefixTree.from_paths(ids, ends)
+        limits, nodes = [row[2] for row in self.rows], paths.nodes
+        if self.beams:
+            nodes = nodes[: paths.n_nodes]
+        below: dict[int, int] = {}  # of each prompt of beams, its index
+        for i, (prompt, end) in self.beams.items():
+            ids, ends = paths.path(lowest[i], limits[i])
+            if prompt not in below and (not ends or ends[-1] < end):
+                above = int(np.flatnonzero(nodes[:, 0] == ids[-1])[0]) if ids else -1
+                below[prompt] = len(nodes)
+                nodes = np.concatenate([nodes, np.array([(prompt, above, end)], np.int64)])
+            if prompt in below:
+                lowest[i], limits[i] = below[prompt], end
+        return PrefixTree.from_nodes(nodes, lowest, limits)
 
     def paths(self, rows: list[int]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
         """Of some rows: row of ``req_to_token``, ids and ends of the radix nodes that it may use (none if unknown)."""
-        chosen = [self.rows[row] for row in rows]
-        paths = _paths(self.tree_cache, list(dict.fromkeys(node for _, node, *_ in chosen))) or {}
-        return [(row, *_owned(paths.get(node, ((), ())), protected)) for row, node, protected, _ in chosen]
+        chosen, paths = [self.rows[row] for row in rows], _paths_of(self.tree_cache)
+        lowest = paths.lowest([row[1] for row in chosen]) or [-1] * len(chosen)
+        return [(row, *paths.path(node, protected)) for (row, _, protected, _), node in zip(chosen, lowest)]
 
 
-Path = tuple[tuple[int, ...], tuple[int, ...]]  # node ids from the root down, and the position after each
+_paths = RadixPaths(None)
 
 
-def _owned(path: Path, protected: int) -> Path:
-    """What of ``path`` lies within the first ``protected`` tokens."""
-    ids, ends = path
-    if ends and ends[-1] > protected:
-        usable = sum(end <= protected for end in ends)
-        return ids[:usable], ends[:usable]
-    return path
-
-
-def _paths(tree_cache: Any, nodes: list[Any]) -> dict[Any, Path] | None:
-    core = getattr(tree_cache, "tree_core", None)
-    if hasattr(core, "collect_path_info"):
-        # a streaming session puts an object of its own where others have a node id
-        known = [node for node in nodes if isinstance(node, int)]
-        paths: dict[Any, Path] = dict.fromkeys(nodes, ((), ()))
-        for node, path in zip(known, core.collect_path_info(known)):
-            paths[node] = (tuple([p.node_id for p in path]), tuple([p.path_end for p in path]))
-        return paths
-    root = getattr(tree_cache if core is None else core, "root_node", None)
-    if root is None or any(node is None for node in nodes):
-        return None
-    walked: dict[Any, Path] = {root: ((), ())}
-    # 0.5.17 with sliding windows: requests hold ids of nodes
-    lowest = {node: core.node_by_id(node) if isinstance(node, int) else node for node in nodes}
-    for node in lowest.values():
-        if not hasattr(node, "parent"):  # a streaming session's
-            walked[node] = ((), ())
-        above = []
-        while node not in walked:
-            above.append(node)
-            node = node.parent
-        for below in reversed(above):
-            ids, ends = walked[node]
-            walked[below] = ((*ids, below.id), (*ends, (ends[-1] if ends else 0) + len(below.key)))
-            node = below
-    return {node: walked[found] for node, found in lowest.items()}
+def _paths_of(tree_cache: Any) -> RadixPaths:
+    """What is known of the paths in this cache; of one at a time."""
+    global _paths
+    if _paths.tree_cache is not tree_cache:
+        _paths = RadixPaths(tree_cache)
+    return _paths
 
 
 # The batch whose forward pass runs on this thread. SGLang rebuilds or strips its ForwardBatch on the way to the

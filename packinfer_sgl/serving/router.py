@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,16 +152,15 @@ class Router:
         """The captured graph runs the packed kernels whatever the batch is: without requests nothing is shared. An idle
         rank of data-parallel attention replays it, too, with no row at all."""
         n = batch.batch_size - batch.num_padding
-        lens = batch.seq_lens_cpu[:n].numpy().astype(np.int32) if n else np.zeros(0, np.int32)
+        lens = _first(batch.seq_lens_cpu, n).numpy().astype(np.int32) if n else np.zeros(0, np.int32)
         if path.kind is Kind.VERIFY:
             lens = lens + np.int32(path.row_tokens)  # SGLang counts the drafts once they are accepted
-        step = self._batch(path, None, batch.req_pool_indices[:n], lens)
-        self._step(path, step, _if_rows(running_rows(), n))
+        self._step(path, self._batch(path, _if_rows(running_rows(), n), _first(batch.req_pool_indices, n), lens))
 
-    def _step(self, path: PackedPath, step: StepBatch, rows: BatchRows | None) -> None:
+    def _step(self, path: PackedPath, step: StepBatch) -> None:
         """Prepare the packed kernels for a batch that nothing else may run."""
         try:
-            path.step(replace(step, requests=rows))
+            path.step(step)
         except Exception as e:  # it would end the server; of the batch nothing but rows and lengths is needed
             if self.check:
                 raise
@@ -212,13 +210,15 @@ class Router:
         # data-parallel attention pads the batches of its ranks to one size
         n = int(batch.batch_size if batch._original_batch_size is None else batch._original_batch_size)
         self._tokens = n * path.row_tokens
-        lens = (batch.seq_lens_cpu if self._on_gpu else batch.seq_lens)[:n].numpy().astype(np.int32)
-        new: dict[str, Any] = {"kv_lens_device": batch.seq_lens[:n], "out_slots": batch.out_cache_loc[:n]}
+        lens = _first(batch.seq_lens_cpu if self._on_gpu else batch.seq_lens, n).numpy().astype(np.int32)
+        new: dict[str, Any] = {}
         if path.kind is Kind.VERIFY:
-            lens, new = lens + np.int32(path.row_tokens), {}
-        step = self._batch(path, _if_rows(rows, n), batch.req_pool_indices[:n], lens, **new)
+            lens = lens + np.int32(path.row_tokens)
+        else:
+            new = {"kv_lens_device": _first(batch.seq_lens, n), "out_slots": _first(batch.out_cache_loc, n)}
+        step = self._batch(path, _if_rows(rows, n), _first(batch.req_pool_indices, n), lens, **new)
         if self._deterministic:
-            self._step(path, step, step.requests)
+            self._step(path, step)
         else:
             path.step(step)
         return None
@@ -322,6 +322,11 @@ def _call_reason(
         return LayerReason.EXTRA_ARGUMENTS
     sinks = more.get("sinks")
     return None if sinks is None or fits_sinks(sinks, layer.tp_q_head_num) else LayerReason.SINKS
+
+
+def _first(of_rows: torch.Tensor, n: int) -> torch.Tensor:
+    """Without the padding, if there is any; a slice costs more than to look."""
+    return of_rows if len(of_rows) == n else of_rows[:n]
 
 
 def _if_rows(rows: BatchRows | None, n: int) -> BatchRows | None:

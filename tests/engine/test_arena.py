@@ -99,7 +99,7 @@ def test_a_node_keeps_its_tokens_and_slots(core, monkeypatch):
         monkeypatch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", core)
     from bench.bench_plan import radix_cache
 
-    from packinfer_sgl.serving.batch_rows import _paths
+    from packinfer_sgl.serving.radix_paths import RadixPaths
 
     cache, _ = radix_cache()
     rng = random.Random(0)
@@ -123,7 +123,9 @@ def test_a_node_keeps_its_tokens_and_slots(core, monkeypatch):
             if indices is None:
                 indices = cache.path_device_indices(match.last_device_node)
             held = indices.tolist()
-            ids, ends = _paths(cache, [match.last_device_node])[match.last_device_node]
+            paths = RadixPaths(cache)
+            (lowest,) = paths.lowest([match.last_device_node])
+            ids, ends = paths.path(lowest, len(tokens))
             for node, end in zip(ids, ends, strict=True):
                 assert seen.setdefault(node, (tokens[:end], held[:end])) == (tokens[:end], held[:end])
     assert len(seen) > 300

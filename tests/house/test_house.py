@@ -28,9 +28,8 @@ NEIGHBOURS = {"paged": {"runners"}}
 # SGLang, where rooms of one floor may import each other.
 ORDER = {
     "planning": [
-        "prefix_tree", "batch", "costs", "units", "groups", "plan", "policy", "splits", "schedule", "device_profile",
-        "profiles", "cpu_profile", "slot_list", "slot_list_once", "query_tiles", "item_arrays", "items", "fitting",
-        "planners", "audit", "prefix_hold",
+        "prefix_tree", "batch", "costs", "units", "groups", "plan", "policy", "schedule", "device_profile", "profiles",
+        "cpu_profile", "query_tiles", "item_arrays", "items", "fitting", "planners", "audit", "prefix_hold",
     ],
     "kernels": [
         "copy_slots", "reference", "cpu_attention", "tiles", "columns", "slot_list_triton", "attention_triton", "merge",
@@ -39,7 +38,9 @@ ORDER = {
     ],
     "runners": ["base", "cpu", "cuda", "slots", "arena"],
     "paged": ["checks", "graph_buffers", "kernels", "batch", "wrapper", "prefill_wrapper", "sink_wrapper"],
-    "serving": ["metrics", "batch_rows", "batch_reasons", "layers", "packed_path", "router", "build", "backend"],
+    "serving": [
+        "metrics", "radix_paths", "batch_rows", "batch_reasons", "layers", "packed_path", "router", "build", "backend",
+    ],
 }  # fmt: skip
 OPEN_FLOORS = {4, 5}
 THIRD_PARTY = {

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # radix caches of SGLang
 
 # The same examples on every machine: a red run can be repeated anywhere.
 settings.register_profile("unit", settings.get_profile("packinfer"), derandomize=True, database=None)

@@ -77,6 +77,7 @@ def test_from_paths_and_from_slots_agree(data: st.DataObject) -> None:
     limits = [end[-1] if end else 0 for end in ends]
     by_paths, by_slots = PrefixTree.from_paths(paths, ends), tree_of(rows, limits)
     assert_tree(by_paths, [row[:n] for row, n in zip(rows, limits, strict=True)])
+    assert by_paths.row_order.tolist() == sorted(range(len(rows)), key=paths.__getitem__)
     assert set(spans_of(by_paths)) == set(spans_of(by_slots))
 
 
@@ -112,6 +113,24 @@ def test_unique_tokens_of_rows_that_grew(rows: Rows, data: st.DataObject) -> Non
     own = sum(len(g) - len(row) for g, row in zip(grown, rows, strict=True))
     expected = len({slot for row in rows for slot in row}) + own
     assert tree.unique_tokens(np.array([len(g) for g in grown], np.int32)) == expected
+
+
+@given(st.data())
+def test_nodes_beyond_what_a_row_may_share_are_left_out(data: st.DataObject) -> None:
+    rows = data.draw(radix_rows())
+    paths, ends = data.draw(radix_paths(rows))
+    limits = [data.draw(st.integers(0, len(row))) for row in rows]
+    usable = [sum(end <= limit for end in row_ends) for row_ends, limit in zip(ends, limits, strict=True)]
+    expected = PrefixTree.from_paths(
+        [path[:n] for path, n in zip(paths, usable, strict=True)],
+        [row_ends[:n] for row_ends, n in zip(ends, usable, strict=True)],
+    )
+    nodes = sorted({node for path, row_ends in zip(paths, ends, strict=True) for node in zip(path, row_ends)})
+    index = {node: i for i, (node, _) in enumerate(nodes)}
+    above = {path[i]: index[path[i - 1]] if i else -1 for path in paths for i in range(len(path))}
+    table = np.array([(node, above[node], end) for node, end in nodes], np.int64).reshape(-1, 3)
+    tree = PrefixTree.from_nodes(table, [index[path[-1]] if path else -1 for path in paths], limits)
+    assert all(np.array_equal(found, vars(expected)[name]) for name, found in vars(tree).items())
 
 
 def test_a_chain_of_equal_members_is_one_node() -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.serving import radix_paths
 from packinfer_sgl.serving.batch_rows import BatchRows
+from packinfer_sgl.serving.radix_paths import RadixPaths
 
 
 def spans(rows: BatchRows) -> set[tuple[int, int, frozenset[int]]]:
@@ -29,7 +37,11 @@ def rust_tree(paths: dict[int, list[tuple[int, int]]]) -> SimpleNamespace:
     """A prefix cache of 0.5.23 that knows, for each node, the (id, end) of those above it and itself."""
 
     def collect_path_info(nodes):
-        return [[SimpleNamespace(node_id=i, path_end=end) for i, end in paths[node]] for node in nodes]
+        inner = {i for path in paths.values() for i, _ in path[:-1]}
+        return [
+            [SimpleNamespace(node_id=i, path_end=end, num_children=int(i in inner)) for i, end in paths[node]]
+            for node in nodes
+        ]
 
     return SimpleNamespace(tree_core=SimpleNamespace(collect_path_info=collect_path_info))
 
@@ -43,6 +55,11 @@ class Node:
     id: int
     parent: Node | None
     key: range
+
+    @property
+    def children(self) -> list[int]:
+        """Those of a leaf: nothing is split in these tests."""
+        return []
 
 
 class Rows(list):
@@ -102,6 +119,55 @@ def test_a_tree_that_is_walked(by_id: bool) -> None:
     reqs[2].kv.cache_protected_len = 39  # that row's slots are its own where the tree does not own them all
     rows = BatchRows.of(SimpleNamespace(reqs=reqs, tree_cache=tree))
     assert spans(rows) == {(0, 30, frozenset({0, 1, 2}))}
+
+
+@pytest.mark.contract
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30), st.integers(0, 9), st.integers(0, 2)), max_size=40))
+def test_paths_that_are_known_are_those_that_would_be_read(steps: list[tuple[int, int, int, int]]) -> None:
+    """On SGLang's own tree: prompts that leave earlier ones anywhere, which splits nodes, and batches in between."""
+    from bench.bench_plan import radix_cache
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    cache, _ = radix_cache()
+    known, prompts, requests = RadixPaths(cache), [[]], []
+    for i, (back, cut, own, what) in enumerate(steps):
+        if what == 2 and own == 0:  # nobody runs
+            cache.reset()
+            prompts, requests = [[]], []
+        prompt = [*prompts[-1 - back % len(prompts)][:cut], *range(100 * i + 1, 100 * i + 2 + own)]
+        prompts.append(prompt)
+        key = RadixKey(array("q", prompt))
+        if what:  # else only looked up, which splits nodes, too
+            cache.insert(InsertParams(key=key, value=torch.arange(len(prompt))))
+        node, anew = cache.match_prefix(MatchPrefixParams(key=key)).last_device_node, RadixPaths(cache)
+        _, ends = anew.path(anew.lowest([node])[0], len(prompt))
+        requests.append((node, ends[-1] if ends else 0))
+        batch = [requests[(i * cut + j * own) % len(requests)] for j in range(6)] + requests[-2:]
+        nodes, limits = [node for node, _ in batch], [tokens - (own == 7) for _, tokens in batch]
+        trees = []
+        for paths in (known, RadixPaths(cache)):
+            lowest = paths.lowest(nodes)
+            assert lowest is not None
+            trees.append(PrefixTree.from_nodes(paths.nodes, lowest, limits))
+        assert all(np.array_equal(vars(trees[0])[name], expected) for name, expected in vars(trees[1]).items())
+
+
+@pytest.mark.contract
+def test_what_is_known_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor when a request joins behind a prefix that is known."""
+    from bench.bench_plan import fill, radix_cache
+
+    cache, _ = radix_cache()
+    batch = fill(cache, 4, (1, 4), (40, 9))
+    read, reader = [], "_collect" if hasattr(getattr(cache, "tree_core", None), "collect_path_info") else "_walk"
+    plain = getattr(radix_paths, reader)
+    monkeypatch.setattr(radix_paths, reader, lambda tree, nodes: (read.append(len(nodes)), plain(tree, nodes))[1])
+    paths, nodes = RadixPaths(cache), [request.last_node for request in batch.reqs]
+    for n, expected in ((3, [3]), (3, [3]), (2, [3]), (4, [3, 1]), (4, [3, 1])):
+        paths.lowest(nodes[:n])
+        assert read == expected
 
 
 @pytest.mark.contract
