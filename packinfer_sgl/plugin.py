@@ -151,7 +151,8 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         warnings.warn(
             f"packinfer {__version__} is tested with SGLang {', '.join(TESTED)}, not {version('sglang')}", stacklevel=2
         )
-    if deterministic := _deterministic():
+    deterministic = _deterministic()
+    if deterministic and not runner.is_draft_worker:  # drafts are never packed
         check_deterministic(deterministic, config, base, runner)
         if deterministic == "--rl-on-policy-target":
             logger.warning(

@@ -29,7 +29,7 @@ class Node:
     """Of a radix tree, as far as the plugin reads it."""
 
     def __init__(self, ident: int, tokens: int, parent: Node | None = None) -> None:
-        self.id, self.key, self.parent = ident, range(tokens), parent
+        self.id, self.key, self.parent, self.children = ident, range(tokens), parent, {}
 
 
 ROOT = Node(0, 0)

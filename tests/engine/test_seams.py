@@ -125,7 +125,12 @@ REFUSED = {
     "mixed": ({"enable_mixed_chunk": True}, "fa3", "{}", True, "--enable-mixed-chunk runs some decode tokens"),
     "arena": ({}, "fa3", '{"arena_tokens": 4096}', True, "--packinfer-arena-tokens copies spans .*; leave it out"),
     "taken": ({}, "fa3", '{"extend": "off"}', True, None),
+    "drafts": ({}, "triton", "{}", False, None),
 }
+
+
+class Taken(Exception):
+    """The mode is taken: what follows looks at the model."""
 
 
 @pytest.mark.contract
@@ -147,24 +152,31 @@ def test_where_the_deterministic_mode_is_refused(name, flag, model, monkeypatch,
     schedule = SimpleNamespace(**{"enable_mixed_chunk": False, **more})  # on a CPU SGLang turns it off
     monkeypatch.setattr(runtime_context, "get_schedule", lambda: schedule)
     built = []
-    runner = SimpleNamespace(is_draft_worker=True, device="cpu")  # else it is looked at further
+    runner = SimpleNamespace(is_draft_worker=name == "drafts", device="cpu")
 
     def wrapped() -> object:
         return plugin.WrappedFactory(base, lambda runner: built.append(runner))(runner)
 
+    def look(runner: object) -> None:
+        raise Taken
+
+    monkeypatch.setattr("packinfer_sgl.serving.layers.layer_reasons", look)
     try:
         assert Config.load().wrap
         if problem is not None:
             said = next(iter(flag)).replace("_", "-")
             with pytest.raises(plugin.PluginError, match=f"^packinfer: --{said}: {problem}"):
                 wrapped()
-        else:
+        elif name == "drafts":
             wrapped()
+        else:
+            with pytest.raises(Taken):
+                wrapped()
     finally:
         runtime_context.reset_context()
     assert len(built) == (problem is None)
     warned = "not those of a trainer that computes them with FA3" in caplog.text
-    assert warned == ("rl_on_policy_target" in flag and problem is None)
+    assert warned == ("rl_on_policy_target" in flag and name == "taken")
 
 
 def test_a_release_without_the_lists_is_refused(model, monkeypatch):

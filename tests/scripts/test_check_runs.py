@@ -125,8 +125,34 @@ def test_bits_are_compared_within_a_kind_and_without_what_was_retracted():
         return {"prompt": 0, "company": company, "ids": [*ids], "top": [{"5": logprob}], "retracted": retracted}
 
     said = [one("alone, cold"), one("alone, warm"), one("sampled alone, cold", ids=(7,)), one("x", -0.3, retracted=1)]
-    assert said[0]["top"] == top and determinism.others_than_first(said, "") == ([], 1)
+    assert said[0]["top"] == top and determinism.others_than_first(said, "") == ({}, 1)
     near = math.nextafter(-0.125, 0)
     wrong, compared = determinism.others_than_first([*said, one("among siblings", near)], "")
-    assert wrong == ["0 among siblings from token 0"] and compared == 2
+    assert wrong == {"0 among siblings": 0} and compared == 2
     assert determinism.others_than_first([*said, one("sampled among siblings", ids=(8,))], "sampled")[0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "fa3", "verdict"), [(-0.125, -0.125, "PASS"), (-0.3, -0.125, "FAIL"), (-0.3, -0.3, "PASS")]
+)
+def test_bits_that_fa3_keeps_must_be_kept(ours: float, fa3: float, verdict: str):
+    def said(last: float) -> Ran:
+        companies = ["alone, cold", "alone, warm", "among siblings", "the four, cold"]
+        logprobs = [-0.125, -0.125, -0.125, last]
+        answers = [
+            {
+                "prompt": 0,
+                "company": kind + company,
+                "ids": [5],
+                "top": [{"5": x}],
+                "retracted": 0,
+                "cached": 2000 * warm,
+            }
+            for kind in ("", "sampled ")
+            for company, x, warm in zip(companies, logprobs, (0, 1, 1, 0), strict=True)
+        ]
+        return Ran(said={"0-companies": answers}, states=[{}])
+
+    judge = Judge({"x": said(ours), "deterministic-fa3": said(fa3)}, 0.0)
+    determinism.rows(judge, "x")
+    assert [row.verdict for row in judge.rows] == [verdict, verdict, "PASS", "FAIL"]  # the last: nothing is packed
