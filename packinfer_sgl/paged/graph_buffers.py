@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from packinfer_sgl.planning.batch import SlotTable
@@ -66,22 +64,22 @@ class GraphBuffers:
             raise ValueError(f"the batch has {len(indices)} kv indices, {self._names[1]} holds {sizes[1]}")
         if self.capacity is None:
             heads, head_dim, page_size = (int(str(baked[name])) for name in ("num_qo_heads", "head_dim", "page_size"))
-            # Uncut and ungrouped, any batch fits: an item for each tile of queries, and each KV token once a request.
-            self.capacity = Capacity(
-                queries=n_queries,
-                slots=8 * n_queries,
-                items=8 * sizes[2] + n_queries + 4096,
-                spans=2 * sizes[2],
-                partials=min(8 * n_queries + 65536 // heads, PARTIAL_BYTES // (heads * (head_dim + 1) * 4)),
-                kv_slots=sizes[1] * page_size,
-            )
+            most = PARTIAL_BYTES // (heads * (head_dim + 1) * 4)
+            units = 0
             if split := int(str(baked["fixed_split_size"])):
                 # a partial result of each query for each split of its request, whatever they share
                 units = (sizes[1] // split + sizes[2]) * -(-n_queries // max(sizes[2], 1))
-                if units * heads * (head_dim + 1) * 4 > PARTIAL_BYTES:
+                if units > most:
                     raise ValueError(f"fixed_split_size={split} makes {units} partial results: too many for a graph")
-                more = {"slots": max(self.capacity.slots, units), "items": max(self.capacity.items, units)}
-                self.capacity = replace(self.capacity, partials=max(self.capacity.partials, units), **more)
+            # Uncut and ungrouped, any batch fits: an item for each tile of queries, and each KV token once a request.
+            self.capacity = Capacity(
+                queries=n_queries,
+                slots=max(8 * n_queries, units),
+                items=max(8 * sizes[2] + n_queries + 4096, units),
+                spans=2 * sizes[2],
+                partials=max(min(8 * n_queries + 65536 // heads, most), units),
+                kv_slots=sizes[1] * page_size,
+            )
             self._baked, self._most_queries = baked, n_queries
         if n_queries > self._most_queries:
             raise ValueError(

@@ -14,6 +14,7 @@ from packinfer_sgl import BatchDecodeWithPagedKVCacheWrapper as Decode
 from packinfer_sgl import BatchPrefillWithPagedKVCacheWrapper as Prefill
 from packinfer_sgl.paged import batch as paged
 from packinfer_sgl.paged import kernels
+from packinfer_sgl.paged.graph_buffers import GraphBuffers
 from packinfer_sgl.planning.plan import Col
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -98,6 +99,20 @@ def test_what_is_not_supported() -> None:
 def test_a_cpu_refuses(how: dict) -> None:
     with pytest.raises(NotImplementedError, match="fixed_split_size and disable_split_kv are not supported on the CPU"):
         run([0], **how)
+
+
+def test_splits_too_many_for_a_graph_are_refused_each_time() -> None:
+    """What was refused settles no sizes."""
+    names, sizes = ("indptr", "indices", "last_page_len"), (3, 1 << 20, 2)
+    buffers = {name: torch.zeros(n, dtype=torch.int32) for name, n in zip(names, sizes, strict=True)}
+    graph = GraphBuffers(torch.device("cpu"), buffers)
+    some = (*(x.numpy() for x in tables([0, 1])), np.arange(3, dtype=np.int32))
+    baked = {"num_qo_heads": 32, "head_dim": 128, "page_size": PAGE, "fixed_split_size": 8}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="fixed_split_size=8 makes 131074 partial results: too many for a graph"):
+            graph.check_batch(some, 45, baked)
+    capacity = graph.check_batch(some, 45, {**baked, "fixed_split_size": 64})
+    assert capacity.partials == capacity.slots == capacity.items == (1 << 20) // 64 + 2
 
 
 @pytest.mark.gpu
