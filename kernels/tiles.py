@@ -10,6 +10,7 @@ import torch
 
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.device_profile import DeviceProfile
+from packinfer_sgl.planning.fitting import UNCUT_TOKENS
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.profiles import H200, profile_for
 
@@ -146,7 +147,7 @@ def unit_policy(shape: AttentionShape, unit_tokens: int) -> TilePolicy:
     (tile,) = unit_tiles(shape)
     if unit_tokens <= 0 or unit_tokens % math.lcm(tile.tokens, tile.triton_tokens or tile.tokens):
         raise ValueError(f"units of {unit_tokens} tokens are not of whole blocks of {tile.tokens}")
-    return TilePolicy((max(1, tile.rows // shape.group_size),), max_split_tokens=1 << 30, unit_tokens=unit_tokens)
+    return TilePolicy((max(1, tile.rows // shape.group_size),), UNCUT_TOKENS, unit_tokens=unit_tokens)
 
 
 def most_group_size(head_dim: int) -> int:
@@ -192,8 +193,12 @@ def tiles_for(
     return extends[head_dim] if extend and head_dim in extends and is_hopper(device) else tiles
 
 
-def shape_tiles(shape: AttentionShape, device: torch.device, extend: bool = False) -> tuple[Tile, ...]:
-    """``tiles_for`` a layer of this shape."""
+def shape_tiles(
+    shape: AttentionShape, device: torch.device, extend: bool = False, unit_tokens: int = 0
+) -> tuple[Tile, ...]:
+    """``tiles_for`` a layer of this shape; with ``unit_tokens`` its ``unit_tiles``."""
+    if unit_tokens:
+        return unit_tiles(shape)
     return tiles_for(shape.head_dim, device, extend, group_size=shape.group_size, kv_bytes=shape.kv_bytes)
 
 
@@ -214,8 +219,10 @@ def device_profile(device: torch.device) -> DeviceProfile:
     return profile_for(torch.cuda.get_device_name(device), multiprocessors(device))
 
 
-def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False) -> TilePolicy:
+def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False, unit_tokens: int = 0) -> TilePolicy:
     """How a plan for these kernels is cut on ``device``, for the tiles of ``shape_tiles``."""
+    if unit_tokens:
+        return unit_policy(shape, unit_tokens)
     return policy_of(shape, shape_tiles(shape, device, extend), multiprocessors(device), device_profile(device))
 
 
@@ -230,4 +237,4 @@ def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int, profile:
         for tile in tiles
     ]
     tile_queries = tuple(max(1, tile.rows // shape.group_size) for tile in tiles)
-    return TilePolicy(tile_queries, max_split_tokens=1 << 30, timings=tuple(timings))
+    return TilePolicy(tile_queries, UNCUT_TOKENS, timings=tuple(timings))

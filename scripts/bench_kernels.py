@@ -40,14 +40,7 @@ from bench.kernel_workloads import Workload, tree_workload, workloads
 from rich.console import Console
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.tiles import (
-    device_profile,
-    multiprocessors,
-    shape_tiles,
-    tile_policy,
-    unit_policy,
-    unit_tiles,
-)
+from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, shape_tiles, tile_policy
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.plan import Col
 
@@ -60,12 +53,11 @@ def ours(x: Inputs, unit_tokens: int = 0) -> tuple[Method, dict]:
     work = x.work
     device = torch.device(x.device)
     windowed = work.kind != "decode"
-    tiles, sms = shape_tiles(work.shape, device, windowed), multiprocessors(device)
+    tiles, sms = shape_tiles(work.shape, device, windowed, unit_tokens), multiprocessors(device)
     profile = device_profile(device)
     started = time.perf_counter()
     if unit_tokens:
-        tiles = unit_tiles(work.shape)
-        plan = work.unit_plan(profile.decode_cost, unit_policy(work.shape, unit_tokens))
+        plan = work.unit_plan(profile.decode_cost, tile_policy(work.shape, device, unit_tokens=unit_tokens))
     elif windowed:
         plan = work.extend_plan(tiles, sms, profile)
     else:

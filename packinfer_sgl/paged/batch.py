@@ -31,7 +31,6 @@ from packinfer_sgl.runners.base import Runner
 KVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
-WHOLE = 1 << 30  # tokens: longer than any request
 BACKENDS = ("auto", "fa2", "fa3")  # FlashInfer's names for kernels that compute the same
 
 

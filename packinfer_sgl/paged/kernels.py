@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from packinfer_sgl.kernels.tiles import device_profile, is_hopper, multiprocessors, shape_tiles, unit_policy, unit_tiles
+from packinfer_sgl.kernels.tiles import device_profile, is_hopper, multiprocessors, shape_tiles, unit_policy
 from packinfer_sgl.paged.checks import check_cuda_call, check_cuda_layer
 from packinfer_sgl.paged.graph_buffers import PARTIAL_BYTES, GraphBuffers, check_pages, pinned
 from packinfer_sgl.planning.batch import SlotTable
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
-from packinfer_sgl.planning.fitting import Capacity
+from packinfer_sgl.planning.fitting import UNLIMITED, Capacity
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.planners import Planner
 from packinfer_sgl.planning.prefix_tree import Int32
@@ -116,15 +116,13 @@ class OnCuda:
             inlines: whether queries see a part of their row each, by position: tails may ride with their prefix.
             unit_tokens: of ``planning.units``; 0 for splits that are chosen for speed.
         """
-        if unit_tokens:  # whose partial results cannot be fewer
-            return self._cuda.decode_planner(
-                shape, self.device, grouping=GROUPING, limits=self._limits or Capacity.unlimited(), room_tokens=0,
-                unit_tokens=unit_tokens,
-            )  # fmt: skip
         row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
-        limits = self._limits or Capacity.unlimited(partials=PARTIAL_BYTES // row_bytes)
+        most = UNLIMITED if unit_tokens else PARTIAL_BYTES // row_bytes  # units leave as many as they are
+        limits = self._limits or Capacity.unlimited(partials=most)
         if not inlines:
-            return self._cuda.decode_planner(shape, self.device, grouping=GROUPING, limits=limits, room_tokens=0)
+            return self._cuda.decode_planner(
+                shape, self.device, grouping=GROUPING, limits=limits, room_tokens=0, unit_tokens=unit_tokens
+            )
         tiles, sms = shape_tiles(shape, self.device, True), multiprocessors(self.device)
         return self._cuda.extend_planner(
             shape, tiles, sms, grouping=GROUPING, always=True, profile=device_profile(self.device), limits=limits,
@@ -141,7 +139,7 @@ class OnCuda:
         unit_tokens: int,
     ) -> Runner:
         """Upload the plan and the page tables on the current stream, and look up the slots there."""
-        tiles = unit_tiles(shape) if unit_tokens else shape_tiles(shape, self.device, inlines)
+        tiles = shape_tiles(shape, self.device, inlines, unit_tokens)
         if self._runner is None or (self._runner.shape, self._runner.tiles) != (shape, tiles):
             if self._runner is not None:
                 self._runner.free()  # the old one makes room first

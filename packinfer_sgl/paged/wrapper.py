@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from packinfer_sgl.paged.batch import WHOLE, KVCache, PagedWrapper, Result, check_sees_all
+from packinfer_sgl.paged.batch import KVCache, PagedWrapper, Result, check_sees_all
 from packinfer_sgl.paged.checks import Dtype, Scale, check_equal, refuse
+from packinfer_sgl.planning.fitting import UNCUT_TOKENS
 
 
 class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
@@ -167,7 +168,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             raise ValueError(f"q_len_per_req must be at least 1, is {q_len_per_req}")
         dtypes = (q_data_type or data_type or "float16", kv_data_type or data_type, o_data_type)
         causal = q_len_per_req > 1 if is_causal is None else is_causal
-        unit = WHOLE if disable_split_kv else max(fixed_split_size or 0, 0) * page_size
+        unit = UNCUT_TOKENS if disable_split_kv else max(fixed_split_size or 0, 0) * page_size
         check_sees_all(not causal and window_left < 0, unit)
         self._set_layer(num_qo_heads, num_kv_heads, head_dim, page_size, dtypes, sm_scale, logits_soft_cap, unit)
         qo_indptr = np.arange(len(last_page_len) + 1, dtype=np.int32) * np.int32(q_len_per_req)

@@ -10,7 +10,7 @@ import torch
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.reference import MaskRows
-from packinfer_sgl.kernels.tiles import Tile, device_profile, multiprocessors, policy_of, tile_policy, unit_policy
+from packinfer_sgl.kernels.tiles import Tile, device_profile, multiprocessors, policy_of, tile_policy
 from packinfer_sgl.planning.batch import SlotTable, StepBatch, causal
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.device_profile import DeviceProfile
@@ -44,11 +44,11 @@ def decode_planner(
     room_tokens: int = ROOM_TOKENS,
     unit_tokens: int = 0,
 ) -> DecodePlanner:
-    """Plans for batches whose queries see all of their row; with ``unit_tokens`` in units of so many tokens, for
-    ``tiles.unit_tiles``."""
-    cost, policy = device_profile(device).decode_cost.for_group_size(shape.group_size), tile_policy(shape, device)
+    """Plans for batches whose queries see all of their row; with ``unit_tokens`` in units of so many tokens."""
+    policy = tile_policy(shape, device, unit_tokens=unit_tokens)
+    cost = device_profile(device).decode_cost.for_group_size(shape.group_size)
     if unit_tokens:
-        cost, policy = cost.in_units(), unit_policy(shape, unit_tokens)
+        cost = cost.in_units()
     return DecodePlanner(shape, cost, policy, grouping=grouping, limits=limits, room_tokens=room_tokens)
 
 

@@ -12,14 +12,7 @@ import torch
 from packinfer_sgl.config import Config
 from packinfer_sgl.kernels.copy_slots import SlotCopier
 from packinfer_sgl.kernels.reference import copy_slots
-from packinfer_sgl.kernels.tiles import (
-    device_profile,
-    is_hopper,
-    multiprocessors,
-    shape_tiles,
-    tile_policy,
-    unit_tiles,
-)
+from packinfer_sgl.kernels.tiles import device_profile, is_hopper, multiprocessors, shape_tiles, tile_policy
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import (
@@ -159,7 +152,7 @@ class CudaPaths:
         return self._decode(None, UNLIMITED)
 
     def _decode(self, capacity: Capacity | None, max_rows: int) -> PackedPath:
-        tiles = unit_tiles(self.shape) if self.unit_tokens else shape_tiles(self.shape, self.device)
+        tiles = shape_tiles(self.shape, self.device, unit_tokens=self.unit_tokens)
         runner = cuda.CudaRunner(self.shape, tiles, self.device, capacity=capacity)
         planner = cuda.decode_planner(
             self.shape, self.device, grouping=self.config.grouping, limits=capacity or Capacity.unlimited(),
