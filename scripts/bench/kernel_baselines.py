@@ -202,12 +202,16 @@ def sglang_triton(x: Inputs, page_size: int) -> Method:
     return call, outs
 
 
+def in_whole_pages(x: Inputs) -> bool:
+    """Whether what is shared lies in whole pages of up to 64 tokens."""
+    return x.contiguous and all(tokens % 64 == 0 for tokens in x.work.node_tokens)
+
+
 def in_fixed_splits(x: Inputs, families: set[str], unit_tokens: int) -> dict[str, Callable[[], Method]]:
     """Decode whose bits do not depend on the batch: FA3 as SGLang's deterministic mode runs it, and FlashInfer with
     splits of ``unit_tokens``."""
-    pages = (1, 64) if x.contiguous and all(t % 64 == 0 for t in x.work.node_tokens) else (1,)
     methods: dict[str, Callable[[], Method]] = {}
-    for page_size in pages:
+    for page_size in (1, 64) if in_whole_pages(x) else (1,):
         if "fa3" in families:
             methods[f"fa3 page {page_size}, one split"] = lambda p=page_size: fa3(x, p, splits=1)
         if "fi" in families and not x.work.sinks:
@@ -220,7 +224,7 @@ def baselines(x: Inputs, families: set[str]) -> dict[str, Callable[[], Method]]:
     work = x.work
     shared, decode = bool(work.node_tokens), work.kind == "decode"
     levels = {len(path) for path in work.paths}
-    even = x.contiguous and all(t % 64 == 0 for t in work.node_tokens)
+    even = in_whole_pages(x)
     methods: dict[str, Callable[[], Method]] = {}
     if work.sinks:
         families = families & {"fa3"}  # the others' wrappers know no sinks

@@ -6,6 +6,7 @@ from functools import partial
 
 from check.judge import Judge
 from check.scenarios import CHAIN, CHECK, EAGER, FA3, OURS, TRITON, Check, Scenario
+from check.speculation import chains
 
 # SGLang's default, FlashInfer's, needs a package that not every host has
 DELTA = {"linear_attn_backend": "triton"}
@@ -40,14 +41,8 @@ def hybrid(kind: str, stock: str, judge: Judge) -> None:
 
 def mtp(judge: Judge) -> None:
     names = ("mtp-packinfer", "mtp-eager-packinfer")
-    if not judge.started("mtp", *names, stock=("fa3", "triton", "qwen3_next-fa3", "mtp-fa3")):
-        return
-    for name in names:
-        judge.same("mtp", name, "qwen3_next-fa3", control="mtp-fa3")
-        counted = judge.ran[name].state["fallback_steps"].get("speculative", 0)
-        judge.add("mtp packed", counted == 0, f"{name}: {counted} verify steps on the base backend")
-    error = judge.ran["mtp-eager-packinfer"].state["check_error"]
-    judge.add("mtp verified", error > 0, f"worst relative error of a row {error:.2g}")
+    if judge.started("mtp", *names, stock=("fa3", "triton", "qwen3_next-fa3", "mtp-fa3")):
+        chains(judge, "mtp", *names, "qwen3_next-fa3", "mtp-fa3")
 
 
 def _check(kind: str, stock: str, feature: str) -> Check:

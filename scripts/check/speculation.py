@@ -28,14 +28,19 @@ def eagle(judge: Judge) -> None:
     counted = state.get("fallback_steps", {}).get("speculative", 0)
     accepted = {name: judge.ran[name].state.get("accept_length") for name in ("eagle-packinfer", "eagle-fa3")}
     judge.add("eagle counted", bool(state.get("active")) and counted > 0, f"{counted} verify steps; {accepted}")
-    if not judge.started("eagle chain", "chain-packinfer", "chain-eager", stock=("fa3-128", "chain-fa3")):
-        return
-    for name in ("chain-packinfer", "chain-eager"):
-        judge.same("eagle chain", name, "fa3-128", control="chain-fa3")
+    if judge.started("eagle chain", "chain-packinfer", "chain-eager", stock=("fa3-128", "chain-fa3")):
+        chains(judge, "eagle chain", "chain-packinfer", "chain-eager", "fa3-128", "chain-fa3")
+
+
+def chains(judge: Judge, what: str, graphs: str, eager: str, reference: str, control: str) -> None:
+    """Rows: two engines that verify chains of drafts, ``eager`` with each layer checked, pack all those steps and say
+    what ``reference`` says without drafts, or are as far from it as ``control`` is, stock with drafts."""
+    for name in (graphs, eager):
+        judge.same(what, name, reference, control=control)
         counted = judge.ran[name].state["fallback_steps"].get("speculative", 0)
-        judge.add("eagle chain packed", counted == 0, f"{name}: {counted} verify steps on the base backend")
-    error = judge.ran["chain-eager"].state["check_error"]
-    judge.add("eagle chain verified", error > 0, f"worst relative error of a row {error:.2g}")
+        judge.add(f"{what} packed", counted == 0, f"{name}: {counted} verify steps on the base backend")
+    error = judge.ran[eager].state["check_error"]
+    judge.add(f"{what} verified", error > 0, f"worst relative error of a row {error:.2g}")
 
 
 CHECKS = {

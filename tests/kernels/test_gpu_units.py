@@ -90,7 +90,7 @@ def test_bits_do_not_depend_on_company(name: str, unit_tokens: int) -> None:
 
 
 def test_a_row_alone_among_many_siblings_and_among_strangers() -> None:
-    """The rows of the issue's figures: 64 behind 16,000 tokens, in units of each length that is measured."""
+    """64 rows behind 16,000 tokens, in units of each length that is measured."""
     for unit_tokens in (256, 512, 1024, 2048):
         case = unit_case(
             1, unit_tokens=unit_tokens, shared=[16000] * 63 + [0] * 20, tails=[64 + 9 * i for i in range(84)],
