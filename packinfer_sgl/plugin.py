@@ -175,6 +175,7 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         "platform": type(current_platform).__name__,
         "hooks": [c.target for c in checks],
         "config": {name: getattr(config, name) for name in _REPORTED},
+        "deterministic": None,
     }
     for layer_id in linear_layers(runner):
         STATS.set_layer(layer_id, LayerReason.LINEAR_ATTENTION)
@@ -203,7 +204,8 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         "record": profile.name, "measured": profile.is_measured, "least_saving": profile.least_saving,
     }  # fmt: skip
     router = build_router(stock, runner, config, packable, slots, STATS, deterministic=deterministic is not None)
-    STATS.details["deterministic"] = {"unit_tokens": router.unit_tokens} if deterministic else None
+    if deterministic:
+        STATS.details["deterministic"] = {"unit_tokens": router.unit_tokens}
     backend = wrap(stock, router)
     when_flushed(router.read_scales)
     if router.arena is not None:
@@ -235,13 +237,16 @@ def check_deterministic(flag: str, config: Config, base: str, runner: Any) -> No
         flag: by which the server is in the mode.
         base: the stock backend, which runs all but decode.
     """
+    import torch
     from sglang.srt import server_args
     from sglang.srt.runtime_context import get_schedule
+
+    from packinfer_sgl.kernels.tiles import is_hopper
 
     problem = None
     if not all(hasattr(server_args, name) for name in _DETERMINISTIC_CHOICES.values()):
         problem = f"SGLang {version('sglang')} has no registry of deterministic backends; install {' or '.join(TESTED)}"
-    elif not _on_hopper(runner.device):
+    elif not is_hopper(torch.device(runner.device)):
         problem = "packed decode keeps bits on Hopper GPUs only; leave out packinfer here"
     elif base != "fa3":
         problem = f"it runs over fa3, whose deterministic form is known, not over {base}; choose fa3"
@@ -253,12 +258,6 @@ def check_deterministic(flag: str, config: Config, base: str, runner: Any) -> No
         problem = "--enable-mixed-chunk runs some decode tokens with prefills, on fa3, with other bits; leave it out"
     if problem is not None:
         raise PluginError(f"packinfer: {flag}: {problem}")
-
-
-def _on_hopper(device: str) -> bool:
-    import torch
-
-    return device == "cuda" and torch.cuda.get_device_capability()[0] == 9
 
 
 def _deterministic() -> str | None:

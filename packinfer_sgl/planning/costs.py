@@ -84,7 +84,7 @@ class CostModel:
 
     def prices(self, shape: AttentionShape, most: int) -> npt.NDArray[np.float64]:
         """[most + 1, 3] of spans for so many queries: ``read_us``, and the number of tiles."""
-        key = shape.qo_heads, shape.kv_heads, shape.head_dim, shape.kv_bytes, most
+        key = shape, most
         if key not in self._prices:
             queries = np.arange(most + 1)
             with np.errstate(divide="ignore"):  # no query, where a model has no small tiles
@@ -93,7 +93,7 @@ class CostModel:
         return self._prices[key]
 
     @cached_property
-    def _prices(self) -> dict[tuple[int, ...], npt.NDArray[np.float64]]:
+    def _prices(self) -> dict[tuple[AttentionShape, int], npt.NDArray[np.float64]]:
         return {}
 
     def partials_us(self, shape: AttentionShape) -> float:

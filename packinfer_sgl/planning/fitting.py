@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from operator import le
 
 import numpy as np
 
@@ -57,14 +58,7 @@ class Capacity:
     @classmethod
     def of(cls, plan: Plan) -> Capacity:
         """Just what ``plan`` needs."""
-        return cls(
-            queries=len(plan.merge_indptr) - 1,
-            slots=len(plan.query_rows),
-            items=len(plan.items),
-            spans=len(plan.spans),
-            partials=plan.n_partials,
-            kv_slots=plan.kv_capacity,
-        )
+        return cls(*_needs(plan))
 
     def overflow(self, plan: Plan) -> dict[str, str]:
         """What ``plan`` needs more of, by name: ``needs > holds``. Empty if it fits."""
@@ -75,20 +69,21 @@ class Capacity:
         return {name: f"{needs} > {holds}" for name, (needs, holds) in both.items() if needs > holds}
 
     def holds(self, plan: Plan) -> bool:
-        return (
-            len(plan.merge_indptr) - 1 <= self.queries
-            and len(plan.query_rows) <= self.slots
-            and len(plan.items) <= self.items
-            and len(plan.spans) <= self.spans
-            and plan.n_partials <= self.partials
-            and plan.kv_capacity <= self.kv_slots
-        )
+        return all(map(le, _needs(plan), vars(self).values()))  # in the order of the fields
 
     def grown(self, plan: Plan) -> Capacity:
         """What ``plan`` needs and a quarter more, so that slightly larger plans fit, too; nowhere less than before."""
         need = Capacity.of(plan)
         sizes = {f.name: getattr(need, f.name) * 5 // 4 for f in fields(self)}
         return Capacity(**{name: max(size, getattr(self, name)) for name, size in sizes.items()})
+
+
+def _needs(plan: Plan) -> tuple[int, ...]:
+    """In the order of ``Capacity``'s fields."""
+    return (
+        len(plan.merge_indptr) - 1, len(plan.query_rows), len(plan.items), len(plan.spans), plan.n_partials,
+        plan.kv_capacity,
+    )  # fmt: skip
 
 
 def least_partials(rows: int) -> int:

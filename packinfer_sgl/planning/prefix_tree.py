@@ -10,7 +10,6 @@ import numpy.typing as npt
 from numba import njit
 
 Int32 = npt.NDArray[np.int32]
-UNLIMITED_TOKENS = 1 << 62
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +79,8 @@ class PrefixTree:
                     place[node] = len(nodes)
                     nodes.append((node, place[path[i - 1]] if i else -1, end))
         lowest = [place[path[-1]] if path else -1 for path in paths]
-        return cls.from_nodes(np.array(nodes, np.int64).reshape(-1, 3), lowest, [UNLIMITED_TOKENS] * len(paths))
+        limits = [path_ends[-1] if path_ends else 0 for path_ends in ends]
+        return cls.from_nodes(np.array(nodes, np.int64).reshape(-1, 3), lowest, limits)
 
     @classmethod
     def from_nodes(cls, nodes: npt.NDArray[np.int64], lowest: list[int], limits: list[int]) -> PrefixTree:

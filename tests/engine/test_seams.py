@@ -145,7 +145,7 @@ def test_where_the_deterministic_mode_is_refused(name, flag, model, monkeypatch,
     from packinfer_sgl.config import Config
 
     more, base, config, on_hopper, problem = REFUSED[name]
-    monkeypatch.setattr(plugin, "_on_hopper", lambda device: on_hopper)
+    monkeypatch.setattr("packinfer_sgl.kernels.tiles.is_hopper", lambda device: on_hopper)
     monkeypatch.setenv("PACKINFER_CONFIG", json.dumps({**json.loads(config), "wrap": True}))
     args = ServerArgs(model_path=model, attention_backend="triton", **flag)
     runtime_context.publish(args, role="scheduler")
