@@ -47,7 +47,7 @@ def all_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost model declines most spans of small batches; here every span is grouped, and cut into short pieces."""
     keep_all(monkeypatch)
     small = lambda policy: replace(policy, max_split_tokens=20, timings=None)  # noqa: E731
-    monkeypatch.setattr(cuda, "tile_policy", lambda *args: small(tile_policy(*args)))
+    monkeypatch.setattr(cuda, "tile_policy", lambda *args, **more: small(tile_policy(*args, **more)))
     monkeypatch.setattr(cuda, "policy_of", lambda *args: small(policy_of(*args)))
     monkeypatch.setattr(cuda, "INLINE_TAIL_TOKENS", 9)
 
