@@ -103,6 +103,7 @@ MAKERS: dict[str, Callable[..., Workload]] = {
     "n-sampling": samples,
     "nested-fork": fork,
     "few-shot": few_shot,
+    "cold-burst": few_shot,
     "multi-turn": multi_turn,
     "unrelated": unrelated,
 }
@@ -130,6 +131,7 @@ SIZES = {
                 "roots": 4, "shared": 4096, "branches": 4, "branch": 128, "leaves": 4, "leaf": 64, "new": 64,
             },
             "few-shot": {"shared": 2048, "questions": 128, "own": 64, "new": 8},
+            "cold-burst": {"shared": 8000, "questions": 64, "own": 64, "new": 64},
             "multi-turn": {"talks": 48, "turns": 5, "system": 256, "own": 512, "new": 128},
             "unrelated": {"requests": 64, "own": 2048, "new": 128},
         },

@@ -29,6 +29,28 @@ def fa3_query(x: Inputs, q: torch.Tensor) -> torch.Tensor:
     return q.to(x.k[0].dtype) if x.work.fp8 else q
 
 
+def fa3_schedule(
+    x: Inputs, table: torch.Tensor, lens: torch.Tensor, cu: torch.Tensor, page_size: int, queries: int, causal: bool,
+    splits: int,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """FA3's schedule of a decode batch, which SGLang computes once for all layers; it does not for other batches.
+
+    Args:
+        table, lens, cu: what the call gets as page table, ``cache_seqlens`` and ``cu_seqlens_q``.
+        queries: most of a row of ``table``.
+    """
+    from sgl_kernel.flash_attn import get_scheduler_metadata
+
+    if x.work.kind != "decode":
+        return {}
+    schedule = get_scheduler_metadata(
+        batch_size=len(lens), max_seqlen_q=queries, max_seqlen_k=table.shape[1] * page_size,
+        num_heads=x.work.qo_heads, num_heads_k=x.work.kv_heads, headdim=x.work.head_dim, cache_seqlens=lens,
+        qkv_dtype=x.k[0].dtype, cu_seqlens_q=cu, page_size=page_size, causal=causal, num_splits=splits,
+    )  # fmt: skip
+    return {"scheduler_metadata": schedule}
+
+
 def fa3(x: Inputs, page_size: int, splits: int = 0) -> Method:
     """``splits``: of KV; 0 for as many as FA3 chooses."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
@@ -37,6 +59,7 @@ def fa3(x: Inputs, page_size: int, splits: int = 0) -> Method:
     table, lens, cu = x.table(page_size), x.i32(work.kv_lens), x.i32(work.qo_indptr)
     outs: list = [None] * x.copies
     more = fa3_arguments(x, len(work.new))
+    more |= fa3_schedule(x, table, lens, cu, page_size, max(work.new), True, splits)
 
     def call(i: int) -> None:
         k, v = x.caches(i, page_size)
@@ -66,6 +89,8 @@ def fa3_twice(x: Inputs, page_size: int) -> Method:
     top_cu, rest_cu = x.i32(np.cumsum([0, *under])), x.i32(work.qo_indptr)
     outs: list = [None] * x.copies
     top_more, rest_more = fa3_arguments(x, len(roots), sinks=False), fa3_arguments(x, len(work.new))
+    top_more |= fa3_schedule(x, top_table, top_lens, top_cu, page_size, max(under), False, 0)
+    rest_more |= fa3_schedule(x, rest_table, rest_lens, rest_cu, page_size, max(work.new), True, 0)
 
     def call(i: int) -> None:
         k, v = x.caches(i, page_size)

@@ -128,7 +128,7 @@ def tree_workload(
 
 
 def workloads() -> list[Workload]:
-    return [*decodes(), *extends(), *drafts(), *chunks(), *ragged(), *models()]
+    return [*decodes(), *ranks(), *extends(), *drafts(), *chunks(), *ragged(), *models()]
 
 
 def decodes() -> list[Workload]:
@@ -151,6 +151,17 @@ def decodes() -> list[Workload]:
         flat("S3 4 x 8k", [8192] * 4),
         tree_workload("E2 2k prefix, 64 x 192", (32, 8), [1, 64], [2048, 192]),  # scripts/bench_engine.py, half-way
     ]
+
+
+def ranks() -> list[Workload]:
+    """Decodes with the heads that one of several GPUs has under tensor parallelism: behind a prefix (T), and not (U)."""
+    heads = [(8, 1), (4, 1), (12, 1), (16, 2)]
+    prefix = [
+        tree_workload(f"T{i} 16k prefix, 64 x 512, {q}/{kv}", (q, kv), [1, 64], [16384, 512], 128)
+        for i, (q, kv) in enumerate(heads, 1)
+    ]
+    flat = [Workload(f"U{i} 64 x 4k, {q}/{kv}", q, kv, [], [[]] * 64, [4096] * 64) for i, (q, kv) in enumerate(heads, 1)]
+    return [*prefix, *flat]
 
 
 def extends() -> list[Workload]:
