@@ -154,14 +154,12 @@ def decodes() -> list[Workload]:
 
 
 def ranks() -> list[Workload]:
-    """Decodes with the heads that one of several GPUs has under tensor parallelism: behind a prefix (T), and not (U)."""
+    """Decodes with the heads of one of several GPUs under tensor parallelism, behind a prefix (T) and without (U)."""
     heads = [(8, 1), (4, 1), (12, 1), (16, 2)]
     prefix = [
-        tree_workload(f"T{i} 16k prefix, 64 x 512, {q}/{kv}", (q, kv), [1, 64], [16384, 512], 128)
-        for i, (q, kv) in enumerate(heads, 1)
+        tree_workload(f"T{i} 16k prefix, 64 x 512", h, [1, 64], [16384, 512], 128) for i, h in enumerate(heads, 1)
     ]
-    flat = [Workload(f"U{i} 64 x 4k, {q}/{kv}", q, kv, [], [[]] * 64, [4096] * 64) for i, (q, kv) in enumerate(heads, 1)]
-    return [*prefix, *flat]
+    return [*prefix, *(Workload(f"U{i} 64 x 4k", *h, [], [[]] * 64, [4096] * 64) for i, h in enumerate(heads, 1))]
 
 
 def extends() -> list[Workload]:
