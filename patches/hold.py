@@ -155,6 +155,7 @@ def prompt_of(req: Any) -> Prompt | None:
         or req.input_embeds is not None
         or req.positional_embed_overrides is not None
         or req.skip_radix_cache_insert
+        or req.return_hidden_states is True  # of the tokens that are computed for it
     ):
         return None
     tokens = req.full_untruncated_fill_ids

@@ -39,6 +39,8 @@ def test_which_requests_may_share():
     with_logprobs.logprob_start_len = 5
     assert prompt_of(with_logprobs).usable_tokens == 5
     assert prompt_of(request(input_embeds=[[0.0]])) is None
+    assert prompt_of(request(return_hidden_states=True)) is None  # it would get fewer of them
+    assert prompt_of(request(return_hidden_states="last")) is not None
     for name in ("session", "multimodal_inputs", "positional_embed_overrides", "skip_radix_cache_insert"):
         other = request()
         assert hasattr(other, name)
