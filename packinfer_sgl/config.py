@@ -64,8 +64,9 @@ class Config:
         choices=("true", "false"),
     )
     hold_siblings: bool = _setting(
-        False,
-        "hold requests that share a long uncached prefix while one of them computes it; false = as SGLang admits them",
+        True,
+        "hold requests that share a long uncached prefix while one of them computes it; false = as SGLang admits them; "
+        "true stops the server where that cannot be, the default does without",
         unit="true or false",
         choices=("true", "false"),
     )
@@ -92,6 +93,10 @@ class Config:
     @classmethod
     def from_json(cls, text: str) -> Config:
         """Parse the JSON object of ``PACKINFER_CONFIG``; raises ConfigError with one line on any mistake."""
+        return cls(**cls._values(text))
+
+    @classmethod
+    def _values(cls, text: str) -> dict[str, Any]:
         try:
             values = json.loads(text or "{}")
         except json.JSONDecodeError as e:
@@ -101,12 +106,18 @@ class Config:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"packinfer: unknown setting {unknown[0]!r} in {ENV}; known: {', '.join(sorted(known))}")
-        return cls(**values)
+        return values
 
     @classmethod
     def load(cls) -> Config:
         """The settings of this process, from the environment that the server's start-up prepared."""
         return cls.from_json(os.environ.get(ENV, ""))
+
+    @classmethod
+    def given(cls) -> dict[str, Any]:
+        """Of the settings of this process, those that the user gave, be it as they are by default; raises ConfigError
+        with one line for what is no JSON object of settings."""
+        return cls._values(os.environ.get(ENV, ""))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

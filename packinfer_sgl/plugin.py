@@ -41,10 +41,11 @@ class Check(NamedTuple):
 
 
 def hooks() -> list[Hook]:
-    """Every change the plugin makes to SGLang (``patches/README.md``)."""
-    from packinfer_sgl.patches import arena, batch_rows, cpu_triton, draft_backend, hold, server_args, server_info
+    """What the plugin changes in SGLang (``patches/README.md``) in every process; the prefix hold puts its own hooks in
+    place where requests are held."""
+    from packinfer_sgl.patches import arena, batch_rows, cpu_triton, draft_backend, server_args, server_info
 
-    patches = (server_args, batch_rows, server_info, draft_backend, arena, cpu_triton, hold)
+    patches = (server_args, batch_rows, server_info, draft_backend, arena, cpu_triton)
     return [hook for patch in patches for hook in patch.hooks()]
 
 
@@ -77,11 +78,10 @@ def _add_to_deterministic() -> None:
             getattr(server_args, add)([NAME])
 
 
-def check() -> list[Check]:
-    """Look at every seam; valid once SGLang has loaded its plugins."""
-    return [
-        Check(hook.target, problem is None, problem or "hooked") for hook in hooks() for problem in [hook.problem()]
-    ]
+def check(of: list[Hook] | None = None) -> list[Check]:
+    """Look at every seam, or at those of these hooks; valid once SGLang has loaded its plugins."""
+    wanted = hooks() if of is None else of
+    return [Check(hook.target, problem is None, problem or "hooked") for hook in wanted for problem in [hook.problem()]]
 
 
 class WrappedFactory:
@@ -106,7 +106,7 @@ def create_backend(runner: Any) -> Any:
             the base does not go together with its KV cache.
         ConfigError: a setting is wrong.
         ArenaError: the server cannot have an arena.
-        HoldError: the server cannot hold requests.
+        HoldError: the server was told to hold requests, and cannot.
         UnsupportedModel: models of this kind are never packed.
     """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -189,7 +189,11 @@ def _build(runner: Any, config: Config, base: str, factory: Callable[[Any], Any]
         logger.warning("packinfer %s: %s: everything runs on %s", __version__, STATS.reason, base)
         return stock
     if config.hold_siblings:
-        STATS.sections["held"] = hold.start(runner).as_dict
+        held = hold.start(runner, "hold_siblings" in Config.given(), deterministic)
+        STATS.sections["held"] = held.as_dict
+        if held.reason is None:
+            checks += check(hold.hooks())
+            STATS.details["hooks"] = [c.target for c in checks]
     slots = carve(runner, config.arena_tokens) if config.arena_tokens else None
     profile = CPU if runner.device == "cpu" else device_profile(torch.device(runner.device))
     if not profile.is_measured:

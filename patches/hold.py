@@ -1,5 +1,7 @@
 """With the setting ``hold_siblings``, requests wait while another computes the prefix that they share with it.
 
+Its hooks are put in place when a packinfer backend is built that wants them: nobody else's scheduler is changed.
+
 A request is held where SGLang would admit it: it stays in the waiting queue, at its place, and SGLang goes on to the
 next one. Nothing is taken out of any list, so that nothing can be lost.
 """
@@ -11,37 +13,91 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from packinfer_sgl.config import Config, ConfigError
 from packinfer_sgl.patches.hook import Hook
 from packinfer_sgl.planning.prefix_hold import MOST_HELD, Held, Prompt, Wait, wait
 
 logger = logging.getLogger(__name__)
 
 _WAIT = "_packinfer_wait"
+# Settings of SGLang with which nobody has held requests yet, so that they are not held by default: other tiers of the
+# cache may bring what is waited for by themselves, and data-parallel ranks go in step.
+_LEFT_OUT = (
+    "enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "enable_unified_cache_external_linker",
+    "enable_hisparse", "dllm_algorithm",
+)  # fmt: skip
 
 
 class HoldError(RuntimeError):
-    """The server cannot hold requests."""
+    """The server cannot hold requests, and was told to."""
 
 
 _held: Held | None = None  # what is counted; None: nothing is held in this process
 
 
-def start(runner: Any) -> Held:
-    """From now on the scheduler of this process holds requests; called when a packinfer backend is built. Returns what
-    will be counted.
+def start(runner: Any, told: bool, deterministic: str | None) -> Held:
+    """From now on the scheduler of this process holds requests, if that can be; called when a packinfer backend is
+    built. Returns what will be counted, or why nothing will be.
+
+    Args:
+        told: the user gave the setting; by default requests are not held where nobody has tried it.
+        deterministic: the flag of SGLang's deterministic mode, if it is on.
 
     Raises:
-        HoldError: with pipeline parallelism, where the result of a prefill comes several passes later.
+        HoldError: the user gave the setting, and it cannot be kept: with pipeline parallelism, where the result of a
+            prefill comes several passes later, or if a hook did not take.
     """
-    if runner.server_args.pp_size > 1:
-        raise HoldError("packinfer: --packinfer-hold-siblings does not work with --pp-size; leave one of them out")
     global _held
-    if _held is None:
+    if _held is not None:  # of another backend in this process
+        return _held
+    reason = _impossible(runner)
+    if told and reason is not None:
+        raise HoldError(f"packinfer: --packinfer-hold-siblings {reason}; leave one of them out")
+    try:
+        reason = reason or (None if told else _left_out(runner, deterministic)) or put_hooks()
+    except Exception as e:  # a default must not end the server
+        if told:
+            raise
+        logger.exception("packinfer: please report this with the SGLang version")
+        reason = f"failed at the start ({e!r})"
+    if reason is None:
         _held = Held()
-    return _held
+        return _held
+    if told:
+        raise HoldError(f"packinfer: --packinfer-hold-siblings {reason}; leave it out")
+    logger.info("packinfer: no requests are held for a shared prefix: --packinfer-hold-siblings %s", reason)
+    return Held(reason=reason)
+
+
+def _impossible(runner: Any) -> str | None:
+    return "does not work with --pp-size" if runner.server_args.pp_size > 1 else None
+
+
+def _left_out(runner: Any, deterministic: str | None) -> str | None:
+    """Why requests are not held unless the user says so."""
+    from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+
+    args, flags = runner.server_args, []
+    if deterministic is not None:  # with fa3 a prompt that is found whole may get other bits than one that is computed
+        flags.append(deterministic)
+    if args.disaggregation_mode != "null":  # decode servers compute no prompts; prefill servers: not tried
+        flags.append("--disaggregation-mode")
+    if is_dp_attention_enabled():  # 0.5.23 names its size, 0.5.17 turns it on
+        flags.append("DP attention")
+    flags += [f"--{name.replace('_', '-')}" for name in _LEFT_OUT if getattr(args, name, None)]
+    return f"is left out by default with {flags[0]}" if flags else None
+
+
+def put_hooks() -> str | None:
+    """Put this file's hooks in place. Why one is not, or None: they all are."""
+    if not any(hook.missing() for hook in hooks()):  # else the registry would log a traceback
+        for hook in hooks():
+            if hook.problem() is not None:
+                hook.register()
+        HookRegistry.apply_hooks()
+    problems = [f"cannot hook {hook.target} ({problem})" for hook in hooks() if (problem := hook.problem()) is not None]
+    return problems[0] if problems else None
 
 
 class Pass:
@@ -49,11 +105,14 @@ class Pass:
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self.held: list[Any] = []
+        self._held = self._held_rows = self._held_slots = 0
         self._computing: list[Prompt | None] = []
         last = scheduler.last_batch if scheduler.enable_overlap else None  # without overlap its result is in the tree
-        launched = last.reqs if last and last.forward_mode.is_extend() else []
-        self._launched = [prompt_of(req) for req in launched]
+        self._last = last.reqs if last and last.forward_mode.is_extend() else []
+
+    @functools.cached_property
+    def _launched(self) -> list[Prompt | None]:  # most passes find nobody waiting
+        return [prompt_of(req) for req in self._last]
 
     def wait(self, adder: Any, req: Any) -> Wait | None:
         """How ``req`` waits, or None."""
@@ -63,22 +122,28 @@ class Pass:
         self._computing += map(prompt_of, adder.can_run_list[len(self._computing) :])
         return wait(prompt, self._computing, self._launched, adder.page_size, getattr(req, _WAIT, None))
 
+    def hold(self, adder: Any, req: Any) -> None:
+        """``req`` waits in this pass."""
+        self._held += 1
+        self._held_rows += _rows(req)
+        self._held_slots += _needs(req) + adder.page_size
+
     def is_full(self, adder: Any) -> bool:
         """Whether no more requests may be held in this pass, or are admitted after one that is."""
         from sglang.srt.managers.schedule_policy import AddReqResult
 
-        return len(self.held) == MOST_HELD or adder.budget_state() is not AddReqResult.CONTINUE
+        return self._held == MOST_HELD or adder.budget_state() is not AddReqResult.CONTINUE
 
     def may_overtake(self, adder: Any, req: Any) -> bool:
-        """Whether ``req`` leaves the held requests all that they need to be admitted in a later pass: a place in the
+        """Whether ``req`` leaves the held requests all that they need to be admitted in a later pass: places in the
         running batch, KV slots, and that pass (the rest of a prompt in chunks goes before everybody)."""
-        if not self.held or adder.preempt_list:  # who was preempted for it is lost in 0.5.17 if nobody is admitted
+        if not self._held or adder.preempt_list:  # who was preempted for it is lost in 0.5.17 if nobody is admitted
             return True
         places = self.scheduler.get_num_allocatable_reqs(len(adder.running_batch.reqs))
         return (
-            len(adder.can_run_list) + len(self.held) < places
+            len(adder.can_run_list) + _rows(req) + self._held_rows <= places
             and (adder.rem_chunk_tokens is None or _uncached(req) <= adder.rem_chunk_tokens)
-            and sum(_needs(r) + adder.page_size for r in (*self.held, req)) < adder.rem_total_tokens
+            and self._held_slots + _needs(req) + adder.page_size < adder.rem_total_tokens
         )
 
 
@@ -90,6 +155,7 @@ def prompt_of(req: Any) -> Prompt | None:
         or req.input_embeds is not None
         or req.positional_embed_overrides is not None
         or req.skip_radix_cache_insert
+        or req.return_hidden_states is True  # of the tokens that are computed for it
     ):
         return None
     tokens = req.full_untruncated_fill_ids
@@ -109,6 +175,12 @@ def _uncached(req: Any) -> int:
     return len(req.full_untruncated_fill_ids) - _cached(req)
 
 
+def _rows(req: Any) -> int:
+    """Places in the running batch."""
+    beams = getattr(req, "beam_group", None)  # 0.5.17 has none
+    return 1 if beams is None else beams.beam_width
+
+
 def _needs(req: Any) -> int:
     """KV slots of the request, as SGLang counts them when it admits one."""
     from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
@@ -121,23 +193,36 @@ _pass: Pass | None = None
 
 
 def scope_pass(get_batch: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around ``Scheduler.get_new_batch_prefill``.
-
-    Without a radix cache there is nothing to wait for. With Mamba layers it has states at a few positions only, and a
-    request that was looked up in it holds one.
-    """
+    """Around ``Scheduler.get_new_batch_prefill``."""
     global _pass
-    tree = scheduler.tree_cache
-    if _held is None or getattr(tree, "disable", True) or tree.supports_mamba():
-        return get_batch(scheduler, *args, **kwargs)
-    try:
-        _pass = Pass(scheduler)
-    except Exception:  # it would end the server: this pass is SGLang's own
-        _log_once()
+    _pass = _begin(scheduler)
     try:
         return get_batch(scheduler, *args, **kwargs)
     finally:
         _pass = None
+
+
+def _begin(scheduler: Any) -> Pass | None:
+    if _held is None:
+        return None
+    try:
+        before, _held.reason = _held.reason, _useless(scheduler.tree_cache)
+        if _held.reason is None:
+            return Pass(scheduler)
+        if before is None:
+            logger.info("packinfer: no requests are held for a shared prefix: %s", _held.reason)
+    except Exception:  # it would end the server: this pass is SGLang's own
+        _log_once()
+    return None
+
+
+def _useless(tree: Any) -> str | None:
+    """Why waiting for what enters this tree is of no use."""
+    if getattr(tree, "disable", True):
+        return "there is no radix cache"
+    if tree.supports_mamba():  # and a request that was looked up holds a state
+        return "of layers with a state the radix cache has a few positions only"
+    return None
 
 
 @functools.cache
@@ -158,6 +243,8 @@ def hold(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: An
         now = _pass.wait(adder, req)
         stays = not _pass.may_overtake(adder, req) if now is None else _pass.is_full(adder)
         cached = _cached(req)  # afterwards without what host memory had of it
+        if now is not None and not stays:
+            _pass.hold(adder, req)
     except Exception:  # it would end the server: this pass goes on as SGLang's own
         _pass = None
         _log_once()
@@ -165,7 +252,6 @@ def hold(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: An
     if stays:
         return AddReqResult.OTHER  # ends the pass
     if now is not None:
-        _pass.held.append(req)
         setattr(req, _WAIT, now)
         _held.count_held(before, now)
         return AddReqResult.CONTINUE
@@ -177,13 +263,9 @@ def hold(add: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: An
 
 
 def hooks() -> list[Hook]:
-    """Those who leave the setting off keep SGLang's own scheduler."""
-    try:
-        wanted = Config.load().hold_siblings
-    except ConfigError:  # said where the settings are used
-        wanted = False
+    """What is put in place where requests are held."""
     managers = "sglang.srt.managers"
     return [
         Hook(f"{managers}.scheduler.Scheduler.get_new_batch_prefill", scope_pass, HookType.AROUND),
         Hook(f"{managers}.schedule_policy.PrefillAdder.add_one_req", hold, HookType.AROUND),
-    ] if wanted else []  # fmt: skip
+    ]

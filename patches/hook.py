@@ -21,11 +21,18 @@ class Hook(NamedTuple):
 
     def problem(self) -> str | None:
         """Why the hook is not in place, or None. Valid once SGLang has applied its hooks."""
+        missing = self.missing()
+        if missing is not None:
+            return missing
+        return None if _wraps(pkgutil.resolve_name(self.target), self.function) else "found, but the hook did not take"
+
+    def missing(self) -> str | None:
+        """Why there is nothing to hook, or None."""
         try:
-            found = pkgutil.resolve_name(self.target)
+            pkgutil.resolve_name(self.target)
         except (ImportError, AttributeError) as e:
             return f"not found in this SGLang ({e})"
-        return None if _wraps(found, self.function) else "found, but the hook did not take"
+        return None
 
 
 def _wraps(found: Any, ours: Callable[..., Any]) -> bool:

@@ -20,9 +20,10 @@ _BACKEND_FIELDS = ("attention_backend", "decode_attention_backend", "prefill_att
 def add_flags(result: None, parser: argparse.ArgumentParser) -> None:
     # not in a group of their own: frameworks that start SGLang prefix its flags by replacing this parser's method
     for f in dataclasses.fields(Config):
-        text = f"{f.metadata['help']} (default: {f.default})"
+        text = f"{f.metadata['help']} (default: {str(f.default).lower()})"
         if isinstance(f.default, bool):
-            parser.add_argument(flag(f.name), dest=_dest(f.name), action="store_const", const=True, help=text)
+            more: dict[str, Any] = {"nargs": "?", "const": True, "metavar": "true|false"}
+            parser.add_argument(flag(f.name), dest=_dest(f.name), type=_truth, help=text, **more)
         else:
             parser.add_argument(flag(f.name), dest=_dest(f.name), type=type(f.default), default=None, help=text)
 
@@ -36,8 +37,8 @@ def check_flags(cls: type, args: argparse.Namespace) -> None:
     if not named and not given and ENV not in os.environ:
         return
     try:
-        inherited = json.loads(Config.load().to_json())
-        config = Config(**{**inherited, **given})
+        settings = {**Config.given(), **given}  # no defaults: these may do without what a given one insists on
+        config = Config(**settings)
     except ConfigError as e:
         sys.exit(str(e))
     if given and not named and not config.wrap:
@@ -46,7 +47,13 @@ def check_flags(cls: type, args: argparse.Namespace) -> None:
         sys.exit(f"packinfer: {flag('wrap')} is for a stock --attention-backend, not for packinfer itself")
     if (named or config.wrap) and getattr(args, "use_ray", False):
         sys.exit("packinfer: the schedulers of --use-ray load no plugins; leave out the flag or packinfer")
-    os.environ[ENV] = config.to_json()
+    os.environ[ENV] = json.dumps(settings, sort_keys=True)
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    return text == "true"
 
 
 def _dest(name: str) -> str:

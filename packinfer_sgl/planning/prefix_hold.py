@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 # What a wait must save. It costs a pass of its own, and a pass reads all weights: on a GPU as long as it takes to
@@ -65,6 +65,8 @@ def wait(
         page_tokens: the radix tree shares whole pages of so many tokens.
         before: its last wait.
     """
+    if prompt.cached_tokens + LEAST_TOKENS > prompt.usable_tokens:
+        return None  # most requests of most loads: nobody is looked at for them
     for leaders, last in ((computing, False), (launched, True)):
         for leader in leaders:
             if leader is None or not _shares(prompt, leader, page_tokens):
@@ -94,11 +96,13 @@ class Held:
         requests: requests that waited (again after they were retracted).
         passes: passes in which one was held, summed over requests.
         prefix_tokens: tokens that these requests found in the tree after a wait, and not when it began.
+        reason: why nobody is held here; None: requests are held.
     """
 
     requests: int = 0
     passes: int = 0
     prefix_tokens: int = 0
+    reason: str | None = None
 
     def count_held(self, before: Wait | None, now: Wait) -> None:
         self.passes += 1
@@ -112,4 +116,4 @@ class Held:
         self.prefix_tokens += max(0, cached_tokens - before.cached_tokens)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"requests": self.requests, "passes": self.passes, "prefix_tokens": self.prefix_tokens}
+        return asdict(self)

@@ -73,7 +73,8 @@ def _look_at_sglang(found: dict[str, Any]) -> None:
     found["platform"] = type(current_platform).__name__
     found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     checks = plugin.check()
-    found["hooks"] = {check.target: check.detail for check in checks}
+    held = _hold_checks(found)
+    found["hooks"] = {check.target: check.detail for check in [*checks, *held]}
     allowed = os.environ.get("SGLANG_PLUGINS")
     if allowed and "packinfer" not in [name.strip() for name in allowed.split(",")]:
         found["troubles"].append(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading packinfer")
@@ -82,6 +83,22 @@ def _look_at_sglang(found: dict[str, Any]) -> None:
     if version("sglang") not in plugin.TESTED:
         tested = ", ".join(plugin.TESTED)
         found["warnings"].append(f"SGLang {version('sglang')} is not tested; tested are {tested}")
+
+
+def _hold_checks(found: dict[str, Any]) -> list[Any]:
+    """The prefix hold's seams: without one nothing is held by default, and a server that was told to hold refuses."""
+    from packinfer_sgl import plugin
+    from packinfer_sgl.patches import hold
+
+    try:
+        wanted, told = Config.load().hold_siblings, "hold_siblings" in Config.given()
+    except ConfigError:  # said by ``report``
+        return []
+    if not wanted:
+        return []
+    if (problem := hold.put_hooks()) is not None:
+        found["troubles" if told else "warnings"].append(f"no requests can be held for a shared prefix: {problem}")
+    return plugin.check(hold.hooks())
 
 
 def _versions() -> dict[str, str | None]:

@@ -119,6 +119,12 @@ def _others(state: State) -> list[str]:
 
 def _settings(state: State) -> list[str]:
     said = []
+    if (held := state["held"]) and held["requests"]:
+        said.append(
+            f"{_n(held['requests'], 'request')} waited until another one had computed the prefix that they share, and "
+            f"found {_n(held['prefix_tokens'], 'prompt token')} of it cached (--packinfer-hold-siblings false turns "
+            "that off)."
+        )
     if state["config"]["check"]:
         said.append("--packinfer-check is on: every step is compared with the stock backend, which takes longer.")
     if not state["device"]["measured"]:

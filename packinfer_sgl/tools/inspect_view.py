@@ -55,7 +55,7 @@ def totals(state: State) -> Table:
         table.add_row("copied to the arena", f"{_n(arena['copies'], 'span')}, {arena['copied_bytes'] / 1e6:,.1f} MB")
         table.add_row("spans found there by new plans", f"{arena['hits']:,}")
         table.add_row("copies without room; replaced", f"{arena['refused']:,}; {arena['replaced']:,}")
-    if held := state["held"]:
+    if (held := state["held"]) and held["requests"]:
         table.add_row("held until others had computed their prefix", _n(held["requests"], "request"))
         table.add_row("prompt tokens that they found cached then", f"{held['prefix_tokens']:,}")
     return table

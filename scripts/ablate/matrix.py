@@ -45,7 +45,7 @@ AXES = {
                   packinfer=True, off="off", gives="contiguity", metric="tpot_p50_ms"),
     "extend": Axis({"auto": {}, "off": {"extend": "off"}}, ("auto",), packinfer=True, gives="packed prefill",
                    metric="ttft_p50_ms"),
-    "hold": Axis({"off": {}, "on": {"hold_siblings": True}}, ("off",), packinfer=True, gives="holding siblings",
+    "hold": Axis({"on": {}, "off": {"hold_siblings": False}}, ("on",), packinfer=True, gives="holding siblings",
                  metric="ttft_p50_ms", saves="prompt"),
     "page": Axis({v: {"page_size": int(v)} for v in ("1", "16", "64")}, ("1",), of_tree=False),
     "eviction": Axis({v: {"radix_eviction_policy": v} for v in ("lru", "lfu")}, ("lru",)),

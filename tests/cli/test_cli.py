@@ -120,8 +120,11 @@ def test_tiny_model(tmp_path, capsys):
 @pytest.mark.contract
 def test_doctor(monkeypatch, capsys):
     from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookType
 
     from packinfer_sgl import plugin
+    from packinfer_sgl.patches import hold
+    from packinfer_sgl.patches.hook import Hook
 
     load_plugins()
     assert main(["doctor"]) == 0
@@ -135,9 +138,26 @@ def test_doctor(monkeypatch, capsys):
         found["healthy"] and found["platform"] == "PackInferCpuPlatform" and set(found["hooks"].values()) == {"hooked"}
     )
     assert found["versions"]["packinfer-sgl"] and found["settings"]["grouping"] == "multi"
+    holds = {hook.target for hook in hold.hooks()}
+    assert holds < set(found["hooks"]) and not found["warnings"]
+
+    # without its seams nothing is held by default; told to hold, a server would not start
+    missing = Hook("sglang.srt.nowhere", hold.hold, HookType.AROUND)
+    for config, code, says in (
+        ("{}", 0, "warning: no requests can be held"),
+        ('{"hold_siblings": true}', 1, "not healthy: no requests can be held for a shared prefix: cannot hook sglang."),
+        ('{"hold_siblings": false}', 0, None),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(hold, "hooks", lambda: [missing])
+            patch.setenv("PACKINFER_CONFIG", config)
+            assert main(["doctor"]) == code
+        out = capsys.readouterr().out
+        assert says is None or says in out
+        assert ("nowhere" in out) == (says is not None)
 
     # a seam that this SGLang does not have
-    monkeypatch.setattr(plugin, "check", lambda: [plugin.Check("sglang.srt.nowhere", False, "not found")])
+    monkeypatch.setattr(plugin, "check", lambda *_: [plugin.Check("sglang.srt.nowhere", False, "not found")])
     assert main(["doctor"]) == 1
     assert "not healthy: sglang.srt.nowhere: not found" in capsys.readouterr().out
     assert main(["doctor", "--json"]) == 1

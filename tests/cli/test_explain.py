@@ -51,6 +51,13 @@ def test_decode():
     assert len(lines) == 6
 
 
+def test_held_requests():
+    held = {"requests": 1, "passes": 2, "prefix_tokens": 14_336, "reason": None}
+    assert "1 request waited until another one" in said(held=held) and "14,336 prompt tokens" in said(held=held)
+    for nothing in (None, {**held, "requests": 0}):
+        assert "waited" not in said(held=nothing)
+
+
 def test_little_is_shared_or_saved():
     nothing, unsaved = "shared next to nothing", "Requests did share something"
     assert nothing not in said() and unsaved not in said()

@@ -106,7 +106,8 @@ def test_held_requests():
         ("held until others had computed their prefix", "7 requests"),
         ("prompt tokens that they found cached then", "14,336"),
     )
-    assert "held" not in "\n".join(drawn(STATE))
+    for held in (None, {"requests": 0, "passes": 0, "prefix_tokens": 0, "reason": None}):
+        assert "held" not in "\n".join(drawn({**STATE, "held": held}))
 
 
 def test_before_the_first_step():

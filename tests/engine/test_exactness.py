@@ -29,11 +29,11 @@ class Case(NamedTuple):
 
 CASES = {
     "default": Case({}, rounds=["tree", "cold", "samples", *BEAMS, "abort", "flush", "tree"], contract=True),
-    # memory and places are short; held-back requests find their prefix one pass earlier than with overlap
+    # memory and places are short; held requests find their prefix one pass earlier than with overlap
     "no-overlap": Case(
         {"disable_overlap_schedule": True, "max_total_tokens": 2600, "max_running_requests": 4,
          "schedule_policy": "lpm"},
-        {"extend": "off", "hold_siblings": True},
+        {"extend": "off"},
         ["busy", "family", "tree", "cold", "samples", "abort", "flush", "tree"],
     ),
     "mixed-chunk": Case({"chunked_prefill_size": 128, "enable_mixed_chunk": True}, {"extend": "on"}, contract=True),
@@ -70,8 +70,13 @@ def test_outputs_equal_stock(name, model, stock, tmp_path):
         assert state["kv_tokens_unique"] <= state["kv_tokens_read"] < 0.6 * state["kv_tokens_logical"]
     if name == "retraction":
         assert any(out["retracted"] for out in ran.said["0-busy"])
-    if case.config.get("hold_siblings"):  # seven of the eight of `cold`, and of `family`
-        assert state["held"]["requests"] >= 7 and state["held"]["prefix_tokens"] >= 7 * 450
+    held = state["held"]
+    if name == "no-radix-cache":
+        assert held["reason"] == "there is no radix cache" and held["requests"] == 0
+    else:
+        assert held["reason"] is None
+    if name in ("default", "no-overlap"):  # seven of the eight of `cold`, and of `family`
+        assert held["requests"] >= 7 and held["prefix_tokens"] >= 7 * 450
     if name == "default":
         samples_and_beams_are_grouped(ran)
 
@@ -94,8 +99,9 @@ def test_fp8_kv_equals_stock(model):
     """Layer by layer. Texts may differ: a last bit of float32 decides how a key of the next layer is rounded to FP8."""
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL, "kv_cache_dtype": "fp8_e4m3"}
     rounds = ["tree", "cold", "flush", "tree"]
-    ran = run_engine({"engine": engine, "rounds": rounds}, {"check": True, "extend": "on", "arena_tokens": 600})
-    state = ran.state
+    config = {"check": True, "extend": "on", "arena_tokens": 600, "hold_siblings": False}
+    state = run_engine({"engine": engine, "rounds": rounds}, config).state
+    assert state["held"] is None
     assert state["active"] and state["packed_steps"] > 30 and state["packed_extends"] > 3
     assert state["fallback_layers"] == {} and state["arena"]["copies"] > 0 and 0 < state["check_error"] < 1e-5
 

@@ -6,6 +6,9 @@ requests are in test_exactness.py and test_settings.py.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from array import array
 from types import SimpleNamespace
 
@@ -36,6 +39,8 @@ def test_which_requests_may_share():
     with_logprobs.logprob_start_len = 5
     assert prompt_of(with_logprobs).usable_tokens == 5
     assert prompt_of(request(input_embeds=[[0.0]])) is None
+    assert prompt_of(request(return_hidden_states=True)) is None  # it would get fewer of them
+    assert prompt_of(request(return_hidden_states="last")) is not None
     for name in ("session", "multimodal_inputs", "positional_embed_overrides", "skip_radix_cache_insert"):
         other = request()
         assert hasattr(other, name)
@@ -130,6 +135,16 @@ def test_nobody_takes_what_a_held_request_needs(what, value, one_pass):
 
 
 @pytest.mark.contract
+def test_beams_need_a_place_each(one_pass):
+    """Of 8 places one is the leader's; the held request wants 6 or 7, and the one behind it one."""
+    for width, passes in ((6, True), (7, False)):
+        one_pass.adder.can_run_list = []
+        waiting = request()
+        waiting.beam_group = SimpleNamespace(beam_width=width)
+        assert one_pass([request(), waiting, unrelated()]) == [True, False, passes]
+
+
+@pytest.mark.contract
 def test_one_for_whom_others_were_preempted_is_admitted(one_pass):
     """SGLang 0.5.17 forgets those who were preempted in a pass that admits nobody; they were never answered."""
     one_pass.adder.can_run_list = []
@@ -139,7 +154,7 @@ def test_one_for_whom_others_were_preempted_is_admitted(one_pass):
     def preempts(scheduler):
         from packinfer_sgl.patches import hold
 
-        hold._pass.held.append(request())
+        hold._pass.hold(one_pass.adder, request())
         one_pass.adder.preempt_list.append(request())
         return hold.hold(lambda adder, req: adder.can_run_list.append(req), one_pass.adder, urgent)
 
@@ -150,8 +165,9 @@ def test_one_for_whom_others_were_preempted_is_admitted(one_pass):
 
 
 @pytest.mark.contract
-def test_nobody_is_held_for_nothing(one_pass):
+def test_nobody_is_held_for_nothing(one_pass, caplog):
     """Without a radix cache, with Mamba layers, after others were preempted for it, or with the setting off."""
+    caplog.set_level("INFO")
     from packinfer_sgl.patches import hold
 
     def both() -> list[bool]:
@@ -167,8 +183,12 @@ def test_nobody_is_held_for_nothing(one_pass):
     ):
         before = getattr(where, name)
         setattr(where, name, value)
-        assert both() == [True, True], name
+        assert both() == both() == [True, True], name
+        if where is one_pass.scheduler.tree_cache:  # says so, once
+            said = "requests are held for a shared prefix: " + one_pass.held().reason
+            assert caplog.text.count(said) == 1
         setattr(where, name, before)
+        assert both() == [True, False] and one_pass.held().reason is None
 
 
 @pytest.mark.contract
@@ -209,13 +229,114 @@ def test_a_pass_that_cannot_decide_goes_on_as_sglangs_own(one_pass, monkeypatch,
         with monkeypatch.context() as patch:
             patch.setattr(hold.Pass, method, lambda *_: 1 / 0)
             assert one_pass(requests) == ([True] * 4)
+    one_pass.adder.can_run_list = []
+    with monkeypatch.context() as patch:  # of a release that asks trees otherwise
+        patch.delattr(one_pass.scheduler.tree_cache, "supports_mamba")
+        assert one_pass(requests) == ([True] * 4)
     assert caplog.text.count("requests could not be held back") == 1
     one_pass.adder.can_run_list = []
     assert one_pass(requests) == [True, False, False, False]
 
 
-def test_pipeline_parallelism_is_refused():
-    from packinfer_sgl.patches.hold import HoldError, start
+def runner(**settings: object) -> SimpleNamespace:
+    return SimpleNamespace(server_args=SimpleNamespace(**{"pp_size": 1, "disaggregation_mode": "null", **settings}))
 
-    with pytest.raises(HoldError, match="--packinfer-hold-siblings does not work with --pp-size"):
-        start(SimpleNamespace(server_args=SimpleNamespace(pp_size=2)))
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing is held in this process, nor hooked; what SGLang says of DP attention."""
+    from sglang.srt.layers import dp_attention
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from packinfer_sgl.patches import hold
+
+    monkeypatch.setattr(hold, "_held", None)
+    monkeypatch.setattr(dp_attention, "is_dp_attention_enabled", lambda: False)
+    monkeypatch.setattr(HookRegistry, "_hooks", {**HookRegistry._hooks})
+    monkeypatch.setattr(HookRegistry, "_patched", {*HookRegistry._patched})
+    return hold
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    ("settings", "deterministic", "dp", "says"),
+    [
+        ({"pp_size": 2}, None, False, "does not work with --pp-size"),
+        ({}, "--enable-deterministic-inference", False, "by default with --enable-deterministic-inference"),
+        ({"disaggregation_mode": "prefill"}, None, False, "by default with --disaggregation-mode"),
+        ({"disaggregation_mode": "decode"}, None, False, "by default with --disaggregation-mode"),
+        ({}, None, True, "by default with DP attention"),
+        ({"enable_hierarchical_cache": True}, None, False, "by default with --enable-hierarchical-cache"),
+    ],
+)
+def test_where_nobody_is_held_by_default(settings, deterministic, dp, says, fresh, monkeypatch, caplog):
+    """Such a server starts, and says so once; told to hold it does, but for what cannot be."""
+    from sglang.srt.layers import dp_attention
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(dp_attention, "is_dp_attention_enabled", lambda: dp)
+    monkeypatch.setattr(fresh, "put_hooks", lambda: pytest.fail("hooked for nothing"))
+    held = fresh.start(runner(**settings), False, deterministic)
+    assert says in held.reason and held.as_dict()["requests"] == 0 and fresh._held is None
+    assert caplog.text.count(says) == 1
+    monkeypatch.setattr(fresh, "put_hooks", lambda: None)
+    if "pp_size" in settings:
+        with pytest.raises(fresh.HoldError, match=f"--packinfer-hold-siblings {says}; leave one of them out"):
+            fresh.start(runner(**settings), True, deterministic)
+    else:
+        assert fresh.start(runner(**settings), True, deterministic).reason is None and fresh._held is not None
+
+
+@pytest.mark.contract
+def test_a_seam_that_is_not_there(fresh, monkeypatch, caplog):
+    """As in a release that was not tested."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    from packinfer_sgl.patches.hook import Hook
+
+    missing = Hook("sglang.srt.managers.scheduler.Scheduler.nowhere", fresh.hold, HookType.AROUND)
+    monkeypatch.setattr(fresh, "hooks", lambda: [missing])
+    held = fresh.start(runner(), False, None)
+    assert "cannot hook sglang.srt.managers.scheduler.Scheduler.nowhere" in held.reason and fresh._held is None
+    assert "Traceback" not in caplog.text
+    with pytest.raises(fresh.HoldError, match=r"cannot hook .*nowhere .*; leave it out"):
+        fresh.start(runner(), True, None)
+
+
+@pytest.mark.contract
+def test_a_start_that_fails_leaves_sglangs_scheduler(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(fresh, "put_hooks", lambda: 1 / 0)
+    assert "ZeroDivisionError" in fresh.start(runner(), False, None).reason and fresh._held is None
+    assert "please report this" in caplog.text
+    with pytest.raises(ZeroDivisionError):
+        fresh.start(runner(), True, None)
+
+
+@pytest.mark.contract
+def test_the_scheduler_is_changed_where_requests_are_held_and_nowhere_else():
+    """The plugin in a process of its own, as SGLang loads it, with a setting that no backend has read yet."""
+    code = """
+from types import SimpleNamespace
+from sglang.srt.layers import dp_attention
+from sglang.srt.managers.schedule_policy import PrefillAdder
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.plugins import load_plugins
+of = lambda: (Scheduler.get_new_batch_prefill, PrefillAdder.add_one_req)
+before = of()
+load_plugins()
+from packinfer_sgl.patches import hold
+dp_attention.is_dp_attention_enabled = lambda: False
+args = SimpleNamespace(pp_size=2, disaggregation_mode="null")
+runner = SimpleNamespace(server_args=args)
+assert hold.start(runner, False, None).reason and of() == before, "hooked by an installed plugin"
+args.pp_size = 1
+held = hold.start(runner, False, None)
+assert held.reason is None and hold.start(runner, False, None) is held
+first = of()
+assert not {*first} & {*before} and [hook.problem() for hook in hold.hooks()] == [None, None]
+assert hold.put_hooks() is None and of() == first, "hooked twice"
+print("done")
+"""
+    env = {**os.environ, "PACKINFER_CONFIG": '{"hold_siblings": true}'}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert ran.stdout.endswith("done\n"), ran.stderr[-2000:]

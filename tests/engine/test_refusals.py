@@ -16,7 +16,8 @@ import pytest
 import torch
 from test_seams import layer_and_pools
 
-from packinfer_sgl.config import ENV
+from packinfer_sgl.config import ENV, Config
+from packinfer_sgl.patches import server_args
 
 pytestmark = pytest.mark.contract
 
@@ -62,6 +63,60 @@ def test_a_wrong_setting_on_the_command_line(flags, env, line, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         ServerArgs.from_cli_args(args)
     assert str(stop.value.code).startswith(line) and "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "given"),
+    [
+        (PACKINFER, None, {}),
+        ((*PACKINFER, "--packinfer-hold-siblings"), None, {"hold_siblings": True}),
+        ((*PACKINFER, "--packinfer-hold-siblings", "true"), None, {"hold_siblings": True}),
+        ((*PACKINFER, "--packinfer-hold-siblings", "false", "--packinfer-check"), None,
+         {"hold_siblings": False, "check": True}),
+        (("--packinfer-hold-siblings=false", *PACKINFER), '{"hold_siblings": true}', {"hold_siblings": False}),
+        ((*PACKINFER, "--packinfer-check", "false"), '{"hold_siblings": false}',
+         {"hold_siblings": False, "check": False}),
+    ],
+)  # fmt: skip
+def test_what_the_model_processes_are_told(flags, env, given, monkeypatch):
+    """What was given and nothing else: defaults do without where a setting that was given may not."""
+    from sglang.srt.server_args import ServerArgs
+
+    if env is not None:
+        monkeypatch.setenv(ENV, env)
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    args = parser.parse_args(["--model-path", "none-is-read", *flags])
+    server_args.check_flags(ServerArgs, args)
+    assert Config.given() == given and Config.load() == Config(**given)
+
+
+def test_a_setting_may_stand_in_sglangs_file_of_settings(tmp_path):
+    """``--config``: SGLang writes flags with the values true and false out of it."""
+    from sglang.srt.server_args import ServerArgs
+
+    try:
+        from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+    except ImportError:  # 0.5.17
+        from sglang.srt.server_args_config_parser import ConfigArgumentMerger
+
+    (tmp_path / "settings.yaml").write_text("packinfer-hold-siblings: false\npackinfer-check: true\n")
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    words = ConfigArgumentMerger(parser).merge_config_with_args(["--config", str(tmp_path / "settings.yaml")])
+    args = parser.parse_args([*words, "--model-path", "none-is-read", *PACKINFER])
+    server_args.check_flags(ServerArgs, args)
+    assert Config.given() == {"hold_siblings": False, "check": True}
+
+
+def test_a_switch_takes_true_and_false_only(capsys):
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model-path", "none-is-read", *PACKINFER, "--packinfer-hold-siblings", "off"])
+    assert "--packinfer-hold-siblings: must be true or false, not 'off'" in capsys.readouterr().err
 
 
 def hooked() -> list[str]:

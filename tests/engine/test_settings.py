@@ -24,6 +24,7 @@ def test_grouping_off(model, stock):
     ran = run_engine({"engine": engine, "rounds": ["tree"]}, {"grouping": "off"})
     check(ran.said, stock)
     assert ran.state["packed_steps"] > 30 and ran.state["kv_tokens_read"] == ran.state["kv_tokens_logical"]
+    assert ran.state["held"]["requests"] == 15, "what is computed once does not depend on what is read once"
 
 
 def test_a_stock_backend_is_wrapped(model, stock):
@@ -35,6 +36,7 @@ def test_a_stock_backend_is_wrapped(model, stock):
     check(ran.said, stock)
     state = ran.state
     assert state["active"] and state["base_backend"] == "torch_native" and state["packed_steps"] > 30
+    assert state["held"]["requests"] >= 15 + 7
     assert all(node["parent"] == -1 for at in ran.states.values() for node in at["tree"])
     read = ran.counted("0-tree", "kv_tokens_read")
     assert ran.counted("0-tree", "kv_tokens_unique") < read < 0.6 * ran.counted("0-tree", "kv_tokens_logical")
@@ -44,6 +46,7 @@ def test_layers_with_a_window_stay_with_the_stock_backend(tmp_path):
     """Gemma 3: the other layers are packed, each checked against the stock backend."""
     engine = {"model_path": str(write_model("gemma3", tmp_path)), "attention_backend": "packinfer", **POOL}
     state = run_engine({"engine": engine, "rounds": ["tree", "tree"]}, {"check": True}).state
+    assert state["held"]["requests"] == 15 and state["held"]["prefix_tokens"] >= 15 * 300
     assert state["fallback_layers"] == {"sliding_window": 2} and 0 < state["check_error"] < 1e-5
     assert state["packed_steps"] > 30 and state["kv_tokens_read"] < 0.6 * state["kv_tokens_logical"]
 
@@ -63,7 +66,7 @@ def test_arena_and_held_requests(case, model, stock):
     flags = {"max_total_tokens": 4992, "chunked_prefill_size": 128, **PAGE} if small else {"chunked_prefill_size": 512}
     engine = {"model_path": model, "attention_backend": "packinfer", **POOL, **flags}
     rounds = ["cold", "family", "tree", "samples", "abort", "flush", "tree"]
-    ran = run_engine({"engine": engine, "rounds": rounds}, {"check": True, "arena_tokens": 2000, "hold_siblings": True})
+    ran = run_engine({"engine": engine, "rounds": rounds}, {"check": True, "arena_tokens": 2000})
     check(ran.said, stock)
     arena, held = ran.state["arena"], ran.state["held"]
     assert ran.state["packed_steps"] > 100 and arena["tokens"] == 2000

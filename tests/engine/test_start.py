@@ -25,6 +25,7 @@ import requests
 from engines import START_S
 
 from packinfer_sgl.cli import main
+from packinfer_sgl.patches import hold
 from packinfer_sgl.tools import estimate_server
 from packinfer_sgl.tools.explain import explain
 
@@ -153,8 +154,7 @@ def test_server_says_what_it_does(model, monkeypatch, capsys):
         port = str(free.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
     flags = ("--model-path", model, *PACKINFER, "--port", port)
-    server = start(*flags, "--enable-metrics", "--packinfer-check", "--packinfer-arena-tokens", "1000",
-                   "--packinfer-hold-siblings")  # fmt: skip
+    server = start(*flags, "--enable-metrics", "--packinfer-check", "--packinfer-arena-tokens", "1000")
     try:
         deadline = time.monotonic() + START_S
         while True:
@@ -199,6 +199,8 @@ def test_server_says_what_it_does(model, monkeypatch, capsys):
         assert arena["tokens"] == 1000 and 0 < arena["contiguous_tokens_read"] < arena["shared_tokens_read"]
         for name in ("copies", "copied_bytes", "hits", "refused", "replaced", "contiguous_tokens_read"):
             assert values[f"packinfer:arena_{name}_total"] == arena[name]
+        assert state["held"]["requests"] == 3 and len(state["hooks"]) == len({*state["hooks"]}) > 10
+        assert {hook.target for hook in hold.hooks()} < {*state["hooks"]}
         for name in ("requests", "passes", "prefix_tokens"):
             assert values[f"packinfer:held_{name}_total"] == state["held"][name]
         assert values["packinfer:arena_used_tokens"] == arena["used_tokens"] > 0

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from test_house import FLOORS, ROOT, imports, rooms
 
-from packinfer_sgl.config import ENV, Config, flag
+from packinfer_sgl.config import Config, flag
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = {"matplotlib"}  # imported where it is needed, and only there
@@ -42,19 +42,20 @@ def test_flags_of_the_readme() -> None:
 def test_hooks_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt import platforms
 
+    from packinfer_sgl import plugin
     from packinfer_sgl.cpu_platform import PackInferCpuPlatform
-    from packinfer_sgl.plugin import hooks
+    from packinfer_sgl.patches import hold
 
-    # two hooks are for this setting only, one for this platform
-    monkeypatch.setenv(ENV, '{"hold_siblings": true}')
-    # SGLang makes it when it is first asked for, so that it must not be there afterwards if it was not before
+    # one hook is for this platform only; SGLang makes it when it is first asked for, so that it must not be there
+    # afterwards if it was not before
     monkeypatch.setitem(vars(platforms), "current_platform", object.__new__(PackInferCpuPlatform))
     said, file = set(), ""
     for row in table("patches/README.md", "file"):
         file = row[0] or file
         said.add((file, f"sglang.srt.{row[1]}", row[2]))
-    done = {(f"{hook.function.__module__.rpartition('.')[2]}.py", hook.target, hook.type.value) for hook in hooks()}
-    assert said == done and len(hooks()) == len(done)
+    hooks = [*plugin.hooks(), *hold.hooks()]
+    done = {(f"{hook.function.__module__.rpartition('.')[2]}.py", hook.target, hook.type.value) for hook in hooks}
+    assert said == done and len(hooks) == len(done)
 
 
 def canonical(name: str) -> str:

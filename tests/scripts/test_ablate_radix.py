@@ -22,11 +22,19 @@ from left_over import family, has_scheduler, survivors
 from lib.answers import compare
 from lib.token_traces import TraceError
 
+from packinfer_sgl import config as packinfer
+
 SCRIPT = Path(ablate_matrix.__file__).parents[1] / "ablate_radix.py"
 DEFAULT = {name: list(axis.default) for name, axis in AXES.items()}
 WITH_LPM = {**DEFAULT, "schedule": ["fcfs", "lpm"]}
 ALL = {name: list(axis.values) for name, axis in AXES.items()}
 LIMIT_S = 600
+
+
+def test_what_is_usual_is_what_the_plugin_does_by_default() -> None:
+    _, settings = engine_arguments(usual())
+    assert packinfer.Config(**settings) == packinfer.Config()
+    assert AXES["hold"].default == ("on",)
 
 
 def test_one_change_at_a_time_and_each_engine_once() -> None:
@@ -37,7 +45,7 @@ def test_one_change_at_a_time_and_each_engine_once() -> None:
     assert list(map(label, found))[4:] == ["schedule lpm"]
     wide = select(ALL, full=False)
     assert {label(c) for c in wide} == {label(c) for c in found} | {
-        "arena 8192", "arena 32768", "extend off", "hold on", "page 16", "page 64", "eviction lfu",
+        "arena 8192", "arena 32768", "extend off", "hold off", "page 16", "page 64", "eviction lfu",
         "schedule dfs-weight",
     }  # fmt: skip
 

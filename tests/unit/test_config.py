@@ -14,7 +14,7 @@ from packinfer_sgl.config import Config, ConfigError, flag
 
 DEFAULTS = {
     "base_backend": "auto", "grouping": "multi", "extend": "auto", "check": False, "arena_tokens": 0, "wrap": False,
-    "hold_siblings": False,
+    "hold_siblings": True,
 }  # fmt: skip
 
 
@@ -122,6 +122,16 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Config.load() == Config(grouping="off")
     monkeypatch.delenv("PACKINFER_CONFIG")
     assert Config.load() == Config()
+
+
+def test_what_the_user_gave_is_told_from_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACKINFER_CONFIG", '{"hold_siblings": true, "grouping": "off"}')
+    assert Config.given() == {"hold_siblings": True, "grouping": "off"}
+    monkeypatch.setenv("PACKINFER_CONFIG", "[]")
+    with pytest.raises(ConfigError, match="JSON object"):
+        Config.given()
+    monkeypatch.delenv("PACKINFER_CONFIG")
+    assert Config.given() == {}
 
 
 def test_settings_do_not_change() -> None:

@@ -56,6 +56,19 @@ def test_what_cannot_be_shared_is_not_waited_for() -> None:
     assert not waits(prompt((-1, *LONG[1:]), tree=("lora a", None)), leader)  # equal but for the first token
 
 
+def test_nobody_is_looked_at_for_a_request_that_cannot_gain() -> None:
+    """Of many short prompts at once each would be compared with all before it."""
+
+    class Unread(list):
+        def __iter__(self):
+            raise AssertionError("looked at")
+
+    for usable, cached in ((LEAST_TOKENS - 1, 0), (LEAST_TOKENS + 99, 100)):
+        assert wait(prompt(LONG, cached, usable=usable), Unread(), Unread(), 1, None) is None
+    with pytest.raises(AssertionError, match="looked at"):
+        wait(prompt(LONG, usable=LEAST_TOKENS), Unread(), [], 1, None)
+
+
 def test_a_wait_ends_one_pass_after_its_leader() -> None:
     leader, other, waiting = prompt(LONG), prompt(LONG), prompt(LONG)
     first = wait(waiting, [leader], [], 1, None)
@@ -90,7 +103,7 @@ def test_totals() -> None:
     held.count_held(first, again := Wait(leader, 300, last=True))
     held.count_found(again, 700)
     held.count_found(Wait(leader, 50, last=True), 40)  # evicted in the meantime
-    assert held.as_dict() == {"requests": 1, "passes": 3, "prefix_tokens": 690}
+    assert held.as_dict() == {"requests": 1, "passes": 3, "prefix_tokens": 690, "reason": None}
 
 
 # A scheduler in small, with the passes of SGLang's: first the rest of a prompt in chunks, then the waiting requests in
@@ -248,4 +261,4 @@ def test_one_of_eight_computes_what_they_share(chunk: int, overlap: bool) -> Non
     assert with_it == 20 + 8 and computed(False)[0] > 2 * with_it if chunk == 1000 else with_it == 28
     assert scheduler.held.prefix_tokens <= 7 * 20
     if chunk == 1000:
-        assert scheduler.held.as_dict() == {"requests": 7, "passes": 14 if overlap else 7, "prefix_tokens": 140}
+        assert scheduler.held == Held(requests=7, passes=14 if overlap else 7, prefix_tokens=140)
