@@ -145,16 +145,15 @@ class PackedCuda:
             raise ValueError(f"a plan of {len(plan.class_indptr) - 1} tile classes for {len(self.tiles)} tiles")
         for i, tile in enumerate(self.tiles):
             # the Triton kernel runs classes of the decode kernel, too: elsewhere, and with run B
-            if tile.kernel == "triton" or (tile.kernel == "hopper_decode" and (plan.windowed or not self._is_hopper)):
-                continue
+            elsewhere = tile.kernel == "hopper_decode" and (plan.windowed or not self._is_hopper)
+            kernel = "triton" if elsewhere else tile.kernel
+            cannot = {"go on with a unit": CHAIN} if kernel == "triton" or not tile.units else {}
+            if kernel != "triton":
+                cannot |= {"are followed by others": NEXT_ITEM} | ({} if tile.units else {"grow": OPEN_ROW})
             items = plan.items[plan.class_indptr[i] : plan.class_indptr[i + 1]]
-            for column, most, what in (
-                (OPEN_ROW, np.inf if tile.units else -1, "grow"),
-                (NEXT_ITEM, -1, "are followed by others"),
-                (CHAIN, np.inf if tile.units else 0, "go on with a unit"),
-            ):
-                if items[:, int(column)].max(initial=-1) > most:
-                    raise ValueError(f"the {tile.kernel} kernel runs no items that {what}")
+            for what, column in cannot.items():
+                if items[:, int(column)].max(initial=-1) > (0 if column is CHAIN else -1):
+                    raise ValueError(f"the {kernel} kernel runs no items that {what}")
         self._has_run_b = plan.windowed and bool(plan.items[:, Col.B_LEN].any())
 
     def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor, page_size: int = 1) -> None:

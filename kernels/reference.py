@@ -79,7 +79,10 @@ def packed_attention(
         part = torch.from_numpy(plan.partial_rows[query_slots]).long()
         rows = torch.where(part < 0, -2 - part, part + int(item[Col.SPLIT]))
         if item[Col.CHAIN] & Chain.GOES_ON:  # items that hand a state on come before those that go on with it
-            both = torch.stack([part_out[rows], o], 1).flatten(0, 1), torch.stack([part_lse2[rows], lse], 1).flatten(0, 1)
+            both = (
+                torch.stack([part_out[rows], o], 1).flatten(0, 1),
+                torch.stack([part_lse2[rows], lse], 1).flatten(0, 1),
+            )
             o, lse = merge_states(*both, torch.arange(2 * len(rows)), torch.arange(0, 2 * len(rows) + 1, 2))
         direct = (part < 0) & ~torch.tensor(bool(item[Col.CHAIN] & Chain.HANDS_ON))
         out[queries[direct]], lse2[queries[direct]] = o[direct], lse[direct]

@@ -142,8 +142,12 @@ def unit_tiles(shape: AttentionShape) -> tuple[Tile, ...]:
     return begins, replace(begins, goes_on=True)
 
 
-def unit_policy(shape: AttentionShape, unit_tokens: int) -> TilePolicy:
+def unit_policy(shape: AttentionShape, unit_tokens: int, parts: bool = True) -> TilePolicy:
     """How a plan for ``unit_tiles`` is cut.
+
+    Args:
+        parts: whether spans may end within units: the Triton kernel, in whose interpreter such plans are tested, does
+            not go on from another item's state.
 
     Raises:
         ValueError: a block of KV would lie in two units.
@@ -152,7 +156,7 @@ def unit_policy(shape: AttentionShape, unit_tokens: int) -> TilePolicy:
     if unit_tokens <= 0 or unit_tokens % math.lcm(tile.tokens, tile.triton_tokens or tile.tokens):
         raise ValueError(f"units of {unit_tokens} tokens are not of whole blocks of {tile.tokens}")
     queries = max(1, tile.rows // shape.group_size)
-    return TilePolicy((queries, queries), UNCUT_TOKENS, unit_tokens=unit_tokens, block_tokens=tile.tokens)
+    return TilePolicy((queries, queries), UNCUT_TOKENS, unit_tokens=unit_tokens, block_tokens=tile.tokens * parts)
 
 
 def most_group_size(head_dim: int) -> int:
@@ -227,7 +231,7 @@ def device_profile(device: torch.device) -> DeviceProfile:
 def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False, unit_tokens: int = 0) -> TilePolicy:
     """How a plan for these kernels is cut on ``device``, for the tiles of ``shape_tiles``."""
     if unit_tokens:
-        return unit_policy(shape, unit_tokens)
+        return unit_policy(shape, unit_tokens, is_hopper(device))
     return policy_of(shape, shape_tiles(shape, device, extend), multiprocessors(device), device_profile(device))
 
 
