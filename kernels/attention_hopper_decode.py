@@ -71,8 +71,8 @@ from packinfer_sgl.kernels.hopper_common import (
     empty_phase,
     full_phase,
     grown,
+    part_of_cap,
     row_layout,
-    soft_capped,
 )
 from packinfer_sgl.kernels.hopper_decode_fp8 import RawRing, produce_from_fp8
 from packinfer_sgl.kernels.hopper_decode_tile import load_q, load_state, store_results
@@ -186,13 +186,17 @@ def _softmax_block(
 ):  # fmt: skip
     """Online softmax: the weights of a block, the new ``top`` and ``total``, and the factor of all before the block.
 
+    A full block has the same bits in the loop as where it is the last: the factor of ``s`` comes after what is masked,
+    so that the compiler contracts the same operations.
+
     MAY_BE_EMPTY: nothing of the item may have been seen yet, nor in this block.
     """
-    new_top = gl.maximum(top, gl.convert_layout(gl.max(s, 1), o_rows) * (1.0 if SOFT_CAP else args.scale2))  # [ROWS]
+    factor = args.cap2 if SOFT_CAP else args.scale2
+    new_top = gl.maximum(top, gl.convert_layout(gl.max(s, 1), o_rows) * factor)  # [ROWS]
     shift = gl.where(new_top == -float("inf"), 0.0, new_top) if MAY_BE_EMPTY else new_top
     keep = gl.exp2(top - shift)
     shift = gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(1, s_layout)), 1)
-    p = gl.exp2(s - shift if SOFT_CAP else s * args.scale2 - shift)  # [ROWS, BLOCK_N]
+    p = gl.exp2(s * factor - shift)  # [ROWS, BLOCK_N]
     return p, new_top, total * keep + gl.convert_layout(gl.sum(p, 1), o_rows), keep
 
 
@@ -246,7 +250,7 @@ def _consume(
         for _ in range(BLOCK_N, a_len, BLOCK_N):  # all blocks but the last
             next_s = _begin_scores(args, pipe, n + 1, BLOCK_N, STAGES, s_layout)
             if SOFT_CAP:
-                s = soft_capped(s, args.scale2, args.cap2)
+                s = part_of_cap(s, args.scale2, args.cap2)
             p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, False, s_layout, o_rows)
             acc = acc * gl.expand_dims(keep, 1)
             p_operand = gl.convert_layout(p.to(dtype), p_layout)
@@ -262,7 +266,7 @@ def _consume(
             mbarrier.arrive(pipe.v_empty.index(n % STAGES), count=1)
             n += 1
         if SOFT_CAP:
-            s = soft_capped(s, args.scale2, args.cap2)
+            s = part_of_cap(s, args.scale2, args.cap2)
         pos = (gl.maximum(a_len, 1) - 1) // BLOCK_N * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
         s = gl.where(gl.expand_dims(pos < a_len, 0), s, -float("inf"))
         p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, True, s_layout, o_rows)
@@ -336,8 +340,8 @@ def packed_attention_hopper_kernel(
             q_ptr=q_ptr, out_ptr=out_ptr, lse2_ptr=lse2_ptr, part_out_ptr=part_out_ptr, part_lse2_ptr=part_lse2_ptr,
             part_sum_ptr=part_sum_ptr, items_ptr=items_ptr, kv_lens_ptr=kv_lens_ptr, query_rows_ptr=query_rows_ptr,
             sinks_ptr=sinks_ptr, partial_rows_ptr=partial_rows_ptr, first=first, work=work, kv_heads=kv_heads,
-            n_heads=n_heads, stride_q_token=stride_q_token, stride_q_head=stride_q_head, stride_out_token=stride_out_token,
-            stride_out_head=stride_out_head, scale2=scale2, cap2=cap2, v_scale=v_scale, q_tile=q_tile,
+            n_heads=n_heads, stride_q_token=stride_q_token, stride_q_head=stride_q_head,
+            stride_out_token=stride_out_token, stride_out_head=stride_out_head, scale2=scale2, cap2=cap2, v_scale=v_scale, q_tile=q_tile,
         )  # fmt: skip
         producer = ProducerArgs(
             k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, kv_lens_ptr=kv_lens_ptr, first=first,
