@@ -341,7 +341,8 @@ def packed_attention_hopper_kernel(
             part_sum_ptr=part_sum_ptr, items_ptr=items_ptr, kv_lens_ptr=kv_lens_ptr, query_rows_ptr=query_rows_ptr,
             sinks_ptr=sinks_ptr, partial_rows_ptr=partial_rows_ptr, first=first, work=work, kv_heads=kv_heads,
             n_heads=n_heads, stride_q_token=stride_q_token, stride_q_head=stride_q_head,
-            stride_out_token=stride_out_token, stride_out_head=stride_out_head, scale2=scale2, cap2=cap2, v_scale=v_scale, q_tile=q_tile,
+            stride_out_token=stride_out_token, stride_out_head=stride_out_head, scale2=scale2, cap2=cap2,
+            v_scale=v_scale, q_tile=q_tile,
         )  # fmt: skip
         producer = ProducerArgs(
             k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, kv_lens_ptr=kv_lens_ptr, first=first,

@@ -93,8 +93,16 @@ def test_an_item_that_grows_is_read_up_to_now(kind: str) -> None:
         assert all(same_bits(a, b) for a, b in zip(some.run(Machine(), seed), right, strict=True))
 
 
-def test_only_the_class_of_the_mode_runs_items_that_grow() -> None:
+def test_only_the_classes_of_the_mode_run_its_items() -> None:
     some = launch("decode")
-    some.packed.tiles = DECODE * 2
-    with pytest.raises(ValueError, match="the hopper_decode kernel runs no items that grow"):
+    some.packed._is_hopper = False
+    with pytest.raises(ValueError, match="the triton kernel runs no items that go on with a unit"):
         some.packed.load(some.case.plan)
+    some.packed._is_hopper, some.packed.tiles = True, DECODE * 2
+    with pytest.raises(ValueError, match="the hopper_decode kernel runs no items that go on with a unit"):
+        some.packed.load(some.case.plan)
+    whole = in_company(some.case, [*range(6)], UNIT, room=8, parts=False)
+    assert not whole.plan.items[:, Col.CHAIN].any()
+    some.packed.capacity = Capacity.unlimited()
+    with pytest.raises(ValueError, match="the hopper_decode kernel runs no items that grow"):
+        some.packed.load(whole.plan)
