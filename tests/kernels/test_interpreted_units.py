@@ -28,7 +28,7 @@ KINDS = {
 # spans of 160 and 96 tokens end within units; that of 32 is shared by two rows, one of which has
 # no other unit
 BATCH = {
-    "shared": [180, 180, 100, 0, 40], "tails": [40, 64, 3, 130, 20, 128], "room_tokens": 8, "unit_tokens": UNIT,
+    "shared": [180, 180, 100, 0, 40], "tails": [20, 64, 3, 130, 40, 128], "room_tokens": 8, "unit_tokens": UNIT,
 }  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def test_equals_brute_force(kind: str, more: dict) -> None:
     assert (some.case.plan.items[:, Col.OPEN_ROW] >= 0).sum() == 6
     chain = some.case.plan.items[:, Col.CHAIN]
     assert (chain == Chain.HANDS_ON).sum() == 3 and (chain == Chain.GOES_ON).sum() == 7
+    assert some.case.plan.n_states == 1
     for seed in range(3):
         check(some, seed)
 

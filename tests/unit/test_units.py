@@ -173,6 +173,9 @@ def test_of_ends_within_a_unit_the_one_stays_that_saves_most() -> None:
     # and where a tile holds two queries, neither saves more than half of what it shares
     assert ends([30, 20, 20, 20, 20, 20, 20], few_queries) == [20]  # 4 x 4 against 14
     assert ends([30, 18, 18, 18, 18, 18, 18], few_queries) == [16, 30]  # 4 x 2
+    # eight rows and 20 tokens, of which four and 22 save less than pairs of these and 50, but all together more
+    rows = policy_of(8, 64, 2)
+    assert ends([34 + 16, 22, 34 + 16, 20, 20, 20, 20], rows) == [20]
 
 
 def test_planted_faults_are_seen() -> None:
