@@ -39,8 +39,12 @@ the next item's blocks before it has converted an item's last. Queries and weigh
 Within the producer, ``wait_group`` waits for a thread's own copies, and the compiler lets the warpgroup meet before it
 reads what others copied, before it copies over what others read, and between its fence and the arrival.
 
-Taken for granted (``device_plan`` checks it): no run B, no item that another follows; none that grows but with OPEN.
-An empty item has one block, all of it hidden.
+Plans in units (UNITS, ``planning.units``): items may grow, and one may leave its state, the output before it is divided
+and softmax's maximum and sum, where the results of its queries' unit belong. Those of the launch with GOES_ON begin
+with such a state: it waits until the launch before is done.
+
+Taken for granted (``device_plan`` checks it): no run B, no item that another follows; none that grows or has to do with
+another's state but with UNITS. An empty item has one block, all of it hidden.
 """
 
 from __future__ import annotations
@@ -56,23 +60,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from packinfer_sgl.kernels.columns import A_LEN, A_OFF, N_COLS, Q_CNT, Q_OFF, SPLIT
+from packinfer_sgl.kernels.columns import A_LEN, A_OFF, CHAIN, HANDS_ON, N_COLS, Q_CNT, Q_OFF, SPLIT
 from packinfer_sgl.kernels.hopper_common import (
     CONVERT_ARRIVALS,
     COPY_ARRIVALS,
-    LOG2_E,
     ROWS,
     allocate_barriers,
     empty_phase,
     full_phase,
     grown,
+    part_of_cap,
     row_layout,
-    soft_capped,
-    with_sink,
 )
 from packinfer_sgl.kernels.hopper_decode_fp8 import RawRing, produce_from_fp8
+from packinfer_sgl.kernels.hopper_decode_tile import load_q, load_state, store_results
 
 CONSUMER_ARRIVALS = gl.constexpr(1)  # one for the warpgroup
 
@@ -108,6 +111,7 @@ class ConsumerArgs(NamedTuple):
     lse2_ptr: gl.tensor
     part_out_ptr: gl.tensor
     part_lse2_ptr: gl.tensor
+    part_sum_ptr: gl.tensor
     items_ptr: gl.tensor
     kv_lens_ptr: gl.tensor
     query_rows_ptr: gl.tensor
@@ -130,7 +134,7 @@ class ConsumerArgs(NamedTuple):
 @gluon.jit
 def _produce(
     args, pipe, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
-    OPEN: gl.constexpr,
+    UNITS: gl.constexpr,
 ):  # fmt: skip
     """The producer warpgroup: copy the KV blocks of all items to the ring, one after the other."""
     layout: gl.constexpr = row_layout(HEAD_DIM)
@@ -140,7 +144,7 @@ def _produce(
     for w in range(gl.program_id(0), args.work, gl.num_programs(0)):
         item_ptr = args.items_ptr + (args.first + w // args.kv_heads) * N_COLS
         a_len = gl.load(item_ptr + A_LEN)
-        if OPEN:
+        if UNITS:
             a_len = grown(item_ptr, a_len, args.kv_lens_ptr)
         a_slots = args.slots_ptr + gl.load(item_ptr + A_OFF)
         head = (w % args.kv_heads).to(gl.int64) * args.stride_kv_head
@@ -165,54 +169,6 @@ def _produce(
 
 
 @gluon.jit
-def _load_q(args, q_off, q_cnt, kv_head, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """A tile's ROWS rows into shared memory; rows past its queries become 0."""
-    layout: gl.constexpr = row_layout(HEAD_DIM)
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
-    live = row // GROUP < q_cnt
-    query = gl.load(args.query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)  # [ROWS]
-    q_row = query * args.stride_q_token + (kv_head * GROUP + row % GROUP).to(gl.int64) * args.stride_q_head
-    q_offset = gl.expand_dims(q_row, 1) + gl.expand_dims(d, 0)  # [ROWS, HEAD_DIM]
-    q = gl.load(args.q_ptr + q_offset, mask=gl.expand_dims(live, 1), other=0.0)
-    args.q_tile.store(q.to(args.q_tile.dtype))
-    fence_async_shared()
-
-
-@gluon.jit
-def _store_results(
-    args, acc, top, total, q_off, q_cnt, split, kv_head,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, SINKS: gl.constexpr, FIRST_D: gl.constexpr, o_layout: gl.constexpr,
-):  # fmt: skip
-    """The same rows' results ([ROWS, columns from FIRST_D on], [ROWS], [ROWS]): to the output, or to the item's partial
-    results."""
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
-    d = FIRST_D + gl.arange(0, acc.shape[1], gl.SliceLayout(0, o_layout))
-    live = row // GROUP < q_cnt
-    head = kv_head * GROUP + row % GROUP
-    query = gl.load(args.query_rows_ptr + q_off + row // GROUP, mask=live, other=0).to(gl.int64)
-    part = gl.load(args.partial_rows_ptr + q_off + row // GROUP, mask=live, other=0)
-    direct = live & (part < 0)
-    partial = live & (part >= 0)
-    if SINKS:
-        sink = gl.load(args.sinks_ptr + head, mask=direct, other=-float("inf"))
-        top, total, keep = with_sink(top, total, sink.to(gl.float32) * LOG2_E)
-        acc = acc * gl.expand_dims(keep, 1)
-    result = acc * gl.expand_dims(args.v_scale / gl.where(total == 0.0, 1.0, total), 1)
-    lse2 = top + gl.log2(total)
-    out_row = query * args.stride_out_token + head.to(gl.int64) * args.stride_out_head
-    out_offset = gl.expand_dims(out_row, 1) + gl.expand_dims(d, 0)
-    gl.store(args.out_ptr + out_offset, result.to(args.out_ptr.dtype.element_ty), mask=gl.expand_dims(direct, 1))
-    if FIRST_D == 0:
-        gl.store(args.lse2_ptr + query * args.n_heads + head, lse2, mask=direct)
-    part_row = (part + split).to(gl.int64) * args.n_heads + head
-    part_offset = gl.expand_dims(part_row * HEAD_DIM, 1) + gl.expand_dims(d, 0)
-    gl.store(args.part_out_ptr + part_offset, result, mask=gl.expand_dims(partial, 1))
-    if FIRST_D == 0:
-        gl.store(args.part_lse2_ptr + part_row, lse2, mask=partial)
-
-
-@gluon.jit
 def _begin_scores(args, pipe, n, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr):
     """Begin the product of the queries with the keys of block ``n``."""
     stage = n % STAGES
@@ -230,13 +186,17 @@ def _softmax_block(
 ):  # fmt: skip
     """Online softmax: the weights of a block, the new ``top`` and ``total``, and the factor of all before the block.
 
+    A full block has the same bits in the loop as where it is the last: the factor of ``s`` comes after what is masked,
+    so that the compiler contracts the same operations.
+
     MAY_BE_EMPTY: nothing of the item may have been seen yet, nor in this block.
     """
-    new_top = gl.maximum(top, gl.convert_layout(gl.max(s, 1), o_rows) * (1.0 if SOFT_CAP else args.scale2))  # [ROWS]
+    factor = args.cap2 if SOFT_CAP else args.scale2
+    new_top = gl.maximum(top, gl.convert_layout(gl.max(s, 1), o_rows) * factor)  # [ROWS]
     shift = gl.where(new_top == -float("inf"), 0.0, new_top) if MAY_BE_EMPTY else new_top
     keep = gl.exp2(top - shift)
     shift = gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(1, s_layout)), 1)
-    p = gl.exp2(s - shift if SOFT_CAP else s * args.scale2 - shift)  # [ROWS, BLOCK_N]
+    p = gl.exp2(s * factor - shift)  # [ROWS, BLOCK_N]
     return p, new_top, total * keep + gl.convert_layout(gl.sum(p, 1), o_rows), keep
 
 
@@ -250,7 +210,7 @@ def _begin_values(pipe, n, p_operand, acc, STAGES: gl.constexpr, FIRST_D: gl.con
 @gluon.jit
 def _consume(
     args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, OUT_PARTS: gl.constexpr, OPEN: gl.constexpr,
+    SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, OUT_PARTS: gl.constexpr, UNITS: gl.constexpr, GOES_ON: gl.constexpr,
 ):  # fmt: skip
     """The consumer warpgroup: online softmax over the blocks in the ring, and the results."""
     WIDTH: gl.constexpr = HEAD_DIM // OUT_PARTS
@@ -266,22 +226,31 @@ def _consume(
         q_off = gl.load(item_ptr + Q_OFF)
         q_cnt = gl.load(item_ptr + Q_CNT)
         a_len = gl.load(item_ptr + A_LEN)
-        if OPEN:
+        if UNITS:
             a_len = grown(item_ptr, a_len, args.kv_lens_ptr)
         split = gl.load(item_ptr + SPLIT)
-        _load_q(args, q_off, q_cnt, kv_head, GROUP, HEAD_DIM)
+        hands_on = 0
+        if UNITS:
+            hands_on = gl.load(item_ptr + CHAIN) & HANDS_ON
+        load_q(args, q_off, q_cnt, kv_head, GROUP, HEAD_DIM)
 
         acc = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
         if OUT_PARTS == 2:
             right = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
         top = gl.full([ROWS], -float("inf"), gl.float32, o_rows)
         total = gl.zeros([ROWS], gl.float32, o_rows)
+        if GOES_ON:
+            acc, top, total = load_state(args, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, WIDTH, 0, o_layout)
+            if OUT_PARTS == 2:
+                right, _, _ = load_state(
+                    args, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, WIDTH, WIDTH, o_layout
+                )  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[_begin_scores(args, pipe, n, BLOCK_N, STAGES, s_layout)])
         mbarrier.arrive(pipe.k_empty.index(n % STAGES), count=1)
         for _ in range(BLOCK_N, a_len, BLOCK_N):  # all blocks but the last
             next_s = _begin_scores(args, pipe, n + 1, BLOCK_N, STAGES, s_layout)
             if SOFT_CAP:
-                s = soft_capped(s, args.scale2, args.cap2)
+                s = part_of_cap(s, args.scale2, args.cap2)
             p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, False, s_layout, o_rows)
             acc = acc * gl.expand_dims(keep, 1)
             p_operand = gl.convert_layout(p.to(dtype), p_layout)
@@ -297,7 +266,7 @@ def _consume(
             mbarrier.arrive(pipe.v_empty.index(n % STAGES), count=1)
             n += 1
         if SOFT_CAP:
-            s = soft_capped(s, args.scale2, args.cap2)
+            s = part_of_cap(s, args.scale2, args.cap2)
         pos = (gl.maximum(a_len, 1) - 1) // BLOCK_N * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
         s = gl.where(gl.expand_dims(pos < a_len, 0), s, -float("inf"))
         p, top, total, keep = _softmax_block(args, s, top, total, SOFT_CAP, True, s_layout, o_rows)
@@ -314,24 +283,27 @@ def _consume(
         mbarrier.arrive(pipe.v_empty.index(n % STAGES), count=1)
         n += 1
 
-        _store_results(args, acc, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, SINKS, 0, o_layout)
+        store_results(
+            args, acc, top, total, q_off, q_cnt, split, kv_head, hands_on, GROUP, HEAD_DIM, SINKS, UNITS, 0, o_layout
+        )  # fmt: skip
         if OUT_PARTS == 2:
-            _store_results(
-                args, right, top, total, q_off, q_cnt, split, kv_head, GROUP, HEAD_DIM, SINKS, WIDTH, o_layout
+            store_results(
+                args, right, top, total, q_off, q_cnt, split, kv_head, hands_on, GROUP, HEAD_DIM, SINKS, UNITS, WIDTH,
+                o_layout,
             )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
 def packed_attention_hopper_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, part_sum_ptr, slots_ptr, items_ptr, counts_ptr,
     query_rows_ptr, partial_rows_ptr, kv_lens_ptr, sinks_ptr, stride_q_token, stride_q_head, stride_out_token,
     stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, v_scale, first_count, last_count, kv_heads,
     n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
     SINKS: gl.constexpr, STAGES: gl.constexpr, RAW_STAGES: gl.constexpr, OUT_PARTS: gl.constexpr,
-    OPEN: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    UNITS: gl.constexpr, GOES_ON: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As ``packed_attention_kernel`` with BLOCK_M 64, for items without run B; with OPEN they may grow.
+    """As ``packed_attention_kernel`` with BLOCK_M 64, for items without run B.
 
     With OUT_PARTS 2 values are multiplied by halves of HEAD_DIM: a product of 256 columns wants more registers than
     CTAs of the other tile class leave.
@@ -340,6 +312,9 @@ def packed_attention_hopper_kernel(
     """
     first = gl.load(counts_ptr + first_count)
     work = (gl.load(counts_ptr + last_count) - first) * kv_heads
+    if GOES_ON:
+        if gl.program_id(0) < gl.maximum(work, 1):  # one at least, so that the merge waits for the launch before this
+            gdc_wait()
     # a CTA without work is gone before those of the next launch begin: they would spread unevenly around it
     if gl.program_id(0) < work:
         gdc_launch_dependents()
@@ -363,10 +338,11 @@ def packed_attention_hopper_kernel(
         )  # fmt: skip
         consumer = ConsumerArgs(
             q_ptr=q_ptr, out_ptr=out_ptr, lse2_ptr=lse2_ptr, part_out_ptr=part_out_ptr, part_lse2_ptr=part_lse2_ptr,
-            items_ptr=items_ptr, kv_lens_ptr=kv_lens_ptr, query_rows_ptr=query_rows_ptr, sinks_ptr=sinks_ptr,
-            partial_rows_ptr=partial_rows_ptr, first=first, work=work, kv_heads=kv_heads, n_heads=n_heads,
-            stride_q_token=stride_q_token, stride_q_head=stride_q_head, stride_out_token=stride_out_token,
-            stride_out_head=stride_out_head, scale2=scale2, cap2=cap2, v_scale=v_scale, q_tile=q_tile,
+            part_sum_ptr=part_sum_ptr, items_ptr=items_ptr, kv_lens_ptr=kv_lens_ptr, query_rows_ptr=query_rows_ptr,
+            sinks_ptr=sinks_ptr, partial_rows_ptr=partial_rows_ptr, first=first, work=work, kv_heads=kv_heads,
+            n_heads=n_heads, stride_q_token=stride_q_token, stride_q_head=stride_q_head,
+            stride_out_token=stride_out_token, stride_out_head=stride_out_head, scale2=scale2, cap2=cap2,
+            v_scale=v_scale, q_tile=q_tile,
         )  # fmt: skip
         producer = ProducerArgs(
             k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, kv_lens_ptr=kv_lens_ptr, first=first,
@@ -382,18 +358,20 @@ def packed_attention_hopper_kernel(
             )
             gl.warp_specialize(
                 [
-                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS, OPEN)),
-                    (produce_from_fp8, (producer, pipe, raw, HEAD_DIM, BLOCK_N, PAGE, STAGES, RAW_STAGES, OPEN)),
+                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS, UNITS,
+                                GOES_ON)),
+                    (produce_from_fp8, (producer, pipe, raw, HEAD_DIM, BLOCK_N, PAGE, STAGES, RAW_STAGES, UNITS)),
                 ],
                 [4],
                 [PRODUCER_REGISTERS],
-            )
+            )  # fmt: skip
         else:
             gl.warp_specialize(
                 [
-                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS, OPEN)),
-                    (_produce, (producer, pipe, HEAD_DIM, BLOCK_N, PAGE, STAGES, OPEN)),
+                    (_consume, (consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, SOFT_CAP, SINKS, OUT_PARTS, UNITS,
+                                GOES_ON)),
+                    (_produce, (producer, pipe, HEAD_DIM, BLOCK_N, PAGE, STAGES, UNITS)),
                 ],
                 [4],
                 [PRODUCER_REGISTERS],
-            )
+            )  # fmt: skip

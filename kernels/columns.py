@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from packinfer_sgl.planning.plan import Col, SpanCol
+from packinfer_sgl.planning.plan import Chain, Col, SpanCol
 
 # columns of ``Plan.items``, in the order of ``Col``
-Q_OFF, Q_CNT, A_OFF, A_LEN, A_POS, B_OFF, B_LEN, SPLIT, TILE_CLASS, OPEN_ROW, NEXT_ITEM = (
+Q_OFF, Q_CNT, A_OFF, A_LEN, A_POS, B_OFF, B_LEN, SPLIT, TILE_CLASS, OPEN_ROW, NEXT_ITEM, CHAIN = (
     tl.constexpr(int(column)) for column in Col
 )
 N_COLS = tl.constexpr(len(Col))
+HANDS_ON = tl.constexpr(int(Chain.HANDS_ON))  # of CHAIN
 
 # columns of ``Plan.spans``, in the order of ``SpanCol``
 SPAN_ROW, SPAN_START, SPAN_TOKENS, SPAN_OFFSET, SPAN_COPY_SLOT = (tl.constexpr(int(column)) for column in SpanCol)

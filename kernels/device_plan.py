@@ -13,6 +13,7 @@ from packinfer_sgl.kernels.attention_hopper_decode import packed_attention_hoppe
 from packinfer_sgl.kernels.attention_hopper_extend import packed_attention_extend_kernel
 from packinfer_sgl.kernels.attention_triton import packed_attention_kernel
 from packinfer_sgl.kernels.columns import (
+    CHAIN,
     MAX_CLASSES,
     N_COUNTS,
     N_MERGED,
@@ -97,6 +98,9 @@ class PackedCuda:
         self.kv_slots = torch.zeros(c.kv_slots + SLOTS_AHEAD, dtype=torch.int32, device=device)
         self._part_out = torch.empty(max(c.partials, 1), qo_heads, head_dim, dtype=torch.float32, device=device)
         self._part_lse2 = torch.empty(max(c.partials, 1), qo_heads, dtype=torch.float32, device=device)
+        # of states that items of plans in units hand on
+        sums = max(c.partials, 1) if tiles[0].units else 0
+        self._part_sum = torch.empty(sums, qo_heads, dtype=torch.float32, device=device)
         self._sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         self._pdl, self._is_hopper = capability >= (9, 0), capability[0] == 9
@@ -104,7 +108,7 @@ class PackedCuda:
     @property
     def nbytes(self) -> int:
         """Device memory held, in bytes."""
-        return sum(t.nbytes for t in (self._block, self.kv_slots, self._part_out, self._part_lse2))
+        return sum(t.nbytes for t in (self._block, self.kv_slots, self._part_out, self._part_lse2, self._part_sum))
 
     def load(self, plan: Plan) -> None:
         """Copy ``plan`` to the GPU on the current stream.
@@ -141,12 +145,15 @@ class PackedCuda:
             raise ValueError(f"a plan of {len(plan.class_indptr) - 1} tile classes for {len(self.tiles)} tiles")
         for i, tile in enumerate(self.tiles):
             # the Triton kernel runs classes of the decode kernel, too: elsewhere, and with run B
-            if tile.kernel == "triton" or (tile.kernel == "hopper_decode" and (plan.windowed or not self._is_hopper)):
-                continue
+            elsewhere = tile.kernel == "hopper_decode" and (plan.windowed or not self._is_hopper)
+            kernel = "triton" if elsewhere else tile.kernel
+            cannot = {"go on with a unit": CHAIN} if kernel == "triton" or not tile.units else {}
+            if kernel != "triton":
+                cannot |= {"are followed by others": NEXT_ITEM} | ({} if tile.units else {"grow": OPEN_ROW})
             items = plan.items[plan.class_indptr[i] : plan.class_indptr[i + 1]]
-            for column, what in ((OPEN_ROW, "grow"), (NEXT_ITEM, "are followed by others")):
-                if items[:, int(column)].max(initial=-1) >= 0 and not (column is OPEN_ROW and tile.units):
-                    raise ValueError(f"the {tile.kernel} kernel runs no items that {what}")
+            for what, column in cannot.items():
+                if items[:, int(column)].max(initial=-1) > (0 if column is CHAIN else -1):
+                    raise ValueError(f"the {kernel} kernel runs no items that {what}")
         self._has_run_b = plan.windowed and bool(plan.items[:, Col.B_LEN].any())
 
     def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor, page_size: int = 1) -> None:
@@ -269,8 +276,10 @@ class PackedCuda:
         flags, flags_from = (view["counts"], view["counts"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
         is_first = True
         for i, tile in enumerate(self.tiles):
-            if any(n * group <= smaller.rows for smaller in self.tiles[i + 1 :]):
-                # so few queries go into a smaller tile, whatever they share, in any plan that a graph will replay
+            goes_elsewhere = any(n * group <= smaller.rows < tile.rows for smaller in self.tiles[i + 1 :])
+            if goes_elsewhere or (tile.goes_on and n == 1):
+                # so few queries go into a smaller tile, whatever they share, in any plan that a graph will replay; and
+                # nothing goes on with what one query alone began
                 assert self._class_items[i] == 0, f"a plan for {n} queries has tiles of {tile.rows} rows"
                 continue
             grid = (self._sms * tile.programs,)
@@ -288,7 +297,8 @@ class PackedCuda:
             elif tile.kernel == "hopper_decode" and self._is_hopper and not windowed and mask is None:
                 packed_attention_hopper_kernel[grid](
                     **arguments, **launch, kv_lens_ptr=kv_lens, RAW_STAGES=tile.raw_stages, OUT_PARTS=tile.out_parts,
-                    OPEN=tile.units, PRODUCER_REGISTERS=tile.producer_registers,
+                    UNITS=tile.units, GOES_ON=tile.goes_on, part_sum_ptr=self._part_sum if tile.units else lse2,
+                    PRODUCER_REGISTERS=tile.producer_registers,
                     num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             else:

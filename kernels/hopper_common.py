@@ -70,9 +70,15 @@ def empty_phase(n, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def part_of_cap(s, scale2, cap2):
+    """``tanh(scale * s / cap)``, by exp2: exact at both ends."""
+    return 1.0 - 2.0 / (1.0 + gl.exp2(s * scale2 * _TANH_FACTOR / cap2))
+
+
+@gluon.jit
 def soft_capped(s, scale2, cap2):
-    """``cap * tanh(scale * s / cap)`` in base 2, by exp2: exact at both ends."""
-    return cap2 * (1.0 - 2.0 / (1.0 + gl.exp2(s * scale2 * _TANH_FACTOR / cap2)))
+    """``cap * tanh(scale * s / cap)`` in base 2."""
+    return cap2 * part_of_cap(s, scale2, cap2)
 
 
 @gluon.jit

@@ -36,7 +36,7 @@ def _convert_block(pipe, raw, n, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, R
 @gluon.jit
 def produce_from_fp8(
     args, pipe, raw, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
-    RAW_STAGES: gl.constexpr, OPEN: gl.constexpr,
+    RAW_STAGES: gl.constexpr, UNITS: gl.constexpr,
 ):  # fmt: skip
     """The producer warpgroup: copy the bytes of all items' KV blocks to the ring, up to RAW_STAGES blocks at once, and
     convert them one after the other."""
@@ -47,7 +47,7 @@ def produce_from_fp8(
     for w in range(gl.program_id(0), args.work, gl.num_programs(0)):
         item_ptr = args.items_ptr + (args.first + w // args.kv_heads) * N_COLS
         a_len = gl.load(item_ptr + A_LEN)
-        if OPEN:
+        if UNITS:
             a_len = grown(item_ptr, a_len, args.kv_lens_ptr)
         a_slots = args.slots_ptr + gl.load(item_ptr + A_OFF)
         head = (w % args.kv_heads).to(gl.int64) * args.stride_kv_head

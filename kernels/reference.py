@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.plan import Chain, Col, Plan
 
 LOG2_E = math.log2(math.e)
 
@@ -77,15 +77,21 @@ def packed_attention(
         slots = kv_slots[entries]
         o, lse = attention(q[queries], k[slots], v[slots], seen, sm_scale, logits_soft_cap)
         part = torch.from_numpy(plan.partial_rows[query_slots]).long()
-        direct = part < 0
+        rows = torch.where(part < 0, -2 - part, part + int(item[Col.SPLIT]))
+        if item[Col.CHAIN] & Chain.GOES_ON:  # items that hand a state on come before those that go on with it
+            both = (
+                torch.stack([part_out[rows], o], 1).flatten(0, 1),
+                torch.stack([part_lse2[rows], lse], 1).flatten(0, 1),
+            )
+            o, lse = merge_states(*both, torch.arange(2 * len(rows)), torch.arange(0, 2 * len(rows) + 1, 2))
+        direct = (part < 0) & ~torch.tensor(bool(item[Col.CHAIN] & Chain.HANDS_ON))
         out[queries[direct]], lse2[queries[direct]] = o[direct], lse[direct]
-        rows = part[~direct] + int(item[Col.SPLIT])
-        part_out[rows], part_lse2[rows] = o[~direct], lse[~direct]
+        part_out[rows[~direct]], part_lse2[rows[~direct]] = o[~direct], lse[~direct]
     merged = torch.from_numpy(plan.merged)
     if len(merged):
         indptr = torch.from_numpy(plan.merge_indptr).long()
         indptr = torch.cat([indptr[:1], indptr[merged + 1]])
-        out[merged], lse2[merged] = merge_states(part_out, part_lse2, torch.arange(plan.n_partials), indptr)
+        out[merged], lse2[merged] = merge_states(part_out, part_lse2, torch.arange(int(indptr[-1])), indptr)
     # once for each query and head, whether its result came from one item or from several
     return (out, lse2) if sinks is None else with_sinks(out, lse2, sinks)
 

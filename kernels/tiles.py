@@ -38,8 +38,9 @@ class Tile:
         resident: CTAs of an SM at once, by which KV is split.
         programs: CTAs launched for each SM.
         shares: CTAs of an SM among which a class that runs alone is divided (Stream-K); 0 for never.
-        units: the only class of plans in units (``planning.units``): items may grow, and partial results are merged in
-            one form, so that the bits of a query depend on nothing but its own row.
+        units: of plans in units (``planning.units``), whose classes are all one: items may grow, and partial results
+            are merged in one form, so that the bits of a query depend on nothing but its own row.
+        goes_on: the class of those items that go on from the state of others.
     """
 
     kernel: Literal["triton", "hopper_decode", "hopper_extend"]
@@ -58,6 +59,7 @@ class Tile:
     programs: int
     shares: int = 0
     units: bool = False
+    goes_on: bool = False
 
     @property
     def consumer_registers(self) -> int:
@@ -128,26 +130,33 @@ UNIT_PROGRAMS = {(64, 2): 2, (128, 2): 2}
 
 
 def unit_tiles(shape: AttentionShape) -> tuple[Tile, ...]:
-    """The one tile class of the deterministic mode: whether a span is shared or private, the same kernel reads it.
+    """The tile classes of the deterministic mode, of the same kernel: whether a span is shared or private, and whether
+    an item begins a unit or goes on with it.
 
     Raises:
         ValueError: see ``decode_tiles``.
     """
     large = decode_tiles(shape.head_dim, shape.group_size, shape.kv_bytes)[0]
     programs = UNIT_PROGRAMS.get((shape.head_dim, shape.kv_bytes), 1)
-    return (replace(large, units=True, resident=programs, programs=programs),)
+    begins = replace(large, units=True, resident=programs, programs=programs)
+    return begins, replace(begins, goes_on=True)
 
 
-def unit_policy(shape: AttentionShape, unit_tokens: int) -> TilePolicy:
+def unit_policy(shape: AttentionShape, unit_tokens: int, parts: bool = True) -> TilePolicy:
     """How a plan for ``unit_tiles`` is cut.
+
+    Args:
+        parts: whether spans may end within units: the Triton kernel, in whose interpreter such plans are tested, does
+            not go on from another item's state.
 
     Raises:
         ValueError: a block of KV would lie in two units.
     """
-    (tile,) = unit_tiles(shape)
+    tile, _ = unit_tiles(shape)
     if unit_tokens <= 0 or unit_tokens % math.lcm(tile.tokens, tile.triton_tokens or tile.tokens):
         raise ValueError(f"units of {unit_tokens} tokens are not of whole blocks of {tile.tokens}")
-    return TilePolicy((max(1, tile.rows // shape.group_size),), UNCUT_TOKENS, unit_tokens=unit_tokens)
+    queries = max(1, tile.rows // shape.group_size)
+    return TilePolicy((queries, queries), UNCUT_TOKENS, unit_tokens=unit_tokens, block_tokens=tile.tokens * parts)
 
 
 def most_group_size(head_dim: int) -> int:
@@ -222,7 +231,7 @@ def device_profile(device: torch.device) -> DeviceProfile:
 def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False, unit_tokens: int = 0) -> TilePolicy:
     """How a plan for these kernels is cut on ``device``, for the tiles of ``shape_tiles``."""
     if unit_tokens:
-        return unit_policy(shape, unit_tokens)
+        return unit_policy(shape, unit_tokens, is_hopper(device))
     return policy_of(shape, shape_tiles(shape, device, extend), multiprocessors(device), device_profile(device))
 
 

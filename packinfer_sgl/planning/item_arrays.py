@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from packinfer_sgl.planning.plan import Col
+from packinfer_sgl.planning.plan import Chain, Col
 
 N_COLS = len(Col)
+HANDS_ON, GOES_ON = int(Chain.HANDS_ON), int(Chain.GOES_ON)
 ITEM = np.dtype([(column.name.lower(), np.int32) for column in Col])
 
 
@@ -30,8 +31,9 @@ def item_arrays(  # type: ignore[no-untyped-def]
     windows,
     n_classes,
     room_tokens,
+    unit_tokens,
 ):
-    """The fields of ``Plan`` from ``items`` to ``merge_indptr``, and ``kv_tokens_read``.
+    """The fields of ``Plan`` from ``items`` to ``merge_indptr``, ``n_states`` and ``kv_tokens_read``.
 
     Args:
         row_order: ``PrefixTree.row_order``.
@@ -39,25 +41,36 @@ def item_arrays(  # type: ignore[no-untyped-def]
         splits, n_splits: see ``schedule.split_tiles``.
         n_classes: tile classes.
         room_tokens: see ``items.make_plan``.
+        unit_tokens: see ``TilePolicy``.
     """
     slots = tiles.queries.sum()
     query_rows, partial_rows = np.empty(slots, np.int32), np.empty(slots, np.int32)
     win_lo, win_hi = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
-    merge_indptr = _merge_indptr(tiles, n_splits, queries)
-    used = np.zeros(len(queries), np.int32)  # partial rows of each query that belong to earlier tiles
+    merge_indptr = _merge_indptr(tiles, n_splits, queries, unit_tokens)
+    # of each query, partial rows that belong to earlier tiles; of one without any, the row of its state
+    used = np.zeros(len(queries), np.int32)
+    n_states = 0
     slot_of = np.empty(len(tiles), np.int64)  # first slot of each tile
     has_partials = np.zeros(len(tiles), np.bool_)
     slot = 0
     for i, tile in enumerate(tiles):
         slot_of[i] = slot
         segment = segments[tile.segment]
+        goes_on = _is_within(tile.a_from, unit_tokens)
+        hands_on = tile.segment < n_shared and _is_within(tile.a_to, unit_tokens)
         for at in range(tile.first, tile.first + tile.queries):
             query = queries[at]
             query_rows[slot] = query
             if merge_indptr[query + 1] > merge_indptr[query]:
+                used[query] -= goes_on  # the results of the unit belong where its state is
                 partial_rows[slot] = merge_indptr[query] + used[query]
                 used[query] += n_splits[i]
                 has_partials[i] = True
+            elif goes_on or hands_on:
+                if not goes_on:
+                    used[query] = merge_indptr[-1] + n_states
+                    n_states += 1
+                partial_rows[slot] = -2 - used[query]
             else:
                 partial_rows[slot] = -1
             if windows:
@@ -69,7 +82,7 @@ def item_arrays(  # type: ignore[no-untyped-def]
                 win_hi[slot] = min(max(see_to[query] + segment.to_slots - tile.b_at, 0), tile.b_len)
             slot += 1
 
-    item_of, class_indptr = _order(splits, tiles, n_classes)
+    item_of, class_indptr = _order(splits, tiles, n_classes, unit_tokens)
     columns = np.empty((len(splits), N_COLS), np.int32)
     items = columns.reshape(-1).view(ITEM)
     kv_tokens_read = 0
@@ -85,18 +98,31 @@ def item_arrays(  # type: ignore[no-untyped-def]
         is_open = room_tokens > 0 and is_last and tile.segment >= n_shared
         item.open_row = row_order[segment.lo] if is_open else -1
         item.next_item = item_of[i + 1] if i + 1 < len(splits) and splits[i + 1].cta == split.cta else -1
+        item.chain = 0
+        if _is_within(split.begin, unit_tokens):
+            item.chain, item.tile_class = GOES_ON, n_classes - 1
+        if is_last and tile.segment < n_shared and _is_within(split.end, unit_tokens):
+            item.chain |= HANDS_ON
         kv_tokens_read += item.a_len + item.b_len
-    return columns, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, kv_tokens_read
+    return columns, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, n_states, kv_tokens_read
 
 
 @njit
-def _order(splits, tiles, n_classes):  # type: ignore[no-untyped-def]
+def _is_within(position, unit_tokens):  # type: ignore[no-untyped-def]
+    """Whether a KV position lies within a unit, not at its border."""
+    return unit_tokens > 0 and position % unit_tokens > 0
+
+
+@njit
+def _order(splits, tiles, n_classes, unit_tokens):  # type: ignore[no-untyped-def]
     """Index of each split among the items, and ``Plan.class_indptr``."""
     key = np.empty(len(splits), np.int64)
     class_indptr = np.zeros(n_classes + 1, np.int32)
     for i, split in enumerate(splits):
         begins_cta = i == 0 or splits[i - 1].cta != split.cta
         tile_class = tiles[split.tile].tile_class
+        if _is_within(split.begin, unit_tokens):
+            tile_class = n_classes - 1
         key[i] = ((tile_class if begins_cta else n_classes) << 40) - split.cost
         if begins_cta:
             class_indptr[tile_class + 1] += 1
@@ -106,12 +132,12 @@ def _order(splits, tiles, n_classes):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _merge_indptr(tiles, n_splits, queries):  # type: ignore[no-untyped-def]
+def _merge_indptr(tiles, n_splits, queries, unit_tokens):  # type: ignore[no-untyped-def]
     """``Plan.merge_indptr``: partial rows of one query are consecutive, and a query with a single result needs none."""
     results = np.zeros(len(queries), np.int64)
     for i, tile in enumerate(tiles):
         for query in queries[tile.first : tile.first + tile.queries]:
-            results[query] += n_splits[i]
+            results[query] += n_splits[i] - _is_within(tile.a_from, unit_tokens)
     merge_indptr = np.zeros(len(queries) + 1, np.int32)
     for query in range(len(queries)):
         merge_indptr[query + 1] = merge_indptr[query] + (results[query] if results[query] > 1 else 0)

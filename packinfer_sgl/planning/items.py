@@ -10,6 +10,7 @@ from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 from packinfer_sgl.planning.query_tiles import query_tiles
 from packinfer_sgl.planning.schedule import split_tiles
+from packinfer_sgl.planning.units import are_in_units
 
 _NONE, _NO_NODES = np.zeros(0, np.int32), np.zeros((5, 0), np.int32)
 
@@ -41,12 +42,18 @@ def make_plan(
             each row that reads them.
 
     Raises:
-        ValueError: the policy has units, and the tree has nodes that are not of whole ones, or the batch has windows.
+        ValueError: the policy has units, and the tree has nodes that end elsewhere (``units.are_in_units``), or the
+            batch has windows.
     """
     windowed = visible is not None
     see_from, see_to = visible or (_NONE, _NONE)
-    if (unit := policy.unit_tokens) and (windowed or any((t.end % unit).any() for t in (tree, listed_once or tree))):
-        raise ValueError(f"units of {unit} tokens are for nodes of whole units whose rows see all of them")
+    if (unit := policy.unit_tokens) and (
+        windowed or not all(are_in_units(t, kv_lens, policy) for t in (tree, listed_once or tree))
+    ):
+        raise ValueError(
+            f"units of {unit} tokens are for nodes that end where they may ({policy.block_tokens or unit} tokens) and "
+            "whose rows see all of them"
+        )
     if qo_indptr is None:
         qo_indptr = np.arange(tree.n_rows + 1, dtype=np.int32)
     whole, whole_tail = _NO_NODES, _NONE
@@ -58,9 +65,10 @@ def make_plan(
         whole_tail, kv_lens, qo_indptr, *sees, classes, room_tokens,
     )  # fmt: skip
     splits, n_splits = split_tiles(tiles, classes)
-    items, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, kv_tokens_read = item_arrays(
-        tree.row_order, segments, n_shared, queries, place_of, tiles, splits, n_splits, *sees, len(classes), room_tokens
-    )
+    items, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, n_states, kv_tokens_read = item_arrays(
+        tree.row_order, segments, n_shared, queries, place_of, tiles, splits, n_splits, *sees, len(classes),
+        room_tokens, unit,
+    )  # fmt: skip
     return Plan(
         items=items,
         class_indptr=class_indptr,
@@ -76,4 +84,5 @@ def make_plan(
         kv_tokens_logical=sum(kv_lens.tolist()),
         kv_tokens_unique=kv_tokens_unique,
         windowed=windowed,
+        n_states=n_states,
     )

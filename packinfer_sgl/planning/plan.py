@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 import numpy as np
 
@@ -28,6 +28,14 @@ class Col(IntEnum):
     TILE_CLASS = 8  # index into TilePolicy.tile_queries
     OPEN_ROW = 9  # the row at whose current length run A ends (it grows while the plan lives), or -1
     NEXT_ITEM = 10  # the item that the same CTA runs after this one, or -1
+    CHAIN = 11  # ``Chain``: of a unit of KV that two items compute, one after the other
+
+
+class Chain(IntFlag):
+    """What an item has to do with another's state (``units``): softmax's maximum and sum, and the output so far."""
+
+    HANDS_ON = 1  # instead of a result it leaves its state, where the results of its queries' unit belong
+    GOES_ON = 2  # it begins with the state that it finds there
 
 
 class SpanCol(IntEnum):
@@ -47,12 +55,12 @@ class Plan:
     A query slot is one query token in one tile. Items that are KV splits of the same tile share its slots.
 
     Attributes:
-        items: [n_items, 11], columns ``Col``. First those with which CTAs begin: largest tile class first, within a
+        items: [n_items, 12], columns ``Col``. First those with which CTAs begin: largest tile class first, within a
             class the CTA with the most work first. Then those that follow others (``NEXT_ITEM``).
         class_indptr: [n_classes + 1] range of the items with which the CTAs of each class begin.
         query_rows: [n_slots] row of q and out.
-        partial_rows: [n_slots] partial row of the slot for split 0 (split ``i`` writes the ``i``-th after it), or -1:
-            the item writes the output row itself.
+        partial_rows: [n_slots] partial row of the slot for split 0 (split ``i`` writes the ``i``-th after it), or
+            negative: the item writes the output row itself; below -1, ``-2 - row`` is where its state is handed on.
         win_lo, win_hi: [n_slots] window of each query into run B, in tokens of run B.
         merge_indptr: [n_queries + 1] range of each query's partial rows; empty where an item writes the output itself.
         spans: [n_spans, 5], columns ``SpanCol``: from where the KV slot list is filled. Nodes first, as in the tree; a
@@ -64,6 +72,7 @@ class Plan:
         kv_tokens_logical: KV tokens that a prefix-unaware kernel reads.
         kv_tokens_unique: KV tokens that any kernel must read.
         windowed: whether queries may see part of a tile's KV (run B); else all of it is run A.
+        n_states: partial rows behind those of ``merge_indptr``: states of queries without partial results.
     """
 
     items: Int32
@@ -80,6 +89,7 @@ class Plan:
     kv_tokens_logical: int
     kv_tokens_unique: int
     windowed: bool = False
+    n_states: int = 0
 
     @property
     def merged(self) -> np.ndarray:
@@ -88,5 +98,5 @@ class Plan:
 
     @property
     def n_partials(self) -> int:
-        """Partial results of all queries."""
-        return int(self.merge_indptr[-1])
+        """Partial rows: those of all queries' partial results, and states."""
+        return int(self.merge_indptr[-1]) + self.n_states

@@ -16,7 +16,7 @@ from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
-from packinfer_sgl.planning.units import steps_within_units, whole_units
+from packinfer_sgl.planning.units import steps_within_units, within_units
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +93,8 @@ class DecodePlanner:
         two = StepBatch(np.ones(2, np.int32), np.full(2, 2, np.int32))
         tree = PrefixTree.from_neighbours((0, 1), (1,))
         self._fit(tree, two)
-        if unit := self.policy.unit_tokens:
-            tree = whole_units(tree, unit)
+        if self.policy.unit_tokens:
+            tree = within_units(tree, two.kv_lens, self.policy)
         try:
             fit(tree, self.shape, self.cost, self.policy, Capacity.unlimited(kv_slots=2), grouping="multi", batch=two)
         except DoesNotFit:
@@ -134,12 +134,20 @@ class DecodePlanner:
         self._last = self._requests = None
 
     def _fit(self, tree: PrefixTree, batch: StepBatch) -> Fitted:
-        if unit := self.policy.unit_tokens:
-            unique = tree.unique_tokens(batch.kv_lens) if batch.unique_tokens is None else batch.unique_tokens
-            tree, batch = whole_units(tree, unit), replace(batch, unique_tokens=unique)
+        if not self.policy.unit_tokens:
+            return self._fit_tree(tree, batch, self.policy)
+        unique = tree.unique_tokens(batch.kv_lens) if batch.unique_tokens is None else batch.unique_tokens
+        batch = replace(batch, unique_tokens=unique)
+        try:
+            return self._fit_tree(within_units(tree, batch.kv_lens, self.policy), batch, self.policy)
+        except DoesNotFit:  # parts of units take more items; whole ones always fit, if the tree shows what rows share
+            whole = replace(self.policy, block_tokens=0)
+            return self._fit_tree(within_units(tree, batch.kv_lens, whole), batch, whole)
+
+    def _fit_tree(self, tree: PrefixTree, batch: StepBatch, policy: TilePolicy) -> Fitted:
         one_each = batch.q_lens.tolist().count(1) == batch.n_rows
         return fit(
-            tree, self.shape, self.cost, self.policy, self.limits, grouping=self.grouping, batch=batch,
+            tree, self.shape, self.cost, policy, self.limits, grouping=self.grouping, batch=batch,
             q_lens=None if one_each else batch.q_lens, saving_lens=batch.kv_lens if one_each else None,
             room_tokens=self.room_tokens,
         )  # fmt: skip

@@ -54,7 +54,11 @@ class TilePolicy:
             an upper bound. None: splits are as long as ``max_split_tokens`` allows.
         max_inline_tail_tokens: most tokens of private tails that one tile of a shared span may hold as its run B.
         unit_tokens: if not 0, each item covers one unit of KV positions, from a multiple of ``unit_tokens`` to the next
-            or to the end of the row (``units``), whatever ``timings`` and ``max_split_tokens`` say. For one tile class.
+            or to the end of the row (``units``), whatever ``timings`` and ``max_split_tokens`` say. All its tile
+            classes are for as many queries: an item that goes on from another's state is of the last, any other of the
+            first.
+        block_tokens: with units: spans may end at multiples of so many tokens, once within each unit of a row, and the
+            unit is then computed by two items, one after the other; 0: they end at units only.
     """
 
     tile_queries: tuple[int, ...]
@@ -62,6 +66,7 @@ class TilePolicy:
     timings: tuple[SplitTiming, ...] | None = None
     max_inline_tail_tokens: int = 0
     unit_tokens: int = 0
+    block_tokens: int = 0
 
     @cached_property
     def table(self) -> np.ndarray:

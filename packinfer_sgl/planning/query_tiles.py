@@ -246,8 +246,9 @@ def _whole_tiles(segments, query_at, policy):  # type: ignore[no-untyped-def]
     tile_class, count = np.zeros(len(segments), np.int64), np.zeros(len(segments), np.int64)
     for i, s in enumerate(segments):
         queries = query_at[s.hi] - query_at[s.lo]
-        for smaller in policy[1:]:
-            tile_class[i] += queries <= smaller.tile_queries
+        if policy[0].unit_tokens == 0:
+            for smaller in policy[1:]:
+                tile_class[i] += queries <= smaller.tile_queries
         count[i] = -(-queries // policy[tile_class[i]].tile_queries)
     tiles = np.empty(count.sum(), TILE)
     n = 0

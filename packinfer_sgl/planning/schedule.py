@@ -263,7 +263,8 @@ def _even_splits(tiles, n_splits, policy):  # type: ignore[no-untyped-def]
 
 @njit
 def _unit_splits(tiles, unit_tokens):  # type: ignore[no-untyped-def]
-    """One split for each unit of ``unit_tokens`` positions of each tile, each with its own CTA (``units``).
+    """One split for each unit of ``unit_tokens`` positions in which a tile has tokens, each with its own CTA
+    (``units``).
 
     The tiles of one segment, which are neighbours, follow each other unit by unit: those that run at the same time
     read the same KV.
@@ -273,7 +274,7 @@ def _unit_splits(tiles, unit_tokens):  # type: ignore[no-untyped-def]
     """
     n_splits = np.empty(len(tiles), np.int64)
     for i, tile in enumerate(tiles):
-        n_splits[i] = max(-(-(tile.a_to - tile.a_from) // unit_tokens), 1)
+        n_splits[i] = max(-(-tile.a_to // unit_tokens) - tile.a_from // unit_tokens, 1)
     splits = np.empty(n_splits.sum(), SPLIT)
     n, first = 0, 0
     while first < len(tiles):
@@ -284,8 +285,9 @@ def _unit_splits(tiles, unit_tokens):  # type: ignore[no-untyped-def]
             for i in range(first, last):
                 tile, split = tiles[i], splits[n]
                 split.tile, split.nth, split.cta = i, nth, n
-                split.begin = tile.a_from + nth * unit_tokens
-                split.end = min(split.begin + unit_tokens, tile.a_to)
+                unit = tile.a_from // unit_tokens + nth
+                split.begin = max(unit * unit_tokens, tile.a_from)
+                split.end = min((unit + 1) * unit_tokens, tile.a_to)
                 split.cost = split.end - split.begin
                 n += 1
         first = last

@@ -16,7 +16,7 @@ from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200
-from packinfer_sgl.planning.units import whole_units
+from packinfer_sgl.planning.units import within_units
 from packinfer_sgl.runners.cuda import extend_planner
 
 HEAD_DIM = 128  # of workloads that name no other
@@ -104,7 +104,7 @@ class Workload:
 
     def unit_plan(self, cost: CostModel, policy: TilePolicy) -> Plan:
         """Of a decode batch in SGLang's deterministic mode."""
-        tree = whole_units(self.tree(), policy.unit_tokens)
+        tree = within_units(self.tree(), self.kv_lens, policy)
         return self.plan(prune(tree, self.shape, cost.in_units(), kv_lens=self.kv_lens), policy)
 
     def extend_plan(self, tiles: tuple[Tile, ...], sms: int, profile: DeviceProfile = H200) -> Plan:

@@ -28,13 +28,14 @@ NEIGHBOURS = {"paged": {"runners"}}
 # SGLang, where rooms of one floor may import each other.
 ORDER = {
     "planning": [
-        "prefix_tree", "batch", "costs", "units", "groups", "plan", "policy", "schedule", "device_profile", "profiles",
+        "prefix_tree", "batch", "costs", "groups", "plan", "policy", "units", "schedule", "device_profile", "profiles",
         "cpu_profile", "query_tiles", "item_arrays", "items", "fitting", "planners", "audit", "prefix_hold",
     ],
     "kernels": [
         "copy_slots", "reference", "cpu_attention", "tiles", "columns", "slot_list_triton", "attention_triton", "merge",
-        "hopper_common", "hopper_decode_fp8", "attention_hopper_decode", "hopper_extend_pipeline", "hopper_extend_fp8",
-        "hopper_extend_producer", "hopper_extend_consumer", "attention_hopper_extend", "device_plan",
+        "hopper_common", "hopper_decode_fp8", "hopper_decode_tile", "attention_hopper_decode", "hopper_extend_pipeline",
+        "hopper_extend_fp8", "hopper_extend_producer", "hopper_extend_consumer", "attention_hopper_extend",
+        "device_plan",
     ],
     "runners": ["base", "cpu", "cuda", "slots", "arena"],
     "paged": ["checks", "graph_buffers", "kernels", "batch", "wrapper", "prefill_wrapper", "sink_wrapper"],

@@ -14,7 +14,7 @@ from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import SplitTiming, TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
-from packinfer_sgl.planning.units import whole_units
+from packinfer_sgl.planning.units import within_units
 
 POISON = 2**28  # a slot that no test has
 
@@ -139,12 +139,13 @@ def random_case(
         policy = TilePolicy(tile_queries, 1 << 30, tuple(timings))
     else:
         policy = TilePolicy(
-            tile_queries, max_split_tokens, max_inline_tail_tokens=max_inline_tail_tokens, unit_tokens=unit_tokens
-        )
+            tile_queries, max_split_tokens, max_inline_tail_tokens=max_inline_tail_tokens, unit_tokens=unit_tokens,
+            block_tokens=tiles[0].tokens if unit_tokens else 0,
+        )  # fmt: skip
     qo_indptr = np.cumsum([0, *q_lens]).astype(np.int32)
     room_tokens = room_tokens if new is None else 0
     if unit_tokens:
-        tree = whole_units(tree, unit_tokens)
+        tree = within_units(tree, lens, policy)
     plan = make_plan(
         tree, lens, policy, kv_tokens_unique=total, qo_indptr=qo_indptr, visible=visible, room_tokens=room_tokens
     )

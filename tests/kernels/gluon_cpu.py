@@ -169,7 +169,7 @@ class Machine:
             ),
             "triton.experimental.gluon": SimpleNamespace(language=gl),
             "triton.experimental.gluon.language.nvidia.hopper": hopper,
-            "triton.language.extra.cuda": SimpleNamespace(gdc_launch_dependents=lambda: None),
+            "triton.language.extra.cuda": SimpleNamespace(gdc_launch_dependents=lambda: None, gdc_wait=lambda: None),
         }  # fmt: skip
 
     def module(self, name: str) -> ModuleType:

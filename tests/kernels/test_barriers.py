@@ -56,7 +56,7 @@ HEAD_DIM = 16
 # In which modules the protocol is changed: of FP8 KV what differs.
 MODULES = {
     "extend": ("attention_hopper_extend", "hopper_extend_producer", "hopper_extend_consumer", "hopper_common"),
-    "decode": ("attention_hopper_decode", "hopper_common"),
+    "decode": ("attention_hopper_decode", "hopper_decode_tile", "hopper_common"),
     "extend of FP8": ("hopper_extend_fp8",),
     "decode of FP8": ("hopper_decode_fp8",),
 }
@@ -92,7 +92,7 @@ class Launch:
         """out, lse2, partial results and their lse2, of which those that were not written are NaN."""
         case, packed = self.case, self.packed
         out, lse2 = torch.full(case.q.shape, torch.nan, dtype=dtype), torch.full(case.q.shape[:2], torch.nan)
-        for partial in (packed._part_out, packed._part_lse2):
+        for partial in (packed._part_out, packed._part_lse2, packed._part_sum):
             partial.fill_(torch.nan)
         counts = packed._view["counts"]
         counts[int(columns.NEXT_TICKET)] = 0
@@ -142,10 +142,10 @@ def check(launch: Launch, seed: int, dtype: torch.dtype = torch.float16) -> None
     """The launch's results, merged, are those of attention row by row."""
     out, lse2, part_out, part_lse2 = launch.run(Machine(), seed, dtype)
     plan = launch.case.plan
-    if plan.n_partials:
+    if len(plan.merged):
         indptr = torch.from_numpy(plan.merge_indptr).long()
         indptr = torch.cat([indptr[:1], indptr[plan.merged + 1]])
-        of_merged = merge_states(part_out, part_lse2, torch.arange(plan.n_partials), indptr)
+        of_merged = merge_states(part_out, part_lse2, torch.arange(int(indptr[-1])), indptr)
         if launch.case.sinks is not None:
             of_merged = with_sinks(*of_merged, launch.case.sinks)
         out[plan.merged], lse2[plan.merged] = of_merged[0].to(dtype), of_merged[1]

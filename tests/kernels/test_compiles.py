@@ -49,7 +49,9 @@ def _stack_bytes(kernel: dict) -> int:
     if kernel["kernel"] == "packed_attention_extend_kernel":
         return 8 if kernel["head_dim"] < 256 else 48
     if kernel["kernel"] == "packed_attention_hopper_kernel":
-        return 24 if kernel["head_dim"] == 256 and not kernel["fp8"] else 0
+        # in units at 64 there is no register for two numbers of 4 bytes
+        most = 8 if kernel["head_dim"] == 64 and kernel.get("units") else 0
+        return 24 if kernel["head_dim"] == 256 and not kernel["fp8"] else most
     if kernel["kernel"] != "packed_attention_kernel":
         return 0
     if kernel["fp8"]:  # values of 8 bits are read from shared memory byte by byte

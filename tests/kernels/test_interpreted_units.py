@@ -17,15 +17,19 @@ from unit_cases import in_company
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.plan import Col
+from packinfer_sgl.planning.plan import Chain, Col
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
 UNIT = 64
 KINDS = {
-    "decode": (replace(DECODE[0], units=True),),
-    "decode of FP8": (replace(TILES["decode of FP8"][0], units=True),),
+    kind: tuple(replace(TILES[kind][0], units=True, goes_on=goes_on) for goes_on in (False, True))
+    for kind in ("decode", "decode of FP8")
 }
-BATCH = {"shared": [150, 150, 70, 0], "tails": [40, 64, 3, 130, 128], "room_tokens": 8, "unit_tokens": UNIT}
+# spans of 160 and 96 tokens end within units; that of 32 is shared by two rows, one of which has
+# no other unit
+BATCH = {
+    "shared": [180, 180, 100, 0, 40], "tails": [20, 64, 3, 130, 40, 128], "room_tokens": 8, "unit_tokens": UNIT,
+}  # fmt: skip
 
 
 def launch(kind: str, **more) -> Launch:
@@ -43,7 +47,10 @@ def results(some: Launch, query: int, found: tuple[torch.Tensor, ...]) -> list[t
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_brute_force(kind: str, more: dict) -> None:
     some = launch(kind, **more)
-    assert (some.case.plan.items[:, Col.OPEN_ROW] >= 0).sum() == 5
+    assert (some.case.plan.items[:, Col.OPEN_ROW] >= 0).sum() == 6
+    chain = some.case.plan.items[:, Col.CHAIN]
+    assert (chain == Chain.HANDS_ON).sum() == 3 and (chain == Chain.GOES_ON).sum() == 7
+    assert some.case.plan.n_states == 1
     for seed in range(3):
         check(some, seed)
 
@@ -87,8 +94,16 @@ def test_an_item_that_grows_is_read_up_to_now(kind: str) -> None:
         assert all(same_bits(a, b) for a, b in zip(some.run(Machine(), seed), right, strict=True))
 
 
-def test_only_the_class_of_the_mode_runs_items_that_grow() -> None:
+def test_only_the_classes_of_the_mode_run_its_items() -> None:
     some = launch("decode")
-    some.packed.tiles = DECODE
-    with pytest.raises(ValueError, match="the hopper_decode kernel runs no items that grow"):
+    some.packed._is_hopper = False
+    with pytest.raises(ValueError, match="the triton kernel runs no items that go on with a unit"):
         some.packed.load(some.case.plan)
+    some.packed._is_hopper, some.packed.tiles = True, DECODE * 2
+    with pytest.raises(ValueError, match="the hopper_decode kernel runs no items that go on with a unit"):
+        some.packed.load(some.case.plan)
+    whole = in_company(some.case, [*range(6)], UNIT, room=8, parts=False)
+    assert not whole.plan.items[:, Col.CHAIN].any()
+    some.packed.capacity = Capacity.unlimited()
+    with pytest.raises(ValueError, match="the hopper_decode kernel runs no items that grow"):
+        some.packed.load(whole.plan)

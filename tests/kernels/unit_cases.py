@@ -16,11 +16,11 @@ from packinfer_sgl.planning.items import make_plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200
-from packinfer_sgl.planning.units import whole_units
+from packinfer_sgl.planning.units import within_units
 
 
 def unit_case(seed: int, *, unit_tokens: int, tiles: tuple[Tile, ...] | None = None, **more) -> Case:
-    """``random_case`` in units, by the tile class of the mode."""
+    """``random_case`` in units, by the tile classes of the mode."""
     group, kv_heads, head_dim = more.get("group", 4), more.get("kv_heads", 2), more.get("head_dim", 64)
     kv_bytes = (more.get("kv_dtype") or more.get("dtype", torch.float32)).itemsize
     shape = AttentionShape(group * kv_heads, kv_heads, head_dim, kv_bytes)
@@ -28,7 +28,14 @@ def unit_case(seed: int, *, unit_tokens: int, tiles: tuple[Tile, ...] | None = N
 
 
 def in_company(
-    case: Case, rows: Sequence[int], unit_tokens: int, *, grouping: str = "multi", once: bool = False, room: int = 0
+    case: Case,
+    rows: Sequence[int],
+    unit_tokens: int,
+    *,
+    grouping: str = "multi",
+    once: bool = False,
+    room: int = 0,
+    parts: bool = True,
 ) -> Case:
     """Some rows of ``case``, in this order (a row may stand there twice), planned as a batch of their own.
 
@@ -36,6 +43,7 @@ def in_company(
         grouping: see ``prune``.
         once: whether each token stands once in the slot list.
         room: tokens that each row may get under the plan.
+        parts: whether spans may end within units.
     """
     kv_heads, head_dim = case.k.shape[-2:]
     shape = AttentionShape(case.q.shape[1], kv_heads, head_dim, case.k.element_size())
@@ -44,8 +52,11 @@ def in_company(
     indptr = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
     # the newest token of a row that grows is its own
     whole = PrefixTree.from_slots(indptr, torch.cat(slots).numpy().astype(np.int32), 1, lens - (room > 0))
-    tree = whole_units(whole, unit_tokens)
-    policy = TilePolicy((max(1, case.tiles[0].rows // shape.group_size),), 1 << 30, unit_tokens=unit_tokens)
+    queries = max(1, case.tiles[0].rows // shape.group_size)
+    policy = TilePolicy(
+        (queries, queries), 1 << 30, unit_tokens=unit_tokens, block_tokens=case.tiles[0].tokens if parts else 0
+    )
+    tree = within_units(whole, lens, policy)
     plan = make_plan(
         prune(tree, shape, H200.decode_cost.in_units(), grouping), lens, policy,
         kv_tokens_unique=whole.unique_tokens(lens), room_tokens=room, listed_once=tree if once else None,

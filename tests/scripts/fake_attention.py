@@ -45,13 +45,24 @@ def merge(a: torch.Tensor, lse_a: torch.Tensor, b: torch.Tensor, lse_b: torch.Te
 def flash_attn_with_kvcache(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, cache_seqlens: torch.Tensor,
     page_table: torch.Tensor, cu_seqlens_q: torch.Tensor, max_seqlen_q: int, softmax_scale: float, causal: bool,
-    num_splits: int, return_softmax_lse: bool = False,
+    num_splits: int, return_softmax_lse: bool = False, scheduler_metadata: dict[str, Any] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     assert max_seqlen_q == cu_seqlens_q.diff().max() and num_splits in (0, 1)
     lens = cache_seqlens.tolist()
+    if scheduler_metadata is not None:  # made for this call
+        assert scheduler_metadata == {
+            "batch_size": len(lens), "max_seqlen_q": max_seqlen_q, "num_heads": q.shape[1],
+            "max_seqlen_k": page_table.shape[1] * k_cache.shape[1], "num_heads_k": k_cache.shape[2],
+            "headdim": q.shape[2], "cache_seqlens": lens, "qkv_dtype": k_cache.dtype, "causal": causal,
+            "cu_seqlens_q": cu_seqlens_q.tolist(), "page_size": k_cache.shape[1], "num_splits": num_splits,
+        }  # fmt: skip
     pages = [row[: -(-n // k_cache.shape[1])] for row, n in zip(page_table, lens, strict=True)]
     out, lse = attend(q, (k_cache, v_cache), cu_seqlens_q, pages, lens, causal, softmax_scale)
     return (out, lse.T) if return_softmax_lse else out
+
+
+def get_scheduler_metadata(**arguments: Any) -> dict[str, Any]:
+    return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
 
 
 class Wrapper:

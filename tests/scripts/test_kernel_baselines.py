@@ -27,7 +27,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_attention.Wrapper, "flashinfer", real, raising=False)
     wrappers = {wrapper.name: wrapper for wrapper in fake_attention.WRAPPERS}
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(**wrappers))
-    fa3 = SimpleNamespace(flash_attn_with_kvcache=fake_attention.flash_attn_with_kvcache)
+    names = ("flash_attn_with_kvcache", "get_scheduler_metadata")
+    fa3 = SimpleNamespace(**{name: getattr(fake_attention, name) for name in names})
     monkeypatch.setitem(sys.modules, "sgl_kernel", SimpleNamespace(merge_state_v2=fake_attention.merge))
     monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", fa3)
 
