@@ -1,10 +1,11 @@
-"""Where the kernels find what in a plan's int32 arrays: constants that mirror ``Col``, ``SpanCol`` and ``counts``."""
+"""Where the kernels find what in a plan's int32 arrays: constants that mirror ``Col``, ``SpanCol`` and ``Header``."""
 
 from __future__ import annotations
 
 import triton.language as tl
 
-from packinfer_sgl.planning.plan import Chain, Col, SpanCol
+from packinfer_sgl.planning import plan
+from packinfer_sgl.planning.plan import ARRAYS, Chain, Col, Header, SpanCol
 
 # columns of ``Plan.items``, in the order of ``Col``
 Q_OFF, Q_CNT, A_OFF, A_LEN, A_POS, B_OFF, B_LEN, SPLIT, TILE_CLASS, OPEN_ROW, NEXT_ITEM, CHAIN = (
@@ -17,10 +18,10 @@ HANDS_ON = tl.constexpr(int(Chain.HANDS_ON))  # of CHAIN
 SPAN_ROW, SPAN_START, SPAN_TOKENS, SPAN_OFFSET, SPAN_COPY_SLOT = (tl.constexpr(int(column)) for column in SpanCol)
 N_SPAN_COLS = tl.constexpr(len(SpanCol))
 
-# entries of ``counts`` on the device; before these, the up to MAX_CLASSES + 1 entries of ``Plan.class_indptr``
-NEXT_TICKET = tl.constexpr(4)  # of the extend kernel's tile scheduler; 0 between launches
-N_MERGED = tl.constexpr(5)
-N_QUERIES = tl.constexpr(6)
-N_SPANS = tl.constexpr(7)
-N_COUNTS = 8
-MAX_CLASSES = 3
+# entries of ``Plan.block``'s header; before these, the up to MAX_CLASSES + 1 entries of ``Plan.class_indptr``
+NEXT_TICKET, N_MERGED, N_QUERIES, N_SPANS = (
+    tl.constexpr(int(at)) for at in (Header.NEXT_TICKET, Header.N_MERGED, Header.N_QUERIES, Header.N_SPANS)
+)
+STARTS = tl.constexpr(int(Header.STARTS))
+SPANS_START = tl.constexpr(int(Header.STARTS) + ARRAYS.index("spans"))
+MAX_ARRAYS = tl.constexpr(plan.MAX_ARRAYS)

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 import triton
 
 from packinfer_sgl.kernels.attention_hopper_decode import packed_attention_hopper_kernel
 from packinfer_sgl.kernels.attention_hopper_extend import packed_attention_extend_kernel
 from packinfer_sgl.kernels.attention_triton import packed_attention_kernel
-from packinfer_sgl.kernels.columns import (
-    CHAIN,
-    MAX_CLASSES,
-    N_COUNTS,
-    N_MERGED,
-    N_QUERIES,
-    N_SPAN_COLS,
-    N_SPANS,
-    NEXT_ITEM,
-    OPEN_ROW,
-)
 from packinfer_sgl.kernels.merge import merge_kernel, merge_listed_kernel
 from packinfer_sgl.kernels.reference import check_sinks
 from packinfer_sgl.kernels.slot_list_triton import append_kernel, snapshot_kernel
 from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.plan import ARRAYS, BLOCK_ALIGN, MAX_ARRAYS, MAX_CLASSES, Col, Header, Plan, SpanCol
 
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
-_NONE = np.zeros(0, np.int32)
 LOG2_E = math.log2(math.e)
+_N_QUERIES, _N_MERGED, _N_SPANS, _HAS_RUN_B = (
+    int(at) for at in (Header.N_QUERIES, Header.N_MERGED, Header.N_SPANS, Header.HAS_RUN_B)
+)
+_GROW, _FOLLOWED, _CHAINED = (int(at) for at in (Header.GROW, Header.FOLLOWED, Header.CHAINED))
+_N_CLASS_INDPTR = int(Header.LENGTHS) + ARRAYS.index("class_indptr")
 # partial results that a program of the merge loads at once, and its warps: few programs have many results each
 MERGE_FEW, MERGE_MANY = (128, 4), (16, 1)
 # The same in the deterministic mode, for any number of queries: another form would add in another order.
@@ -42,8 +34,9 @@ MERGE_UNITS = (32, 4)
 class PackedCuda:
     """A plan on the GPU, at fixed addresses: ``load`` it, then ``run`` it for each layer, captured in a graph or not.
 
-    Loading copies one block of int32 from pinned memory on the current stream and never waits for the GPU, except
-    when two loads are still on their way.
+    Loading copies what the plan uses, as one block of int32 (``Plan.block``), from pinned memory on the current stream;
+    ``snapshot`` puts its arrays where the kernels look for them, and what lies there beyond them is left from earlier
+    plans. Neither waits for the GPU, except when two loads are still on their way.
     """
 
     def __init__(
@@ -64,7 +57,7 @@ class PackedCuda:
                 because a plan that is loaded later may need it.
 
         Raises:
-            ValueError: more tile classes than ``counts`` has room for.
+            ValueError: more tile classes than ``counts`` have room for.
         """
         if len(tiles) > MAX_CLASSES:
             raise ValueError(f"{len(tiles)} tile classes: at most {MAX_CLASSES} are supported")
@@ -72,7 +65,7 @@ class PackedCuda:
         self.kv_heads = kv_heads
         c = capacity
         sizes = {
-            "counts": N_COUNTS,
+            "header": int(Header.SIZE),
             "items": c.items * len(Col),
             "query_rows": c.slots,
             "partial_rows": c.slots,
@@ -80,18 +73,22 @@ class PackedCuda:
             "win_hi": c.slots,
             "merge_indptr": c.queries + 1,
             "merged": c.queries,
-            "spans": c.spans * int(N_SPAN_COLS),
+            "spans": c.spans * len(SpanCol),
             "append_base": c.queries,
+            "class_indptr": MAX_CLASSES + 1,
         }
-        self._at: dict[str, slice] = {}
-        total = 0
-        for name, size in sizes.items():
-            self._at[name] = slice(total, total + size)
-            total += -(-size // 4) * 4
-        self._block = torch.zeros(total, dtype=torch.int32, device=device)
-        self._view = {name: self._block[at] for name, at in self._at.items()}
+        sizes = {name: -(-sizes[name] // BLOCK_ALIGN) * BLOCK_ALIGN for name in ARRAYS}
+        starts = [*accumulate(sizes.values(), initial=0)]
+        self._block = torch.zeros(starts[-1], dtype=torch.int32, device=device)
+        self._view = {name: self._block[at:to] for name, (at, to) in zip(ARRAYS, pairwise(starts))}
+        starts += [0] * (MAX_ARRAYS - len(starts))
+        self._places = torch.tensor(starts[:MAX_ARRAYS], dtype=torch.int32, device=device)
+        self._arrived = torch.zeros_like(self._block)  # the block of the plan that is loaded
         pinned = device.type == "cuda"
-        self._staging = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._staging = [torch.zeros(len(self._block), dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        # what is copied is of a power of two; to take a slice of a tensor may take as long as a copy
+        sizes_of = [1 << bits for bits in range(len(self._block).bit_length() + 1)]
+        self._copies = [[(self._arrived[:n], staging[:n]) for n in sizes_of] for staging in self._staging]
         self._blocks = [staging.numpy() for staging in self._staging]
         self._staged = [torch.cuda.Event() if pinned else None for _ in range(2)]
         self._turn = 0
@@ -108,7 +105,8 @@ class PackedCuda:
     @property
     def nbytes(self) -> int:
         """Device memory held, in bytes."""
-        return sum(t.nbytes for t in (self._block, self.kv_slots, self._part_out, self._part_lse2, self._part_sum))
+        tensors = (self._block, self._arrived, self.kv_slots, self._part_out, self._part_lse2, self._part_sum)
+        return sum(t.nbytes for t in tensors)
 
     def load(self, plan: Plan) -> None:
         """Copy ``plan`` to the GPU on the current stream.
@@ -120,44 +118,37 @@ class PackedCuda:
             raise ValueError(f"the plan does not fit the buffers: {over}")
         self._check_items(plan)
         self._turn ^= 1
-        staged, staging, block = self._staged[self._turn], self._staging[self._turn], self._blocks[self._turn]
+        staged = self._staged[self._turn]
         if staged is not None:
             staged.synchronize()  # the copy of two loads ago
-        counts = block[self._at["counts"]]
-        counts[: len(plan.class_indptr)] = plan.class_indptr
-        self._class_items = [b - a for a, b in pairwise(plan.class_indptr.tolist())]
-        merged = plan.merged if plan.windowed else _NONE  # else no kernel asks for them
-        counts[int(N_QUERIES)], counts[int(N_SPANS)] = len(plan.merge_indptr) - 1, len(plan.spans)
-        counts[int(N_MERGED)] = len(merged)
-        self._n_queries, self._n_merged = len(plan.merge_indptr) - 1, len(merged)
-        names = ("items", "query_rows", "partial_rows", "win_lo", "win_hi", "merge_indptr", "spans", "append_base")
-        for name, values in (("merged", merged), *((name, getattr(plan, name).reshape(-1)) for name in names)):
-            start = self._at[name].start
-            block[start : start + len(values)] = values
-        self._block.copy_(staging, non_blocking=True)
+        block, header = plan.block, plan.header
+        self._blocks[self._turn][: len(block)] = block
+        arrived, staging = self._copies[self._turn][len(block).bit_length()]
+        arrived.copy_(staging, non_blocking=True)
         if staged is not None:
             staged.record()
-        self.n_spans = len(plan.spans)
+        self._n_queries, self._n_merged, self.n_spans = header[_N_QUERIES], header[_N_MERGED], header[_N_SPANS]
+        self._class_items = [b - a for a, b in pairwise(header[: len(self.tiles) + 1])]
+        self._has_run_b, self._is_placed = header[_HAS_RUN_B] > 0, False
 
     def _check_items(self, plan: Plan) -> None:
         """Raise ValueError for what the Hopper kernels take for granted and the plan does not keep."""
-        if len(plan.class_indptr) != len(self.tiles) + 1:
-            raise ValueError(f"a plan of {len(plan.class_indptr) - 1} tile classes for {len(self.tiles)} tiles")
+        header = plan.header
+        if header[_N_CLASS_INDPTR] != len(self.tiles) + 1:
+            raise ValueError(f"a plan of {header[_N_CLASS_INDPTR] - 1} tile classes for {len(self.tiles)} tiles")
         for i, tile in enumerate(self.tiles):
             # the Triton kernel runs classes of the decode kernel, too: elsewhere, and with run B
             elsewhere = tile.kernel == "hopper_decode" and (plan.windowed or not self._is_hopper)
             kernel = "triton" if elsewhere else tile.kernel
-            cannot = {"go on with a unit": CHAIN} if kernel == "triton" or not tile.units else {}
+            cannot = [("go on with a unit", _CHAINED)] if kernel == "triton" or not tile.units else []
             if kernel != "triton":
-                cannot |= {"are followed by others": NEXT_ITEM} | ({} if tile.units else {"grow": OPEN_ROW})
-            items = plan.items[plan.class_indptr[i] : plan.class_indptr[i + 1]]
-            for what, column in cannot.items():
-                if items[:, int(column)].max(initial=-1) > (0 if column is CHAIN else -1):
+                cannot += [("are followed by others", _FOLLOWED), *([] if tile.units else [("grow", _GROW)])]
+            for what, flags in cannot:
+                if header[flags + i]:
                     raise ValueError(f"the {kernel} kernel runs no items that {what}")
-        self._has_run_b = plan.windowed and bool(plan.items[:, Col.B_LEN].any())
 
     def snapshot(self, req_to_token: torch.Tensor, pool_rows: torch.Tensor, page_size: int = 1) -> None:
-        """Fill the slot list of the loaded plan from SGLang's table, or from page tables.
+        """Put the loaded plan in its place, and fill its slot list from SGLang's table, or from page tables.
 
         Args:
             req_to_token: [pool rows, max context] int32 on the device; or FlashInfer's ``indices``: [pages] int32.
@@ -165,11 +156,12 @@ class PackedCuda:
             page_size: tokens for each entry of the table.
         """
         grid = (max(1, min(self.n_spans, 1024)), 8)
-        spans, counts = self._view["spans"], self._view["counts"]
         snapshot_kernel[grid](
-            req_to_token_ptr=req_to_token, pool_rows_ptr=pool_rows, spans_ptr=spans, counts_ptr=counts,
-            kv_slots_ptr=self.kv_slots, stride_row=req_to_token.stride(0), PAGE=page_size, BLOCK=1024,
+            req_to_token_ptr=req_to_token, pool_rows_ptr=pool_rows, block_ptr=self._arrived, placed_ptr=self._block,
+            places_ptr=self._places, kv_slots_ptr=self.kv_slots, stride_row=req_to_token.stride(0), PAGE=page_size,
+            BLOCK=1024, PLACED=256,
         )  # fmt: skip
+        self._is_placed = True
 
     def append(self, kv_lens: torch.Tensor, out_slots: torch.Tensor) -> None:
         """Enter each row's newest slot.
@@ -181,7 +173,7 @@ class PackedCuda:
         grid = (triton.cdiv(self.capacity.queries, 128),)
         append_kernel[grid](
             kv_slots_ptr=self.kv_slots, append_base_ptr=self._view["append_base"], kv_lens_ptr=kv_lens,
-            out_slots_ptr=out_slots, counts_ptr=self._view["counts"], BLOCK=128,
+            out_slots_ptr=out_slots, counts_ptr=self._view["header"], BLOCK=128,
         )  # fmt: skip
 
     def run(
@@ -258,13 +250,14 @@ class PackedCuda:
         sinks: torch.Tensor | None,
     ) -> None:
         """Launch the kernel of each tile class. Arguments as for ``run``."""
+        assert self._is_placed, "take the snapshot of the loaded plan first"
         n, n_heads, head_dim = q.shape
         stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
         view, group = self._view, n_heads // self.kv_heads
         arguments = {
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse2_ptr": lse2, "part_out_ptr": self._part_out,
             "part_lse2_ptr": self._part_lse2, "slots_ptr": self.kv_slots, "items_ptr": view["items"],
-            "counts_ptr": view["counts"], "query_rows_ptr": view["query_rows"],
+            "counts_ptr": view["header"], "query_rows_ptr": view["query_rows"],
             "partial_rows_ptr": view["partial_rows"], "stride_q_token": q.stride(0), "stride_q_head": q.stride(1),
             "stride_out_token": out.stride(0), "stride_out_head": out.stride(1), "stride_page": stride_page,
             "stride_slot": stride_slot, "stride_kv_head": stride_head, "scale2": sm_scale * LOG2_E,
@@ -273,7 +266,7 @@ class PackedCuda:
             **_sink_arguments(sinks, lse2),
         }  # fmt: skip
         windows = {"win_lo_ptr": view["win_lo"], "win_hi_ptr": view["win_hi"]}
-        flags, flags_from = (view["counts"], view["counts"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
+        flags, flags_from = (view["header"], view["header"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
         is_first = True
         for i, tile in enumerate(self.tiles):
             goes_elsewhere = any(n * group <= smaller.rows < tile.rows for smaller in self.tiles[i + 1 :])
@@ -324,7 +317,7 @@ class PackedCuda:
             heads, (at_once, warps) = 1, MERGE_UNITS
         arguments = {
             "part_out_ptr": self._part_out, "part_lse2_ptr": self._part_lse2,
-            "merge_indptr_ptr": self._view["merge_indptr"], "counts_ptr": self._view["counts"], "out_ptr": out,
+            "merge_indptr_ptr": self._view["merge_indptr"], "counts_ptr": self._view["header"], "out_ptr": out,
             "lse2_ptr": lse2, "stride_out_token": out.stride(0), "stride_out_head": out.stride(1), "n_heads": n_heads,
             "HEAD_DIM": head_dim, "HEADS": heads, "BLOCK_P": at_once, "PDL": self._pdl, "num_warps": warps,
             "launch_pdl": self._pdl, **_sink_arguments(sinks, lse2),

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from packinfer_sgl.kernels.columns import (
+    MAX_ARRAYS,
     N_QUERIES,
     N_SPAN_COLS,
     N_SPANS,
@@ -14,25 +15,44 @@ from packinfer_sgl.kernels.columns import (
     SPAN_ROW,
     SPAN_START,
     SPAN_TOKENS,
+    SPANS_START,
+    STARTS,
 )
 
 
 @triton.jit
+def _place(block_ptr, placed_ptr, places_ptr, first, step, BLOCK: tl.constexpr):
+    """Copy entries ``first``, ``first + step``, ... (BLOCK at a time) of ``Plan.block`` to where the kernels look for
+    them: each array to ``placed_ptr`` plus its entry of ``places_ptr`` ([MAX_ARRAYS], where it is in ``ARRAYS``)."""
+    array = tl.arange(0, MAX_ARRAYS)
+    start = tl.load(block_ptr + STARTS + array)
+    end = tl.load(block_ptr + STARTS + 1 + array)
+    shift = tl.load(places_ptr + array) - start
+    entries = tl.load(block_ptr + STARTS + MAX_ARRAYS)
+    for i in tl.range(first, entries, step):
+        at = i + tl.arange(0, BLOCK)
+        is_in = (at[:, None] >= start[None, :]) & (at[:, None] < end[None, :])  # one array, if any
+        to = at + tl.sum(tl.where(is_in, shift[None, :], 0), 1)
+        tl.store(placed_ptr + to, tl.load(block_ptr + at, mask=at < entries, other=0), mask=at < entries)
+
+
+@triton.jit
 def snapshot_kernel(
-    req_to_token_ptr,
-    pool_rows_ptr,
-    spans_ptr,
-    counts_ptr,
-    kv_slots_ptr,
-    stride_row,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write each span's slots (``Plan.spans``) to the plan's slot list: those in SGLang's table, or its copy's.
+    req_to_token_ptr, pool_rows_ptr, block_ptr, placed_ptr, places_ptr, kv_slots_ptr, stride_row,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """Put the plan that was copied to ``block_ptr`` in its place, and write each of its spans' slots (``Plan.spans``)
+    to its slot list: those in SGLang's table, or its copy's.
 
     With a PAGE above 1 the table holds a page's number for each PAGE positions.
     """
-    for span in tl.range(tl.program_id(0), tl.load(counts_ptr + N_SPANS), tl.num_programs(0)):
+    program, programs = (
+        tl.program_id(0) * tl.num_programs(1) + tl.program_id(1),
+        tl.num_programs(0) * tl.num_programs(1),
+    )
+    _place(block_ptr, placed_ptr, places_ptr, program * PLACED, programs * PLACED, BLOCK=PLACED)
+    spans_ptr = block_ptr + tl.load(block_ptr + SPANS_START)
+    for span in tl.range(tl.program_id(0), tl.load(block_ptr + N_SPANS), tl.num_programs(0)):
         span_ptr = spans_ptr + span * N_SPAN_COLS
         row = tl.load(span_ptr + SPAN_ROW)
         start = tl.load(span_ptr + SPAN_START)

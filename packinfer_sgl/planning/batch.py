@@ -62,6 +62,7 @@ class StepBatch:
         visible: [n_queries] int32 first KV position that each query sees, and the one after its last; None: all of its
             row (decode).
         unique_tokens: the least KV tokens that any kernel reads; default: what ``tree`` says.
+        row_tokens: new tokens of each row, where all have as many and that is known; else 0.
         finds_slots: whether equal slots are looked at where the requests cannot tell who shares what.
     """
 
@@ -73,11 +74,21 @@ class StepBatch:
     out_slots: torch.Tensor | None = None
     visible: tuple[Int32, Int32] | None = None
     unique_tokens: int | None = None
+    row_tokens: int = 0
     finds_slots: bool = False
 
     @property
     def n_rows(self) -> int:
         return len(self.kv_lens)
+
+    @property
+    def n_queries(self) -> int:
+        return self.row_tokens * self.n_rows if self.row_tokens else sum(self.q_lens.tolist())
+
+    @property
+    def is_one_each(self) -> bool:
+        """Whether each row has one new token."""
+        return self.row_tokens == 1 or self.q_lens.tolist().count(1) == self.n_rows
 
     @cached_property
     def qo_indptr(self) -> Int32:

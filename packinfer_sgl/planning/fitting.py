@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from operator import le
 
 import numpy as np
 
 from packinfer_sgl.planning.batch import StepBatch
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
+from packinfer_sgl.planning.grouped_plan import grouped_plan
 from packinfer_sgl.planning.groups import prune, without_nodes
-from packinfer_sgl.planning.items import make_plan
-from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.plan import ARRAYS, Col, Header, Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 from packinfer_sgl.planning.units import units_of
@@ -69,7 +68,11 @@ class Capacity:
         return {name: f"{needs} > {holds}" for name, (needs, holds) in both.items() if needs > holds}
 
     def holds(self, plan: Plan) -> bool:
-        return all(map(le, _needs(plan), vars(self).values()))  # in the order of the fields
+        queries, slots, items, spans, partials, kv_slots = _needs(plan)
+        return (
+            queries <= self.queries and slots <= self.slots and items <= self.items and spans <= self.spans
+            and partials <= self.partials and kv_slots <= self.kv_slots
+        )  # fmt: skip
 
     def grown(self, plan: Plan) -> Capacity:
         """What ``plan`` needs and a quarter more, so that slightly larger plans fit, too; nowhere less than before."""
@@ -78,12 +81,15 @@ class Capacity:
         return Capacity(**{name: max(size, getattr(self, name)) for name, size in sizes.items()})
 
 
+_N_ITEMS, _N_SLOTS = (int(Header.LENGTHS) + ARRAYS.index(name) for name in ("items", "query_rows"))
+_N_QUERIES, _N_SPANS, _N_PARTIALS = int(Header.N_QUERIES), int(Header.N_SPANS), int(Header.N_PARTIALS)
+_N_COLS = len(Col)
+
+
 def _needs(plan: Plan) -> tuple[int, ...]:
     """In the order of ``Capacity``'s fields."""
-    return (
-        len(plan.merge_indptr) - 1, len(plan.query_rows), len(plan.items), len(plan.spans), plan.n_partials,
-        plan.kv_capacity,
-    )  # fmt: skip
+    h = plan.header
+    return h[_N_QUERIES], h[_N_SLOTS], h[_N_ITEMS] // _N_COLS, h[_N_SPANS], h[_N_PARTIALS], plan.kv_capacity
 
 
 def least_partials(rows: int) -> int:
@@ -203,6 +209,10 @@ class DoesNotFit(RuntimeError):
     """No plan of a batch fits the buffers."""
 
 
+class NothingGrouped(DoesNotFit):
+    """Only a plan with groups was asked for, and the batch has none."""
+
+
 def fit(
     tree: PrefixTree,
     shape: AttentionShape,
@@ -214,48 +224,54 @@ def fit(
     batch: StepBatch,
     q_lens: Int32 | None = None,
     saving_lens: Int32 | None = None,
-    kept: PrefixTree | None = None,
+    unique_tokens: int | None = None,
     room_tokens: int = 0,
+    needs_groups: bool = False,
 ) -> Fitted:
     """The plan that ``cost`` and ``policy`` ask for, or the nearest to it that fits.
 
     Args:
-        tree: who shares what in ``batch``.
+        tree: who shares what in ``batch``; where the policy has units, cut down to them (``units.within_units``).
         limits: what of a plan fits.
         grouping, q_lens: see ``prune``; ``saving_lens``: its ``kv_lens``.
-        kept: ``tree`` pruned like that, if it is known.
+        unique_tokens: the least KV tokens that any kernel reads; default: what the batch says, else ``tree``.
         room_tokens: see ``make_plan``.
+        needs_groups: whether ``cost`` must find spans that are worth reading together.
 
     Raises:
+        NothingGrouped: it finds none, though it must.
         DoesNotFit: with the sizes; not for buffers of this module's sizes, if the tree shows what the rows share.
     """
+    unique = batch.unique_tokens if unique_tokens is None else unique_tokens
+    mode, partials_us, once = grouping, None, False
+    n_queries = batch.n_rows if q_lens is None else batch.n_queries
     ungrouped: UngroupedReason | None = None
-    once: PrefixTree | None = None  # or ``tree``, to list each of its tokens once
-    if kept is None:
-        kept = prune(tree, shape, cost, grouping, q_lens, saving_lens)
-        if saving_lens is not None and not kept.n_nodes and prune(tree, shape, cost, grouping, q_lens).n_nodes:
-            ungrouped = UngroupedReason.SMALL_SAVING
-    if ungrouped is None and not kept.n_nodes:
-        ungrouped = UngroupedReason.SHORT_SPANS if tree.n_nodes else UngroupedReason.NOTHING_SHARED
-        ungrouped = UngroupedReason.OFF if grouping == "off" else ungrouped
+    is_first = True
     overflowed: dict[str, str] = {}
     times_dearer = 1  # than at first, a partial result
-    unique = tree.unique_tokens(batch.kv_lens) if batch.unique_tokens is None else batch.unique_tokens
     while True:
-        plan = make_plan(
-            kept, batch.kv_lens, policy, kv_tokens_unique=unique, qo_indptr=None if q_lens is None else batch.qo_indptr,
-            visible=batch.visible, room_tokens=room_tokens, listed_once=once,
+        kept, plan, saves_little = grouped_plan(
+            tree, batch.kv_lens, shape, cost, policy, mode=mode, q_lens=q_lens, n_queries=n_queries,
+            saving_lens=saving_lens, partials_us=partials_us, visible=batch.visible, room_tokens=room_tokens, once=once,
+            unique_tokens=unique, needs_groups=needs_groups and is_first,
         )  # fmt: skip
+        if plan is None:
+            raise NothingGrouped("packinfer: no span is worth reading together")
+        if is_first and not kept.n_nodes:
+            ungrouped = UngroupedReason.SHORT_SPANS if tree.n_nodes else UngroupedReason.NOTHING_SHARED
+            ungrouped = UngroupedReason.SMALL_SAVING if saves_little else ungrouped
+            ungrouped = UngroupedReason.OFF if grouping == "off" else ungrouped
+        is_first = False
         over = limits.overflow(plan)
         if not over:
-            listed = kept if once is None else without_nodes(tree)
+            listed = without_nodes(tree) if once else kept
             if ungrouped is None and not kept.n_nodes:
                 ungrouped = UngroupedReason.FULL_BUFFERS
             return Fitted(plan, kept, listed, tuple(overflowed), ungrouped)
         overflowed |= over
         is_cut = policy.timings is not None or policy.max_split_tokens < UNCUT_TOKENS
-        if once is None and over.keys() & {"kv_slots", "spans"}:
-            once = tree
+        if not once and over.keys() & {"kv_slots", "spans"}:
+            once = True
         elif is_cut and (kept.n_nodes == 0 or "slots" not in over):  # slots do not depend on how spans are cut
             policy = replace(policy, max_split_tokens=UNCUT_TOKENS, timings=None)
         elif kept.n_nodes and not over.keys() & {"kv_slots", "spans", "queries"}:
@@ -265,8 +281,8 @@ def fit(
             # a choice of spans with more query slots than fit is not cut, only to see that
             while kept.n_nodes == before or (kept.n_nodes and _members(kept, q_lens) > limits.slots):
                 times_dearer *= 2
-                mode = grouping if times_dearer < DEAREST else "off"
-                kept = prune(tree, shape, cost, mode, q_lens, saving_lens, times_dearer * first_us)
+                mode, partials_us = grouping if times_dearer < DEAREST else "off", times_dearer * first_us
+                kept = prune(tree, shape, cost, mode, q_lens, saving_lens, partials_us)
         else:
             sizes = ", ".join(f"{name} {needs}" for name, needs in over.items())
             raise DoesNotFit(f"packinfer: a batch of {batch.n_rows} rows does not fit the buffers ({sizes})")

@@ -37,8 +37,9 @@ def prune(
         return without_nodes(tree)
     of_rows = _NOT_GIVEN if q_lens is None else q_lens
     most = tree.n_rows if q_lens is None else sum(q_lens.tolist())
-    fields = _prune(
-        tree.row_order, tree.parent, tree.depth, tree.row_lo, tree.row_hi, tree.start, tree.end, of_rows,
+    nodes = tree.parent, tree.depth, tree.row_lo, tree.row_hi, tree.start, tree.end
+    fields = prune_nodes(
+        tree.row_order, nodes, of_rows,
         cost.prices(shape, 1 << most.bit_length()), cost.partials_us(shape) if partials_us is None else partials_us,
         mode == "multi", _NOT_GIVEN if kv_lens is None else kv_lens, cost.least_saving,
     )  # fmt: skip
@@ -52,16 +53,18 @@ def without_nodes(tree: PrefixTree) -> PrefixTree:
 
 
 @njit(cache=True)
-def _prune(  # type: ignore[no-untyped-def]
-    row_order, parent, depth, row_lo, row_hi, start, end, q_lens, prices, partial_us, multi, kv_lens, least_saving
+def prune_nodes(  # type: ignore[no-untyped-def]
+    row_order, nodes, q_lens, prices, partial_us, multi, kv_lens, least_saving
 ):
     """The fields of ``prune``'s tree from ``parent`` on.
 
     Args:
+        nodes: the tree's fields from ``parent`` to ``end``.
         q_lens, kv_lens: as for ``prune``; [0] for none.
         prices: ``CostModel.prices``.
         partial_us: time of one partial result of one query.
     """
+    parent, depth, row_lo, row_hi, start, end = nodes
     n_rows, n = len(row_order), len(parent)
     read_us, own_us, partials_us = np.empty((n, 2)), np.empty(n), np.empty(n)
     before, before_us = np.zeros(n_rows + 1, np.int64), np.zeros(n_rows + 1)

@@ -84,7 +84,7 @@ class DecodePlanner:
         self._known = KnownTree()
         self._last: Planned | None = None
         self._requests: Any = None
-        self._lens = np.zeros(0, np.int32)
+        self._lens = b""  # bytes of the last step's ``kv_lens``
         self._steps_left = 0
 
     def compile(self) -> None:
@@ -92,13 +92,9 @@ class DecodePlanner:
         should not wait for."""
         two = StepBatch(np.ones(2, np.int32), np.full(2, 2, np.int32))
         tree = PrefixTree.from_neighbours((0, 1), (1,))
-        self._fit(tree, two)
-        if self.policy.unit_tokens:
-            tree = within_units(tree, two.kv_lens, self.policy)
-        try:
-            fit(tree, self.shape, self.cost, self.policy, Capacity.unlimited(kv_slots=2), grouping="multi", batch=two)
-        except DoesNotFit:
-            pass  # on its way there each token was listed once
+        plan = self._fit(tree, two).plan
+        Capacity.of(replace(plan, spans=plan.spans))  # as the arena does
+        prune(tree, self.shape, self.cost, kv_lens=two.kv_lens)  # for plans that do not fit at first
 
     def plan(self, batch: StepBatch) -> Planned:
         """The plan of this step.
@@ -112,19 +108,21 @@ class DecodePlanner:
             and self._last is not None
             and self._steps_left > 0
             and batch.requests == self._requests
-            and np.array_equal(lens, self._lens + 1)
+            and (lens - _ONE).tobytes() == self._lens
         )
         if holds:
             assert self._last is not None
             self._steps_left -= 1
-            self._lens = lens.copy()
+            self._lens = lens.tobytes()
+            if self._last.is_new:
+                self._last = Planned(self._last.fitted, self._last.tree, 0.0, is_new=False)
             return self._last
         started = time.perf_counter()
         self.forget()  # whatever happens here, the last plan is not that of these rows
         tree, fitted = _fit_known(batch, self._known, self._fit)
         planned = Planned(fitted, tree, (time.perf_counter() - started) * 1e6)
-        self._last = Planned(fitted, tree, 0.0, is_new=False)
-        self._requests, self._lens, self._steps_left = batch.requests, lens.copy(), self.room_tokens
+        self._last, self._requests = planned, batch.requests
+        self._lens, self._steps_left = lens.tobytes(), self.room_tokens
         if unit := self.policy.unit_tokens:
             self._steps_left = min(self._steps_left, steps_within_units(lens, unit))
         return planned
@@ -135,21 +133,20 @@ class DecodePlanner:
 
     def _fit(self, tree: PrefixTree, batch: StepBatch) -> Fitted:
         if not self.policy.unit_tokens:
-            return self._fit_tree(tree, batch, self.policy)
+            return self._fit_tree(tree, batch, self.policy, batch.unique_tokens)
         unique = tree.unique_tokens(batch.kv_lens) if batch.unique_tokens is None else batch.unique_tokens
-        batch = replace(batch, unique_tokens=unique)
         try:
-            return self._fit_tree(within_units(tree, batch.kv_lens, self.policy), batch, self.policy)
+            return self._fit_tree(within_units(tree, batch.kv_lens, self.policy), batch, self.policy, unique)
         except DoesNotFit:  # parts of units take more items; whole ones always fit, if the tree shows what rows share
             whole = replace(self.policy, block_tokens=0)
-            return self._fit_tree(within_units(tree, batch.kv_lens, whole), batch, whole)
+            return self._fit_tree(within_units(tree, batch.kv_lens, whole), batch, whole, unique)
 
-    def _fit_tree(self, tree: PrefixTree, batch: StepBatch, policy: TilePolicy) -> Fitted:
-        one_each = batch.q_lens.tolist().count(1) == batch.n_rows
+    def _fit_tree(self, tree: PrefixTree, batch: StepBatch, policy: TilePolicy, unique: int | None) -> Fitted:
+        one_each = batch.is_one_each
         return fit(
             tree, self.shape, self.cost, policy, self.limits, grouping=self.grouping, batch=batch,
             q_lens=None if one_each else batch.q_lens, saving_lens=batch.kv_lens if one_each else None,
-            room_tokens=self.room_tokens,
+            unique_tokens=unique, room_tokens=self.room_tokens,
         )  # fmt: skip
 
 
@@ -216,7 +213,7 @@ class ExtendPlanner:
         """Nothing is kept."""
 
     def fastest(self, tree: PrefixTree, batch: StepBatch) -> tuple[float, Fitted]:
-        """Of the plans that fit, the one that is expected to be the fastest, and its time.
+        """Of the plans that fit, the one that is expected to be the fastest, and its time (0 if nobody compares it).
 
         Args:
             tree: who shares what in ``batch``.
@@ -224,28 +221,30 @@ class ExtendPlanner:
         Raises:
             DoesNotFit: there is none.
         """
-        found: list[tuple[float, Fitted]] = []
+        found: list[Fitted] = []
         problem: DoesNotFit | None = None
         for cost, policy in self.ways:
-            kept = prune(tree, self.shape, cost, self.grouping, batch.q_lens)
-            if found and not kept.n_nodes:
-                continue  # ways differ in what they do with groups
+            if found and not tree.n_nodes:
+                break
             try:
                 fitted = fit(
                     tree, self.shape, cost, policy, self.limits, grouping=self.grouping, batch=batch,
-                    q_lens=batch.q_lens, kept=kept,
+                    q_lens=batch.q_lens, needs_groups=bool(found),  # ways differ in what they do with groups
                 )  # fmt: skip
             except DoesNotFit as e:
                 problem = e
                 continue
-            found.append((self.packed_us(fitted.plan), fitted))
+            found.append(fitted)
+        if len(found) == 1 and self.stock_us is None:
+            return 0.0, found[0]
         if not found:
             assert problem is not None
             raise problem
-        return min(found, key=lambda one: one[0])
+        return min(((self.packed_us(fitted.plan), fitted) for fitted in found), key=lambda one: one[0])
 
 
 Planner = DecodePlanner | ExtendPlanner
+_ONE = np.int32(1)
 
 
 T = TypeVar("T")

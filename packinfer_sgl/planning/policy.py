@@ -75,12 +75,13 @@ class TilePolicy:
         unknown = SplitTiming(nan, nan, nan, nan, stream_k_ctas=0, launched=0, bw_saturation=nan)
         timings = self.timings or [unknown] * len(self.tile_queries)
         classes = zip(self.tile_queries, timings, strict=True)
-        both = self.max_split_tokens, self.max_inline_tail_tokens, self.unit_tokens
+        both = self.max_split_tokens, self.max_inline_tail_tokens, self.unit_tokens, self.block_tokens
         return np.array([(queries, *both, *astuple(timing)) for queries, timing in classes], TILE_CLASS)
 
 
 # A tile class as the compiled functions of ``query_tiles`` and ``schedule`` take it.
 TILE_CLASS = np.dtype(
-    [(name, np.int64) for name in ("tile_queries", "max_split_tokens", "max_inline_tail_tokens", "unit_tokens")]
+    [(name, np.int64) for name in ("tile_queries", "max_split_tokens", "max_inline_tail_tokens")]
+    + [(name, np.int64) for name in ("unit_tokens", "block_tokens")]
     + [(f.name, np.float64) for f in fields(SplitTiming)]
 )

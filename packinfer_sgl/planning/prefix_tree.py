@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
 Int32 = npt.NDArray[np.int32]
+
+
+# The fields of a tree in the order of ``PrefixTree.block``: two of its rows, then six of its nodes.
+FIELDS = ("row_order", "tail_start", "parent", "depth", "row_lo", "row_hi", "start", "end")
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +25,8 @@ class PrefixTree:
     ``row_order[row_lo[i]:row_hi[i]]``. A child's span begins where its parent's ends; a node without parent begins at
     0. Nodes stand level by level, so a parent precedes its children. From ``tail_start`` on, a row's tokens are private
     (its tail). The chain of a row's spans and its tail cover every position once.
+
+    Compiled functions make trees as one block of memory; the arrays are views that are made when they are asked for.
 
     Attributes (int32; all on the CPU):
         row_order: [n_rows] row of the batch at each place (its index in sorted order); a node's rows are neighbours.
@@ -39,13 +46,42 @@ class PrefixTree:
     end: Int32
     tail_start: Int32
 
-    @property
-    def n_rows(self) -> int:
-        return len(self.row_order)
+    if TYPE_CHECKING:
 
-    @property
-    def n_nodes(self) -> int:
-        return len(self.start)
+        @property
+        def n_rows(self) -> int: ...
+
+        @property
+        def n_nodes(self) -> int: ...
+
+        @property
+        def block(self) -> Int32:
+            """All fields, in the order of ``FIELDS``."""
+    else:
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "block":
+                value = np.concatenate([getattr(self, field) for field in FIELDS])
+            elif name == "n_rows":
+                value = len(self.row_order)
+            elif name == "n_nodes":
+                value = len(self.start)
+            elif name in FIELDS:
+                n, nodes, at = self.n_rows, self.n_nodes, FIELDS.index(name)
+                begin, size = (at * n, n) if at < 2 else (2 * n + (at - 2) * nodes, nodes)
+                value = self.block[begin : begin + size]
+            else:
+                raise AttributeError(name)
+            self.__dict__[name] = value
+            return value
+
+    @classmethod
+    def of_block(cls, block: Int32, n_rows: int) -> PrefixTree:
+        """The tree of ``n_rows`` rows whose ``block`` this is."""
+        tree = cls.__new__(cls)
+        values = tree.__dict__
+        values["block"], values["n_rows"], values["n_nodes"] = block, n_rows, (len(block) - 2 * n_rows) // 6
+        return tree
 
     @classmethod
     def unshared(cls, n_rows: int) -> PrefixTree:
@@ -60,7 +96,7 @@ class PrefixTree:
         any two rows share the minimum between them.
         """
         order = np.array(row_order, np.int32)
-        return cls(order, *_intervals(len(order), np.array(shared_tokens, np.int32)))
+        return cls.of_block(_intervals(order, np.array(shared_tokens, np.int32)), len(order))
 
     @classmethod
     def from_paths(cls, paths: Sequence[tuple[int, ...]], ends: Sequence[tuple[int, ...]]) -> PrefixTree:
@@ -92,7 +128,7 @@ class PrefixTree:
             lowest: per row, the index of its lowest node; -1 for none.
             limits: per row, the leading tokens that it may share: nodes that end beyond are left out.
         """
-        return cls(*_from_nodes(nodes, np.array(lowest + limits, np.int64)))
+        return cls.of_block(_from_nodes(nodes, np.array(lowest + limits, np.int64)), len(lowest))
 
     @classmethod
     def from_slots(cls, indptr: Int32, indices: Int32, page_size: int, limit_tokens: Int32) -> PrefixTree:
@@ -123,7 +159,7 @@ class PrefixTree:
 
     def unique_tokens(self, kv_lens: Int32) -> int:
         """KV tokens that any kernel must read at least once, for rows of ``kv_lens`` tokens ([n_rows] int32)."""
-        return int(_unique_tokens(self.start, self.end, self.tail_start, kv_lens))
+        return int(count_unique(self.start, self.end, self.tail_start, kv_lens))
 
     def check_integrity(self) -> None:
         """For tests: raise AssertionError unless what the class's docstring says is true."""
@@ -144,7 +180,7 @@ class PrefixTree:
 
 @njit(cache=True)
 def _from_nodes(nodes, lowest_and_limits):  # type: ignore[no-untyped-def]
-    """The fields of ``PrefixTree.from_nodes``: its rows in the order of the identities on their paths."""
+    """The block of ``PrefixTree.from_nodes``: its rows in the order of the identities on their paths."""
     n = len(lowest_and_limits) // 2
     bottom, limits = lowest_and_limits[:n].copy(), lowest_and_limits[n:]
     depth = np.zeros(n + 1, np.int64)
@@ -189,12 +225,12 @@ def _from_nodes(nodes, lowest_and_limits):  # type: ignore[no-untyped-def]
             if path[a, level] != path[b, level]:
                 break
             shared[place] = nodes[path[a, level], 2]
-    fields = _intervals(n, shared)
-    return (order.astype(np.int32), *fields)
+    return _intervals(order.astype(np.int32), shared)
 
 
 @njit(cache=True)
-def _unique_tokens(start, end, tail_start, kv_lens):  # type: ignore[no-untyped-def]
+def count_unique(start, end, tail_start, kv_lens):  # type: ignore[no-untyped-def]
+    """``PrefixTree.unique_tokens``."""
     tokens = 0
     for i in range(len(start)):
         tokens += end[i] - start[i]
@@ -204,12 +240,13 @@ def _unique_tokens(start, end, tail_start, kv_lens):  # type: ignore[no-untyped-
 
 
 @njit(cache=True)
-def _intervals(n_rows, shared_tokens):  # type: ignore[no-untyped-def]
-    """The nodes of ``PrefixTree.from_neighbours``, as its fields from ``parent`` on.
+def _intervals(row_order, shared_tokens):  # type: ignore[no-untyped-def]
+    """The block of ``PrefixTree.from_neighbours``.
 
     They are the intervals of ``shared_tokens`` (as the interval tree of a suffix array's LCP table; Abouelhoda, Kurtz,
     Ohlebusch 2004): one sweep over the places, with a stack of the intervals that are still open.
     """
+    n_rows = len(row_order)
     parent = np.full(n_rows, -1, np.int32)
     lo, hi, end = np.empty(n_rows, np.int32), np.empty(n_rows, np.int32), np.empty(n_rows, np.int32)
     n = 0
@@ -246,14 +283,15 @@ def _intervals(n_rows, shared_tokens):  # type: ignore[no-untyped-def]
     for level in range(n):
         begins[level + 1] += begins[level]
     # level by level; within a level intervals were opened from left to right
-    nodes, new_index = np.empty((6, n), np.int32), np.empty(n, np.int32)
+    block, new_index = np.zeros(2 * n_rows + 6 * n, np.int32), np.empty(n, np.int32)
+    block[:n_rows] = row_order
+    tail_start, nodes = block[n_rows : 2 * n_rows], block[2 * n_rows :].reshape((6, n))
     for i in range(n):
         new_index[i], begins[depth[i]] = begins[depth[i]], begins[depth[i]] + 1
     for i in range(n):
         new, above = new_index[i], parent[i]
         nodes[0, new], nodes[4, new] = (-1, 0) if above < 0 else (new_index[above], end[above])
         nodes[1, new], nodes[2, new], nodes[3, new], nodes[5, new] = depth[i], lo[i], hi[i], end[i]
-    tail_start = np.zeros(n_rows, np.int32)
     for new in range(n):
         tail_start[nodes[2, new] : nodes[3, new]] = nodes[5, new]  # deeper nodes come later and overwrite
-    return nodes[0], nodes[1], nodes[2], nodes[3], nodes[4], nodes[5], tail_start
+    return block

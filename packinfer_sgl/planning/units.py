@@ -55,7 +55,7 @@ def within_units(tree: PrefixTree, kv_lens: Int32, policy: TilePolicy) -> Prefix
 def are_in_units(tree: PrefixTree, kv_lens: Int32, policy: TilePolicy) -> bool:
     """Whether nodes end where ``within_units`` lets them, and no row ends where one of its nodes ends within a unit."""
     unit, block = policy.unit_tokens, policy.block_tokens or policy.unit_tokens
-    return bool(_are_in_units(tree.row_order, tree.start, tree.end, tree.tail_start, kv_lens, unit, block))
+    return bool(nodes_are_in_units(tree.row_order, tree.start, tree.end, tree.tail_start, kv_lens, unit, block))
 
 
 def steps_within_units(kv_lens: Int32, unit_tokens: int) -> int:
@@ -102,7 +102,8 @@ def _shared_within_units(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _are_in_units(row_order, start, end, tail_start, kv_lens, unit, block):  # type: ignore[no-untyped-def]
+def nodes_are_in_units(row_order, start, end, tail_start, kv_lens, unit, block):  # type: ignore[no-untyped-def]
+    """The same of the fields of a tree."""
     for i in range(len(end)):
         within = end[i] % unit > 0
         if within and (end[i] % block or (start[i] % unit and start[i] // unit == end[i] // unit)):

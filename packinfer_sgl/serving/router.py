@@ -229,7 +229,16 @@ class Router:
         q_lens = np.full(len(kv_lens), path.row_tokens, np.int32)
         visible = causal(q_lens, kv_lens) if path.kind is Kind.VERIFY else None
         table = SlotTable(self._req_to_token, pool_rows)
-        return StepBatch(q_lens, kv_lens, rows, table, visible=visible, finds_slots=not self._on_gpu, **new)
+        return StepBatch(
+            q_lens,
+            kv_lens,
+            rows,
+            table,
+            visible=visible,
+            row_tokens=path.row_tokens,
+            finds_slots=not self._on_gpu,
+            **new,
+        )
 
     def _verify_path(self, batch: ForwardBatch) -> PackedPath | None:
         """What runs this batch if it verifies drafts that are a chain, or None."""

@@ -153,7 +153,8 @@ class Steps:
         times.append(time.perf_counter())
         q_lens = np.full(len(rows.reqs), self.drafts or 1, np.int32)
         kv_lens = np.array([request.cache_protected_len for request in batch.reqs], np.int32) + np.int32(256)
-        step = StepBatch(q_lens, kv_lens, rows, visible=causal(q_lens, kv_lens) if self.drafts else None)
+        visible = causal(q_lens, kv_lens) if self.drafts else None
+        step = StepBatch(q_lens, kv_lens, rows, visible=visible, row_tokens=self.drafts or 1)
         times.append(time.perf_counter())
         planned = self.planner.plan(step)
         times.append(time.perf_counter())

@@ -56,14 +56,14 @@ def drop_token(_: str) -> None:
     import packinfer_sgl.planning.fitting as fitting
     from packinfer_sgl.planning.plan import Col
 
-    def faulty(tree, *args, __make=fitting.make_plan, **kwargs):
-        plan = __make(tree, *args, **kwargs)
+    def faulty(*args, __make=fitting.grouped_plan, **kwargs):
+        tree, plan, saves_little = __make(*args, **kwargs)
         if tree.n_nodes:
             last = (plan.items[:, Col.A_POS] + plan.items[:, Col.A_LEN] == tree.end[0]) & (plan.items[:, Col.Q_CNT] > 1)
             plan.items[np.flatnonzero(last)[0], Col.A_LEN] -= 1
-        return plan
+        return tree, plan, saves_little
 
-    fitting.make_plan = faulty
+    fitting.grouped_plan = faulty
 
 
 def forget_retractions(_: str) -> None:

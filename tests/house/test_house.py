@@ -29,7 +29,8 @@ NEIGHBOURS = {"paged": {"runners"}}
 ORDER = {
     "planning": [
         "prefix_tree", "batch", "costs", "groups", "plan", "policy", "units", "schedule", "device_profile", "profiles",
-        "cpu_profile", "query_tiles", "item_arrays", "items", "fitting", "planners", "audit", "prefix_hold",
+        "cpu_profile", "query_tiles", "item_arrays", "items", "grouped_plan", "fitting", "planners", "audit",
+        "prefix_hold",
     ],
     "kernels": [
         "copy_slots", "reference", "cpu_attention", "tiles", "columns", "slot_list_triton", "attention_triton", "merge",

@@ -72,6 +72,7 @@ def main() -> None:
             packed = make_packed(case, Capacity.of(case.plan))
             packed._pdl = packed._is_hopper = True
             packed.load(case.plan)
+            packed.snapshot(case.req_to_token, case.pool_rows)
             for sinks in (None, torch.zeros(case.q.shape[1], dtype=torch.bfloat16)):
                 what["sinks"] = sinks is not None
                 packed.run(case.q, case.k, case.v, case.kv_lens, sm_scale=1.0, sinks=sinks)

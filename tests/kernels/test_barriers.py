@@ -83,9 +83,7 @@ class Launch:
         self.packed = packed = make_packed(case, Capacity.of(case.plan))
         packed._is_hopper = True
         packed.load(case.plan)
-        for row, start, tokens, offset, _ in case.plan.spans.tolist():
-            slots = case.req_to_token[case.pool_rows[row], start : start + tokens]
-            packed.kv_slots[offset : offset + tokens] = slots
+        packed.snapshot(case.req_to_token, case.pool_rows)
         self.module = f"attention_hopper_{kind.partition(' ')[0]}"
 
     def run(self, machine: Machine, seed: int, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, ...]:
@@ -94,7 +92,7 @@ class Launch:
         out, lse2 = torch.full(case.q.shape, torch.nan, dtype=dtype), torch.full(case.q.shape[:2], torch.nan)
         for partial in (packed._part_out, packed._part_lse2, packed._part_sum):
             partial.fill_(torch.nan)
-        counts = packed._view["counts"]
+        counts = packed._view["header"]
         counts[int(columns.NEXT_TICKET)] = 0
 
         def attend(**arguments: Any) -> None:
@@ -205,6 +203,7 @@ def test_an_empty_item_leaves_the_empty_state(kind: str) -> None:
     nth = int(np.flatnonzero(plan.partial_rows[items[:, Col.Q_OFF]] >= 0)[0])
     items[nth, Col.A_LEN] = 0
     launch.packed.load(replace(plan, items=items))
+    launch.packed.snapshot(launch.case.req_to_token, launch.case.pool_rows)
     first, count = items[nth, Col.Q_OFF], items[nth, Col.Q_CNT]
     empty = plan.partial_rows[first : first + count] + items[nth, Col.SPLIT]
     others = np.setdiff1d(np.arange(plan.n_partials), empty)

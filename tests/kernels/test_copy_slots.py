@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from cases import make_packed, random_case
@@ -42,7 +44,7 @@ def test_a_span_with_a_slot_is_not_read_from_the_table() -> None:
     row, first, tokens, offset, _ = plan.spans[0].tolist()
     parts = [[row, first, 25, offset, -1], [row, first + 25, tokens - 25, offset + 25, 500]]
     spans = torch.cat([torch.tensor(parts, dtype=torch.int32), torch.from_numpy(plan.spans[1:])])
-    object.__setattr__(plan, "spans", spans.numpy())
+    plan = dataclasses.replace(plan, spans=spans.numpy())
     packed = make_packed(case, Capacity.of(plan))
     packed.load(plan)
     packed.snapshot(case.req_to_token, case.pool_rows)

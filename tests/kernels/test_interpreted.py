@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cases import EXTENDS, brute_force, make_packed, random_case, run_packed
+from cases import EXTENDS, POISON, brute_force, make_packed, random_case, run_packed
 
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.items import make_plan
@@ -106,6 +106,40 @@ def test_sinks_of_another_shape_are_refused(sinks: torch.Tensor) -> None:
     case = random_case(0, device=DEVICE, shared=[40], tails=[3, 5], dtype=torch.float16)
     with pytest.raises(ValueError, match="sinks must be one float32, float16 or bfloat16 for each of 8 query heads"):
         run_packed(dataclasses.replace(case, sinks=sinks.to(DEVICE)))
+
+
+@pytest.mark.parametrize("poison", [False, True], ids=["a larger plan", "poison"])
+@pytest.mark.parametrize("new", [None, [4, 1, 3]], ids=["decode", "extend"])
+def test_what_lies_beyond_the_arrays_of_a_plan_is_not_read(new: list[int] | None, poison: bool) -> None:
+    """Loading a plan leaves there what was before: a larger plan, or anything."""
+    more = {"device": DEVICE, "dtype": torch.float16, "kv_heads": 1}
+    large_new = None if new is None else [5, 3, 2, 8, 1, 4, 2]
+    large = random_case(1, shared=[70, 300, 50, 0, 200, 90], tails=[30, 90, 150, 20, 64, 10, 9], new=large_new, **more)
+    case = random_case(2, shared=[40, 40], tails=[4, 9, 2], new=new, **more)
+    limits = [dataclasses.astuple(Capacity.of(one.plan)) for one in (large, case)]
+    packed = make_packed(case, Capacity(*map(max, *limits)))
+    assert all(a > b for a, b in zip(*limits, strict=True))
+    if poison:
+        for buffer in (packed._block, packed._arrived, *packed._staging):
+            buffer.fill_(POISON)
+        packed._block[packed._view["header"].numel() :].neg_()
+    else:
+        packed.load(large.plan)
+        packed.snapshot(large.req_to_token, large.pool_rows)
+    packed.load(case.plan)
+    packed.snapshot(case.req_to_token, case.pool_rows)
+    if new is None:
+        packed.append(case.kv_lens, torch.stack([held[-1] for held in case.slots]))
+    padding = 2  # queries past those of the plan
+    q = torch.cat([case.q, case.q[:padding]])
+    out, lse2 = packed.run(
+        q, case.k, case.v, case.kv_lens, sm_scale=case.sm_scale, windowed=new is not None, out=torch.full_like(q, 9.0)
+    )
+    n = len(case.q)
+    expected, expected_lse2 = brute_force(case)
+    torch.testing.assert_close(out[:n].double().cpu(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse2[:n].double().cpu(), expected_lse2, rtol=2e-3, atol=2e-3)
+    assert torch.equal(out[n:], torch.zeros_like(out[n:])) and (lse2[n:] == -float("inf")).all()
 
 
 def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:

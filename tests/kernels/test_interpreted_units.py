@@ -76,8 +76,7 @@ def packed_of(case) -> PackedCuda:
     packed = make_packed(case, Capacity.of(case.plan))
     packed._is_hopper = True
     packed.load(case.plan)
-    for row, start, tokens, offset, _ in case.plan.spans.tolist():
-        packed.kv_slots[offset : offset + tokens] = case.slots[row][start : start + tokens]
+    packed.snapshot(case.req_to_token, case.pool_rows)
     return packed
 
 
@@ -90,6 +89,7 @@ def test_an_item_that_grows_is_read_up_to_now(kind: str) -> None:
     grows = items[:, Col.OPEN_ROW] >= 0
     items[grows, Col.A_LEN] = 1 + np.arange(grows.sum())  # whatever it was then
     some.packed.load(replace(some.case.plan, items=items))
+    some.packed.snapshot(some.case.req_to_token, some.case.pool_rows)
     for seed in range(3):
         assert all(same_bits(a, b) for a, b in zip(some.run(Machine(), seed), right, strict=True))
 

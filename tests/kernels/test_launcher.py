@@ -13,7 +13,7 @@ from packinfer_sgl.kernels import columns
 from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.tiles import EXTEND_TILES, TILES
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.plan import MAX_CLASSES, Col, Plan
 
 
 def test_columns_mirror_those_of_plans() -> None:
@@ -23,7 +23,7 @@ def test_columns_mirror_those_of_plans() -> None:
     assert sorted({*mirrored.values(), *others}) == list(range(len(Col))) == list(range(int(columns.N_COLS)))
     case = random_case(0, shared=[40], tails=[3, 5])
     assert case.plan.spans.shape[1] == columns.N_SPAN_COLS
-    assert columns.MAX_CLASSES + 1 <= columns.NEXT_TICKET < columns.N_COUNTS
+    assert MAX_CLASSES + 1 <= columns.NEXT_TICKET.value < columns.STARTS.value
 
 
 def changed(plan: Plan, item: int, column: int, value: int) -> Plan:

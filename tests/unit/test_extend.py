@@ -183,7 +183,7 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch, has_sinks: b
     def checked(self: PackedCuda, *args: object, **more: object) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse2 = run(self, *args, **more)  # type: ignore[arg-type]
         ran.append(
-            (heads[-1], self._view["counts"][: len(self.tiles) + 1].diff().all().item(), self._n_merged == len(out))
+            (heads[-1], self._view["header"][: len(self.tiles) + 1].diff().all().item(), self._n_merged == len(out))
         )
         told.append(more["sinks"])
         assert has_sinks or (out == 1).all()

@@ -14,7 +14,7 @@ from strategies import members, spans_of
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
 from packinfer_sgl.planning.cpu_profile import CPU as CPU_PROFILE
 from packinfer_sgl.planning.groups import prune
-from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.prefix_tree import FIELDS, PrefixTree
 from packinfer_sgl.planning.profiles import H200 as H200_PROFILE
 
 H200, CPU = H200_PROFILE.decode_cost, CPU_PROFILE.extend_cost(1 << 20)
@@ -79,7 +79,7 @@ def chosen(tree: PrefixTree, pruned: PrefixTree) -> tuple[int, ...]:
         assert pruned.tail_start[place] == max(
             (end for holders, _, end in spans_of(pruned) if row in holders), default=0
         )
-    assert all(array.dtype == np.int32 for array in vars(pruned).values())
+    assert all(getattr(pruned, name).dtype == np.int32 for name in FIELDS)
     return kept
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Rows, radix_rows, ragged, shared_spans, spans_of, tree_of
 
-from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.prefix_tree import FIELDS, PrefixTree
 
 
 def assert_tree(tree: PrefixTree, rows: list[list[int]]) -> None:
@@ -27,7 +27,7 @@ def assert_tree(tree: PrefixTree, rows: list[list[int]]) -> None:
     assert (np.diff(tree.depth) >= 0).all()
     for place, row in enumerate(tree.row_order.tolist()):
         assert tree.tail_start[place] == max((end for holders, _, end in spans if row in holders), default=0)
-    assert all(array.dtype == np.int32 for array in vars(tree).values())
+    assert all(getattr(tree, name).dtype == np.int32 for name in FIELDS)
     tree.check_integrity()
 
 
@@ -130,7 +130,7 @@ def test_nodes_beyond_what_a_row_may_share_are_left_out(data: st.DataObject) -> 
     above = {path[i]: index[path[i - 1]] if i else -1 for path in paths for i in range(len(path))}
     table = np.array([(node, above[node], end) for node, end in nodes], np.int64).reshape(-1, 3)
     tree = PrefixTree.from_nodes(table, [index[path[-1]] if path else -1 for path in paths], limits)
-    assert all(np.array_equal(found, vars(expected)[name]) for name, found in vars(tree).items())
+    assert all(np.array_equal(getattr(tree, name), getattr(expected, name)) for name in FIELDS)
 
 
 def test_a_chain_of_equal_members_is_one_node() -> None:

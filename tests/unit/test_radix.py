@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packinfer_sgl.planning.prefix_tree import PrefixTree
+from packinfer_sgl.planning.prefix_tree import FIELDS, PrefixTree
 from packinfer_sgl.serving import radix_paths
 from packinfer_sgl.serving.batch_rows import BatchRows
 from packinfer_sgl.serving.radix_paths import RadixPaths
@@ -151,7 +151,7 @@ def test_paths_that_are_known_are_those_that_would_be_read(steps: list[tuple[int
             lowest = paths.lowest(nodes)
             assert lowest is not None
             trees.append(PrefixTree.from_nodes(paths.nodes, lowest, limits))
-        assert all(np.array_equal(vars(trees[0])[name], expected) for name, expected in vars(trees[1]).items())
+        assert all(np.array_equal(*(getattr(tree, name) for tree in trees)) for name in FIELDS)
 
 
 @pytest.mark.contract

@@ -14,14 +14,14 @@ import numpy as np
 import paged_cases as cases
 import pytest
 import torch
-from paged_cases import EDGES, Batch, Layer, check, indptr, int32
+from paged_cases import EDGES, FREE, Batch, Layer, check, indptr, int32
 
 from packinfer_sgl import BatchDecodeWithPagedKVCacheWrapper as Decode
 from packinfer_sgl import BatchPrefillWithPagedKVCacheWrapper as Prefill
 from packinfer_sgl.kernels.tiles import policy_of, tile_policy
 from packinfer_sgl.paged import batch as paged
 from packinfer_sgl.paged import checks, graph_buffers, kernels
-from packinfer_sgl.planning import fitting, planners
+from packinfer_sgl.planning import fitting
 from packinfer_sgl.runners import cuda
 
 HALF = Layer(2, 1, 64, q_dtype=torch.float16, kv_dtype=torch.float16, cuda=True)
@@ -37,9 +37,14 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def keep_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """All spans are kept, unless none may be."""
-    for room in (planners, fitting):
-        prune = room.prune
-        monkeypatch.setattr(room, "prune", lambda *args, prune=prune: args[0] if args[3] != "off" else prune(*args))
+
+    def keep(tree, kv_lens, shape, cost, policy, *, mode, grouped_plan=fitting.grouped_plan, **more):
+        mode = "off" if mode == "off" else "multi"
+        return grouped_plan(tree, kv_lens, shape, FREE, policy, **{**more, "mode": mode, "partials_us": None})
+
+    prune = fitting.prune
+    monkeypatch.setattr(fitting, "grouped_plan", keep)
+    monkeypatch.setattr(fitting, "prune", lambda *args: args[0] if args[3] != "off" else prune(*args))
 
 
 @pytest.fixture

@@ -14,18 +14,21 @@ import numpy as np
 import paged_cases as cases
 import pytest
 import torch
-from paged_cases import EDGES, Batch, Layer, check, tree_batch
+from paged_cases import EDGES, FREE, Batch, Layer, check, tree_batch
 
 from packinfer_sgl.paged import kernels, prefill_wrapper, wrapper
-from packinfer_sgl.planning import fitting, planners
+from packinfer_sgl.planning import fitting
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners import cpu
 
 
 def all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (planners, fitting):
-        monkeypatch.setattr(room, "prune", lambda tree, *_: tree)
+    def keep(tree, kv_lens, shape, cost, policy, *, grouped_plan=fitting.grouped_plan, **more):
+        return grouped_plan(tree, kv_lens, shape, FREE, policy, **{**more, "mode": "multi", "partials_us": None})
+
+    monkeypatch.setattr(fitting, "grouped_plan", keep)
+    monkeypatch.setattr(fitting, "prune", lambda tree, *_: tree)
 
 
 @pytest.fixture(params=["by cost", "all shared, small tiles"])
