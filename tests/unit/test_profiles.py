@@ -273,7 +273,7 @@ def test_on_a_cpu_only_copies_count() -> None:
      (64, {"extend_factor_256": 1.2, "stock_factor_256": 1.1}, False), (96, {}, False)],
 )  # fmt: skip
 def test_what_was_not_measured_goes_to_the_stock_backend(head_dim: int, factors: dict, known: bool) -> None:
-    nothing = dict.fromkeys(("extend_factor_64", "extend_factor_256", "stock_factor_64", "stock_factor_256"))
+    nothing = dict.fromkeys(f"{whose}_factor_{of}" for whose in ("extend", "stock") for of in (64, 256, "fp8"))
     profile = replace(H200, **{**nothing, **factors})
     shape = replace(SHAPE, head_dim=head_dim)
     assert profile.knows(shape) is known and not replace(profile, is_measured=False).knows(shape)
