@@ -257,7 +257,7 @@ def check_deterministic(flag: str, config: Config, base: str, runner: Any) -> No
     elif config.extend == "on":
         problem = "prefill stays on fa3, and --packinfer-extend is on; leave it at auto, or off"
     elif config.arena_tokens:
-        problem = "--packinfer-arena-tokens copies spans up to radix nodes' ends, groups are whole units; leave it out"
+        problem = "--packinfer-arena-tokens copies spans up to radix nodes' ends, groups end at blocks; leave it out"
     elif get_schedule().enable_mixed_chunk:
         problem = "--enable-mixed-chunk runs some decode tokens with prefills, on fa3, with other bits; leave it out"
     if problem is not None:

@@ -141,12 +141,12 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         fixed_split_size : Optional[int]
             Pages. The KV of each request is then cut at multiples of so many pages and summed in the order of
             positions, whatever else is in the batch: output and log-sum-exp of a query have the same bits alone, beside
-            others, and in a group (of which only whole splits are read once), with and without ``use_cuda_graph``. They
+            others, and in a group (read once up to a block's border), with and without ``use_cuda_graph``. They
             are other bits at another ``fixed_split_size`` or ``page_size``, and than FlashInfer's. On Hopper GPUs; of
             whole blocks of the kernel, 64 tokens (128 at ``head_dim`` 64; 32 for FP8 at 256); where each query sees
             all KV of its request. None, or not above 0: for speed.
         disable_split_kv : bool
-            Likewise, with each request's KV in one piece: nothing is read once for several.
+            Likewise, with each request's KV in one piece, of which requests may still share the beginning.
         q_len_per_req : int
             Queries of each request: its last tokens.
         is_causal : Optional[bool]

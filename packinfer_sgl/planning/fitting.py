@@ -128,16 +128,16 @@ def units_capacity(
     ``decode_capacity``.
 
     Every batch has a plan that fits, without another cut of its KV: a row has a partial result for each of its units,
-    whoever computes them, and so at most as many items and query slots. What may overflow is the slot list and its
-    spans; with each token listed once a row has one span, and the list as many entries as the pool and what rows share
-    beyond whole units.
+    whoever computes them, and in whole units as many items and query slots. There is room for eight more of each, for
+    spans that end within a row's units. What may overflow besides is the slot list and its spans; with each token
+    listed once a row has one span, and the list as many entries as the pool and what rows share beyond whole units.
     """
     units = max_rows * units_of(context_tokens, unit_tokens)
     once = min(max_rows * context_tokens, pool_tokens + max_rows * unit_tokens)
     return Capacity(
         queries=max_rows,
-        slots=units,
-        items=units,
+        slots=units + 8 * max_rows,
+        items=units + 8 * max_rows,
         spans=row_spans * max_rows,
         partials=units,
         kv_slots=max(_kv_slots(max_rows, context_tokens, pool_tokens), once) + max_rows * room_tokens,
@@ -206,7 +206,11 @@ def _members(kept: PrefixTree, q_lens: Int32 | None) -> int:
 
 
 class DoesNotFit(RuntimeError):
-    """No plan of a batch fits the buffers."""
+    """No plan of a batch fits the buffers; ``overflowed`` is as in ``Fitted``."""
+
+    def __init__(self, message: str, overflowed: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.overflowed = overflowed
 
 
 class NothingGrouped(DoesNotFit):
@@ -285,4 +289,5 @@ def fit(
                 kept = prune(tree, shape, cost, mode, q_lens, saving_lens, partials_us)
         else:
             sizes = ", ".join(f"{name} {needs}" for name, needs in over.items())
-            raise DoesNotFit(f"packinfer: a batch of {batch.n_rows} rows does not fit the buffers ({sizes})")
+            message = f"packinfer: a batch of {batch.n_rows} rows does not fit the buffers ({sizes})"
+            raise DoesNotFit(message, tuple(overflowed))

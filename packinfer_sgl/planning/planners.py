@@ -137,9 +137,10 @@ class DecodePlanner:
         unique = tree.unique_tokens(batch.kv_lens) if batch.unique_tokens is None else batch.unique_tokens
         try:
             return self._fit_tree(within_units(tree, batch.kv_lens, self.policy), batch, self.policy, unique)
-        except DoesNotFit:  # parts of units take more items; whole ones always fit, if the tree shows what rows share
+        except DoesNotFit as e:  # parts of units take more items; whole ones always fit, if the tree shows all sharing
             whole = replace(self.policy, block_tokens=0)
-            return self._fit_tree(within_units(tree, batch.kv_lens, whole), batch, whole, unique)
+            fitted = self._fit_tree(within_units(tree, batch.kv_lens, whole), batch, whole, unique)
+            return replace(fitted, overflowed=tuple(dict.fromkeys((*e.overflowed, *fitted.overflowed))))
 
     def _fit_tree(self, tree: PrefixTree, batch: StepBatch, policy: TilePolicy, unique: int | None) -> Fitted:
         one_each = batch.is_one_each

@@ -18,7 +18,7 @@ from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 
 UNIT_TOKENS = 512  # the shortest unit that is chosen; a multiple of every kernel's block
 # Most memory for partial results of the rows for which a unit is chosen: units of 512 at 32 heads, 131,072 tokens.
-# Graphs of more rows take more.
+# Graphs of more rows take more, and a number for each head of each result comes on top (a state's sum).
 UNIT_BYTES = 5 << 28
 
 

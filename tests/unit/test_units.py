@@ -178,6 +178,18 @@ def test_of_ends_within_a_unit_the_one_stays_that_saves_most() -> None:
     assert ends([34 + 16, 22, 34 + 16, 20, 20, 20, 20], rows) == [20]
 
 
+@pytest.mark.parametrize(("context", "shared", "own"), [(512, [400] * 139, 50), (1024, [600, 600, 500] * 66, 300)])
+def test_short_rows_have_room_for_their_groups(context: int, shared: list[int], own: int) -> None:
+    """Of rows with one or two units each a part of one is read for all."""
+    policy, n = unit_policy(SHAPE, 512), len(shared) + 1
+    limits = units_capacity(512, max_rows=n, context_tokens=context, pool_tokens=10**6, room_tokens=0, row_spans=2)
+    planner = DecodePlanner(SHAPE, COST, policy, grouping="multi", limits=limits, room_tokens=0)
+    lens = np.full(n, max(shared) + own, np.int32)
+    fitted = planner._fit(PrefixTree.from_neighbours(range(n), shared), StepBatch(np.ones_like(lens), lens))
+    assert fitted.overflowed == () and fitted.plan.kv_tokens_read < 0.7 * fitted.plan.kv_tokens_logical
+    check(fitted.plan, lens.tolist(), 512)
+
+
 def test_planted_faults_are_seen() -> None:
     rows = [[*range(20), 30 + r] for r in range(3)]
     lens = [21] * 3
