@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--ms-per-token", type=float, help="time of a token (default: by the log, or expected)")
     estimate.add_argument("--model", type=Path, help="config.json or its folder (default: Llama-3-8B's shape)")
     estimate.add_argument("--tp", type=_count, help="tensor-parallel ranks (default: the server's, or 1)")
+    dtypes = ("auto", "bfloat16", "fp8_e4m3")
+    estimate.add_argument("--kv-cache-dtype", choices=dtypes, help="of KV (default: the server's, or auto: 16 bits)")
     estimate.add_argument("--gpu", choices=("h100", "h200", "cpu"), default="h100", help="default h100; cpu: no times")
     estimate.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows, as .png or .svg")
     estimate.add_argument("--json", action="store_true", help="print JSON")

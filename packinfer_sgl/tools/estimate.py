@@ -194,7 +194,8 @@ def of_file(args: argparse.Namespace) -> Found:
     if args.api_key:
         raise EstimateError("--api-key goes with --server")
     tp = args.tp or 1
-    model, load = read_model(args.model, tp), read_load(args.file, args.tokenizer, args.output_tokens)
+    model = read_model(args.model, tp, args.kv_cache_dtype or "auto")
+    load = read_load(args.file, args.tokenizer, args.output_tokens)
     with Console(stderr=True).status("planning decode steps"):
         estimate = Estimate(load, model, args.gpu, args.pool_tokens)
         rows = estimate.rows(args.concurrency, args.ms_per_token)
@@ -210,7 +211,8 @@ def of_server(args: argparse.Namespace) -> Found:
         raise EstimateError(f"--{given[0].replace('_', '-')} is for files: a server's requests are taken as they run")
     info = info_of(args.server, args.api_key)
     tp = args.tp or int(info["tp_size"])
-    device = Device(read_model(args.model, tp), args.gpu)
+    kv_cache_dtype = args.kv_cache_dtype or info.get("kv_cache_dtype") or "auto"
+    device = Device(read_model(args.model, tp, kv_cache_dtype), args.gpu)
     with Console(stderr=True).status(f"looking at {args.server} for {SAMPLE_S:g} s"):
         seen = watch(args.server, args.api_key)
     # what is shared is known of each step, who shares it is not

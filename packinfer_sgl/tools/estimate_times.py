@@ -18,6 +18,8 @@ from packinfer_sgl.tools.estimate_batches import Step
 # FA3 finds KV that another request has just read in the L2 cache: 6.2e6 to 7.4e6 on an H200 (D1, D2, D3, D7 and E2 of
 # docs/measurements.md); the H100 has the same one.
 STOCK_REREAD_BYTES_PER_US = 7e6
+# With FP8 KV it is bound by conversions and products, whatever it finds in a cache: FD1 to FD11 there, within 14 %.
+STOCK_FP8_BYTES_PER_US = 2.6e6
 # Norms, sampling, gaps between kernels: what is left of the six step times under Engines in docs/measurements.md.
 REST_LAYER_US = 60.0
 LLAMA_8B = {
@@ -60,8 +62,14 @@ class Model:
         return (self.dense_params + chosen * self.expert_params) * self.weight_bytes
 
 
-def read_model(path: Path | None, tp: int) -> Model:
+# Bytes of an element of KV that packinfer packs, by SGLang's --kv-cache-dtype.
+KV_BYTES = {"auto": 2, "bf16": 2, "bfloat16": 2, "fp8_e4m3": 1}
+
+
+def read_model(path: Path | None, tp: int, kv_cache_dtype: str = "auto") -> Model:
     """The model of a ``config.json``, or of its folder; None: Llama-3-8B's shape. ``tp``: tensor-parallel ranks."""
+    if kv_cache_dtype not in KV_BYTES:
+        raise ModelError(f"no gain: packinfer does not pack KV in {kv_cache_dtype}")
     config = LLAMA_8B
     if path is not None:
         path = path / "config.json" if path.is_dir() else path
@@ -70,12 +78,12 @@ def read_model(path: Path | None, tp: int) -> Model:
         except ValueError:
             raise ModelError(f"{path} is no JSON") from None
     try:
-        return _model(config, tp)
+        return _model(config, tp, KV_BYTES[kv_cache_dtype])
     except (KeyError, TypeError, ZeroDivisionError) as e:
         raise ModelError(f"{path} does not say what its attention is like: {type(e).__name__} {e}") from None
 
 
-def _model(config: dict[str, Any], tp: int) -> Model:
+def _model(config: dict[str, Any], tp: int, kv_bytes: int) -> Model:
     text = config.get("text_config") or config
     if text.get("kv_lora_rank"):
         raise ModelError("no gain: the model has MLA, which packinfer refuses")
@@ -100,7 +108,7 @@ def _model(config: dict[str, Any], tp: int) -> Model:
     is_8_bit = quantized.get("quant_method") in ("fp8", "modelopt", "compressed-tensors")
     bits = quantized.get("bits") or quantized.get("w_bit") or (8 if is_8_bit else 16)
     return Model(
-        AttentionShape(max(qo_heads // tp, 1), max(kv_heads // tp, 1), head_dim, 2),
+        AttentionShape(max(qo_heads // tp, 1), max(kv_heads // tp, 1), head_dim, kv_bytes),
         layers=layers,
         full_layers=full,
         window=text.get("sliding_window") or 0 if full < layers else 0,
@@ -113,7 +121,7 @@ def _model(config: dict[str, Any], tp: int) -> Model:
 
 def gpu_planner(shape: AttentionShape, profile: DeviceProfile) -> DecodePlanner:
     """Plans as on the GPU of ``profile``; each step anew."""
-    tiles = decode_tiles(shape.head_dim, shape.group_size)
+    tiles = decode_tiles(shape.head_dim, shape.group_size, shape.kv_bytes)
     policy, cost = policy_of(shape, tiles, profile.multiprocessors, profile), profile.decode_cost
     cost, limits = cost.for_group_size(shape.group_size), Capacity.unlimited()
     return DecodePlanner(shape, cost, policy, grouping="multi", limits=limits, room_tokens=0)
@@ -133,9 +141,13 @@ class Clock:
         bandwidth = profile.bytes_per_us
         once = step.unique * shape.token_bytes / bandwidth
         again = (step.logical - step.unique) * shape.token_bytes / STOCK_REREAD_BYTES_PER_US
+        if shape.kv_bytes == 1:
+            once, again = 0.0, step.logical * shape.token_bytes / STOCK_FP8_BYTES_PER_US
         stock = packed = once + again + profile.large_item_us
         if step.read < step.logical:
-            again = (step.read - step.unique) * shape.token_bytes / profile.reread_bytes_per_us
+            token_bytes = 2 * shape.token_bytes // shape.kv_bytes  # FP8 takes as long as 16 bits where spans are shared
+            once = step.unique * token_bytes / bandwidth
+            again = (step.read - step.unique) * token_bytes / profile.reread_bytes_per_us
             partials = step.partials * profile.decode_cost.partials_us(shape)
             packed = once + again + partials + profile.large_item_us + profile.small_item_us
         weights = max(model.read_bytes(step.rows) / bandwidth, self.prefill_us(step.rows))

@@ -49,6 +49,13 @@ def test_one_step_of_which_the_answer_is_known(estimate):
     assert row["read"] == SHARED * 4 + ROWS * OWN and row["ceiling"] == 132096 / 6096
 
 
+def test_kv_of_8_bits(estimate):
+    text = prompts(SHARED, OWN - 1, ROWS, tokens=2)
+    wide, narrow = (estimate(text, "--kv-cache-dtype", dtype)["rows"][0] for dtype in ("bfloat16", "fp8_e4m3"))
+    assert wide["read"] == narrow["read"] and wide["packed_ms"] == pytest.approx(narrow["packed_ms"], rel=0.05)
+    assert narrow["stock_ms"] > wide["stock_ms"]  # FA3 is bound by its products
+
+
 def test_tensor_parallel_ranks_and_concurrency(estimate):
     text = prompts(SHARED, OWN - 1, ROWS, tokens=2)
     one, two = (estimate(text, "--tp", tp)["rows"][0] for tp in ("1", "2"))
@@ -79,12 +86,14 @@ def test_the_sentence(estimate, text, says):
     assert says in estimate(text)["verdict"]
 
 
-# output tokens per second of README.md and docs/measurements.md: shared, own, packinfer, fa3
+# output tokens per second of docs/measurements.md: shared, own, type of KV, packinfer, fa3
 @pytest.mark.parametrize(
-    ("shared", "own", "packinfer", "fa3"), [(16000, 64, 8345, 2492), (2000, 64, 10360, 7640), (0, 2000, 6601, 6594)]
-)
-def test_times_against_those_that_were_measured(estimate, shared, own, packinfer, fa3):
-    row = estimate(prompts(shared, own, 64), "--gpu", "h200")["rows"][0]
+    ("shared", "own", "kv", "packinfer", "fa3"),
+    [(16000, 64, "auto", 8345, 2492), (2000, 64, "auto", 10360, 7640), (0, 2000, "auto", 6601, 6594),
+     (16000, 64, "fp8_e4m3", 8227, 2185)],
+)  # fmt: skip
+def test_times_against_those_that_were_measured(estimate, shared, own, kv, packinfer, fa3):
+    row = estimate(prompts(shared, own, 64), "--gpu", "h200", "--kv-cache-dtype", kv)["rows"][0]
     assert 64e3 / row["packed_ms"] == pytest.approx(packinfer, rel=0.12)
     assert 64e3 / row["stock_ms"] == pytest.approx(fa3, rel=0.12)
 

@@ -78,6 +78,15 @@ def test_a_server_that_shares(serve, capsys, monkeypatch):
     assert "one prefix" in out and max(map(len, out.splitlines())) <= 80
 
 
+def test_the_type_of_a_servers_kv_cache(serve, capsys):
+    texts, stock_ms = [metrics(8, 4096 * step, 1088, 320 * step) for step in (1, 2)], []
+    for dtype, flags in (("auto", []), ("fp8_e4m3", []), ("fp8_e4m3", ["--kv-cache-dtype", "auto"])):
+        url = serve({**INFO, "kv_cache_dtype": dtype}, *texts)
+        assert main(["estimate", "--server", url, "--json", *flags]) == 0
+        stock_ms.append(json.loads(capsys.readouterr().out)["rows"][0]["stock_ms"])
+    assert stock_ms[0] == stock_ms[2] != stock_ms[1]
+
+
 def test_ranks(serve, capsys):
     """Data-parallel ranks have batches of their own, pipeline ranks the same one, priorities are parts of one."""
     both = [
@@ -102,6 +111,7 @@ def test_ranks(serve, capsys):
         ({**INFO, "disable_radix_cache": True}, metrics(1, 1, 1), [], "runs without a radix cache"),
         ([], None, [], "is no SGLang server"),
         (INFO, metrics(1, 1, 1), ["--pool-tokens", "9"], "--pool-tokens is for files"),
+        ({**INFO, "kv_cache_dtype": "fp8_e5m2"}, metrics(1, 1, 1), [], "packinfer does not pack KV in fp8_e5m2"),
     ],
 )
 def test_what_a_server_does_not_tell_is_one_line(serve, capsys, info, text, flags, says):
