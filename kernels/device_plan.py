@@ -16,7 +16,17 @@ from packinfer_sgl.kernels.reference import check_sinks
 from packinfer_sgl.kernels.slot_list_triton import append_kernel, snapshot_kernel
 from packinfer_sgl.kernels.tiles import Tile
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.plan import ARRAYS, BLOCK_ALIGN, MAX_ARRAYS, MAX_CLASSES, Col, Header, Plan, SpanCol
+from packinfer_sgl.planning.plan import (
+    ARRAYS,
+    BLOCK_ALIGN,
+    MAX_ARRAYS,
+    MAX_CLASSES,
+    Col,
+    Header,
+    Plan,
+    SpanCol,
+    length_at,
+)
 
 SLOTS_AHEAD = 256  # kernels read slots this far past a span, at most, and use none of them
 LOG2_E = math.log2(math.e)
@@ -24,7 +34,7 @@ _N_QUERIES, _N_MERGED, _N_SPANS, _HAS_RUN_B = (
     int(at) for at in (Header.N_QUERIES, Header.N_MERGED, Header.N_SPANS, Header.HAS_RUN_B)
 )
 _GROW, _FOLLOWED, _CHAINED = (int(at) for at in (Header.GROW, Header.FOLLOWED, Header.CHAINED))
-_N_CLASS_INDPTR = int(Header.LENGTHS) + ARRAYS.index("class_indptr")
+_N_CLASS_INDPTR = length_at("class_indptr")
 # partial results that a program of the merge loads at once, and its warps: few programs have many results each
 MERGE_FEW, MERGE_MANY = (128, 4), (16, 1)
 # The same in the deterministic mode, for any number of queries: another form would add in another order.

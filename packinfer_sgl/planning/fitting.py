@@ -18,7 +18,7 @@ from packinfer_sgl.planning.batch import StepBatch
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
 from packinfer_sgl.planning.grouped_plan import grouped_plan
 from packinfer_sgl.planning.groups import prune, without_nodes
-from packinfer_sgl.planning.plan import ARRAYS, Col, Header, Plan
+from packinfer_sgl.planning.plan import Col, Header, Plan, length_at
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree
 from packinfer_sgl.planning.units import units_of
@@ -81,7 +81,7 @@ class Capacity:
         return Capacity(**{name: max(size, getattr(self, name)) for name, size in sizes.items()})
 
 
-_N_ITEMS, _N_SLOTS = (int(Header.LENGTHS) + ARRAYS.index(name) for name in ("items", "query_rows"))
+_N_ITEMS, _N_SLOTS = length_at("items"), length_at("query_rows")
 _N_QUERIES, _N_SPANS, _N_PARTIALS = int(Header.N_QUERIES), int(Header.N_SPANS), int(Header.N_PARTIALS)
 _N_COLS = len(Col)
 

@@ -80,6 +80,11 @@ class Header(IntEnum):
     SIZE = 56
 
 
+def length_at(array: str) -> int:
+    """Where in the header of ``Plan.block`` the length of one of ``ARRAYS`` stands."""
+    return int(Header.LENGTHS) + ARRAYS.index(array)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Work items of one batch and where their partial results meet. All arrays int32, on the CPU.
@@ -156,9 +161,8 @@ class Plan:
             elif name == "header":
                 value = self.block[: Header.SIZE].tolist()
             elif name in ARRAYS:
-                at = ARRAYS.index(name)
-                start = self.header[Header.STARTS + at]
-                value = self.block[start : start + self.header[Header.LENGTHS + at]]
+                start = self.header[Header.STARTS + ARRAYS.index(name)]
+                value = self.block[start : start + self.header[length_at(name)]]
                 columns = {"items": len(Col), "spans": len(SpanCol)}.get(name)
                 value = value if columns is None else value.reshape(-1, columns)
             else:

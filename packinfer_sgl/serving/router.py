@@ -230,15 +230,9 @@ class Router:
         visible = causal(q_lens, kv_lens) if path.kind is Kind.VERIFY else None
         table = SlotTable(self._req_to_token, pool_rows)
         return StepBatch(
-            q_lens,
-            kv_lens,
-            rows,
-            table,
-            visible=visible,
-            row_tokens=path.row_tokens,
-            finds_slots=not self._on_gpu,
+            q_lens, kv_lens, rows, table, visible=visible, row_tokens=path.row_tokens, finds_slots=not self._on_gpu,
             **new,
-        )
+        )  # fmt: skip
 
     def _verify_path(self, batch: ForwardBatch) -> PackedPath | None:
         """What runs this batch if it verifies drafts that are a chain, or None."""

@@ -37,6 +37,19 @@ def no_settings(monkeypatch) -> None:
     monkeypatch.delenv(ENV)
 
 
+def parser() -> argparse.ArgumentParser:
+    """SGLang's, with the plugin's flags."""
+    from sglang.srt.server_args import ServerArgs
+
+    its = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(its)
+    return its
+
+
+def parsed(*flags: str) -> argparse.Namespace:
+    return parser().parse_args(["--model-path", "none-is-read", *flags])
+
+
 @pytest.mark.parametrize(
     ("flags", "env", "line"),
     [
@@ -57,9 +70,7 @@ def test_a_wrong_setting_on_the_command_line(flags, env, line, monkeypatch):
 
     if env is not None:
         monkeypatch.setenv(ENV, env)
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
-    args = parser.parse_args(["--model-path", "none-is-read", *flags])
+    args = parsed(*flags)
     with pytest.raises(SystemExit) as stop:
         ServerArgs.from_cli_args(args)
     assert str(stop.value.code).startswith(line) and "\n" not in stop.value.code
@@ -84,9 +95,7 @@ def test_what_the_model_processes_are_told(flags, env, given, monkeypatch):
 
     if env is not None:
         monkeypatch.setenv(ENV, env)
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
-    args = parser.parse_args(["--model-path", "none-is-read", *flags])
+    args = parsed(*flags)
     server_args.check_flags(ServerArgs, args)
     assert Config.given() == given and Config.load() == Config(**given)
 
@@ -101,21 +110,15 @@ def test_a_setting_may_stand_in_sglangs_file_of_settings(tmp_path):
         from sglang.srt.server_args_config_parser import ConfigArgumentMerger
 
     (tmp_path / "settings.yaml").write_text("packinfer-hold-siblings: false\npackinfer-check: true\n")
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
-    words = ConfigArgumentMerger(parser).merge_config_with_args(["--config", str(tmp_path / "settings.yaml")])
-    args = parser.parse_args([*words, "--model-path", "none-is-read", *PACKINFER])
+    words = ConfigArgumentMerger(parser()).merge_config_with_args(["--config", str(tmp_path / "settings.yaml")])
+    args = parsed(*words, *PACKINFER)
     server_args.check_flags(ServerArgs, args)
     assert Config.given() == {"hold_siblings": False, "check": True}
 
 
 def test_a_switch_takes_true_and_false_only(capsys):
-    from sglang.srt.server_args import ServerArgs
-
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
     with pytest.raises(SystemExit):
-        parser.parse_args(["--model-path", "none-is-read", *PACKINFER, "--packinfer-hold-siblings", "off"])
+        parsed(*PACKINFER, "--packinfer-hold-siblings", "off")
     assert "--packinfer-hold-siblings: must be true or false, not 'off'" in capsys.readouterr().err
 
 

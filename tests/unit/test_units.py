@@ -190,6 +190,17 @@ def test_short_rows_have_room_for_their_groups(context: int, shared: list[int], 
     check(fitted.plan, lens.tolist(), 512)
 
 
+def test_what_parts_of_units_overflowed_is_told_of_the_whole_ones_that_fit() -> None:
+    lens, policy = np.array([9, 9, 7, 12, 12], np.int32), policy_of(2, 4, 1)
+    tree, batch = PrefixTree.from_neighbours(range(5), [7, 0, 5, 10]), StepBatch(np.ones(5, np.int32), lens)
+    limits = Capacity(queries=5, slots=14, items=14, spans=5, partials=14, kv_slots=39)
+    told = [
+        DecodePlanner(SHAPE, COST, some, grouping="multi", limits=limits, room_tokens=0)._fit(tree, batch).overflowed
+        for some in (replace(policy, block_tokens=0), policy)
+    ]
+    assert "items" not in told[0] and told[1] == ("items", *told[0])
+
+
 def test_planted_faults_are_seen() -> None:
     rows = [[*range(20), 30 + r] for r in range(3)]
     lens = [21] * 3
