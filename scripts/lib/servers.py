@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 START_LIMIT_S = 600
+EPHEMERAL = 32_768  # Linux's default; see free_port
 # what the console script does, which need not lie beside this Python
 SGLANG_SERVE = (sys.executable, "-c", "from sglang.cli.main import main; main()", "serve")
 
@@ -76,9 +78,13 @@ def stop_all(children: Iterable[Child]) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A free port that stays free until a server is up: the kernel gives those from ``EPHEMERAL`` on to whoever asks
+    for any port, and a server that loads a model binds its own a minute later."""
+    while True:
+        port = random.randrange(10_000, EPHEMERAL)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class Server(Child):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import group_scripts
 import pytest
 from group_scripts import CHUNK, POOL
-from lib.servers import START_LIMIT_S
+from lib.servers import START_LIMIT_S, free_port
 
 pytestmark = pytest.mark.engine
 
@@ -33,7 +33,7 @@ def server(wide_model) -> Iterator:
         # the runtime looks into the tree, into which the other core does not let it
         patch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", "python")
         server = http_server.ScriptedHttpServer.start(
-            model_path=str(wide_model), attention_backend="packinfer", dtype="float32", random_seed=0,
+            port=free_port(), model_path=str(wide_model), attention_backend="packinfer", dtype="float32", random_seed=0,
             max_total_tokens=POOL, max_running_requests=16, chunked_prefill_size=CHUNK, log_level="warning",
             kv_canary="none", kv_canary_sweep_interval=0, kv_canary_real_data="none",  # which needs a GPU
         )  # fmt: skip

@@ -7,10 +7,9 @@ SGLang's command line, as in test_start.py.
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 from engines import POOL, SGLANG, Ran, run_engine
+from lib.servers import free_port
 from rollouts import PAUSE_AFTER, SAMPLES, TOKENS
 
 pytestmark = pytest.mark.engine
@@ -62,10 +61,7 @@ def test_verl_asks_for_packinfer_before_it_is_registered(model, other_model):
 @pytest.mark.parametrize("framework", [pytest.param("slime", marks=pytest.mark.contract), "miles"])
 def test_a_parser_made_before_plugins_are_loaded(framework, model, other_model):
     """It refuses packinfer's name; with the setting ``wrap`` packinfer runs over the backend that was chosen."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ran = roll_out(framework, {"wrap": True, "check": True}, model, other_model, port=port)
+    ran = roll_out(framework, {"wrap": True, "check": True}, model, other_model, port=free_port())
     assert "argument --sglang-attention-backend: invalid choice: 'packinfer'" in ran.said["refusal"][0]
     assert ran.state["active"] and ran.state["base_backend"] == "torch_native"
     assert ran.state["packed_steps"] >= 3 * (TOKENS - 1) and 0 < ran.state["check_error"] < 1e-5

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import psutil
 import pytest
 import requests
 from engines import START_S
+from lib.servers import free_port
 
 from packinfer_sgl.cli import main
 from packinfer_sgl.patches import hold
@@ -149,9 +149,7 @@ def test_a_backend_that_cannot_be_built_stops_the_start(model, tmp_path):
 @pytest.mark.contract
 def test_server_says_what_it_does(model, monkeypatch, capsys):
     """One log line, /server_info and Prometheus agree."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     url = f"http://127.0.0.1:{port}"
     flags = ("--model-path", model, *PACKINFER, "--port", port)
     server = start(*flags, "--enable-metrics", "--packinfer-check", "--packinfer-arena-tokens", "1000")

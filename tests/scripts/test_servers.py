@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -69,3 +70,13 @@ def test_an_engine_that_does_not_start(tmp_path: Path) -> None:
         engine.wait()
     engine.stop()
     assert isinstance(engine, Child) and engine.process.returncode == 1
+
+
+def test_a_port_that_is_taken_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [servers.free_port() for _ in range(2)]
+    assert all(10_000 <= port < servers.EPHEMERAL for port in given)
+    monkeypatch.setattr(servers.random, "randrange", lambda *_: given.pop(0))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", given[0]))
+        other = given[1]
+        assert servers.free_port() == other
