@@ -127,7 +127,7 @@ def verify_plan(batch: Served, heads: tuple[int, int], pool_tokens: int, drafts:
     planner = extend_planner(shape, tiles, SMS, grouping="multi", always=True, limits=capacity, must_fit=True)
     q_lens = np.full(len(batch.own), drafts, np.int32)
     visible = causal(q_lens, batch.kv_lens)
-    _, fitted = planner.fastest(batch.tree, StepBatch(q_lens, batch.kv_lens, visible=visible))
+    _, fitted, _ = planner.fastest(batch.tree, StepBatch(q_lens, batch.kv_lens, visible=visible))
     assert capacity.holds(fitted.plan)
     return fitted.plan
 
