@@ -260,8 +260,26 @@ def check_deterministic(flag: str, config: Config, base: str, runner: Any) -> No
         problem = "--packinfer-arena-tokens copies spans up to radix nodes' ends, groups end at blocks; leave it out"
     elif get_schedule().enable_mixed_chunk:
         problem = "--enable-mixed-chunk runs some decode tokens with prefills, on fa3, with other bits; leave it out"
+    elif _decodes_as_prefill():
+        problem = (
+            "DP attention runs decode steps as prefills, on fa3, with other bits, while another rank prefills; add "
+            "--disable-prefill-cuda-graph"
+        )
     if problem is not None:
         raise PluginError(f"packinfer: {flag}: {problem}")
+
+
+def _decodes_as_prefill() -> bool:
+    """Whether SGLang (0.5.23) may replay graphs of prefill for a batch of decodes, where another rank prefills."""
+    from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
+
+    return (
+        hasattr(ScheduleBatch, "convert_decode_to_extend")
+        and is_dp_attention_enabled()
+        and check_cuda_graph_backend(Phase.PREFILL, Backend.BREAKABLE)
+    )
 
 
 def _deterministic() -> str | None:

@@ -168,7 +168,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             raise ValueError(f"q_len_per_req must be at least 1, is {q_len_per_req}")
         dtypes = (q_data_type or data_type or "float16", kv_data_type or data_type, o_data_type)
         causal = q_len_per_req > 1 if is_causal is None else is_causal
-        unit = UNCUT_TOKENS if disable_split_kv else max(fixed_split_size or 0, 0) * page_size
+        unit = UNCUT_TOKENS if disable_split_kv else min(max(fixed_split_size or 0, 0) * page_size, UNCUT_TOKENS)
         check_sees_all(not causal and window_left < 0, unit)
         self._set_layer(num_qo_heads, num_kv_heads, head_dim, page_size, dtypes, sm_scale, logits_soft_cap, unit)
         qo_indptr = np.arange(len(last_page_len) + 1, dtype=np.int32) * np.int32(q_len_per_req)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,7 @@ REFUSED = {
     ),
     "mixed": ({"enable_mixed_chunk": True}, "fa3", "{}", True, "--enable-mixed-chunk runs some decode tokens"),
     "arena": ({}, "fa3", '{"arena_tokens": 4096}', True, "--packinfer-arena-tokens copies spans .*; leave it out"),
+    "DP attention": ({}, "fa3", "{}", True, "DP attention runs .*, on fa3, .*; add --disable-prefill-cuda-graph"),
     "taken": ({}, "fa3", '{"extend": "off"}', True, None),
     "drafts": ({}, "triton", "{}", False, None),
 }
@@ -151,6 +153,7 @@ def test_where_the_deterministic_mode_is_refused(name, flag, model, monkeypatch,
     runtime_context.publish(args, role="scheduler")
     schedule = SimpleNamespace(**{"enable_mixed_chunk": False, **more})  # on a CPU SGLang turns it off
     monkeypatch.setattr(runtime_context, "get_schedule", lambda: schedule)
+    monkeypatch.setattr(plugin, "_decodes_as_prefill", lambda: name == "DP attention")
     built = []
     runner = SimpleNamespace(is_draft_worker=name == "drafts", device="cpu")
 
@@ -177,6 +180,22 @@ def test_where_the_deterministic_mode_is_refused(name, flag, model, monkeypatch,
     assert len(built) == (problem is None)
     warned = "not those of a trainer that computes them with FA3" in caplog.text
     assert warned == ("rl_on_policy_target" in flag and name == "taken")
+
+
+@pytest.mark.parametrize(("enabled", "backend"), [(True, "breakable"), (True, "disabled"), (False, "breakable")])
+def test_where_decodes_may_run_as_prefills(enabled, backend, monkeypatch):
+    """With DP attention: 0.5.23 has them replay the graphs of prefill that other ranks replay; 0.5.17 never."""
+    from sglang.srt.layers import dp_attention
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor import cuda_graph_config
+
+    from packinfer_sgl import plugin
+
+    monkeypatch.setattr(cuda_graph_config, "check_cuda_graph_backend", lambda *at: at == ("prefill", backend))
+    monkeypatch.setattr(dp_attention, "is_dp_attention_enabled", lambda: enabled)
+    assert hasattr(ScheduleBatch, "convert_decode_to_extend") == (version("sglang") != "0.5.17")
+    may = enabled and backend == "breakable" and version("sglang") != "0.5.17"
+    assert plugin._decodes_as_prefill() == may
 
 
 def test_a_release_without_the_lists_is_refused(model, monkeypatch):

@@ -86,6 +86,14 @@ def test_where_kv_is_cut() -> None:
 
 
 @pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("pages", [1 << 20, 1 << 27, 1 << 40])
+def test_a_split_may_be_longer_than_any_request(pages: int) -> None:
+    out, lse = run([0, 1, 2], fixed_split_size=pages)
+    whole, whole_lse = run([0, 1, 2], **WHOLE)
+    assert torch.equal(out, whole) and torch.equal(lse, whole_lse)
+
+
+@pytest.mark.usefixtures("on_cuda")
 def test_what_is_not_supported() -> None:
     with pytest.raises(NotImplementedError, match="fixed_split_size of these pages .* units of 48 tokens are not of"):
         run([0], fixed_split_size=3)
