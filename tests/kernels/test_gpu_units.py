@@ -41,6 +41,8 @@ SHAPES = {
     "256": {"group": 8, "head_dim": 256},
     "256, fp16, pages": {"group": 6, "head_dim": 256, "dtype": torch.float16, "page_size": 16},
     "256, FP8 KV": {"group": 8, "head_dim": 256, "kv_dtype": FP8, "v_scale": 0.75},
+    "256, soft cap": {"group": 2, "head_dim": 256, "soft_cap": 20.0},
+    "FP8 KV, soft cap": {"group": 2, "head_dim": 128, "kv_dtype": FP8, "v_scale": 0.75, "soft_cap": 20.0},
 }
 
 
