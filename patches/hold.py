@@ -143,8 +143,15 @@ class Pass:
         return (
             len(adder.can_run_list) + _rows(req) + self._held_rows <= places
             and (adder.rem_chunk_tokens is None or _uncached(req) <= adder.rem_chunk_tokens)
-            and self._held_slots + _needs(req) + adder.page_size < adder.rem_total_tokens
+            # what it has in the tree can be evicted for others until it is admitted
+            and self._held_slots + _cached(req) + _needs(req) + adder.page_size < adder.rem_total_tokens
         )
+
+    def end(self, plan: Any) -> None:
+        """SGLang may have found the batch full for a request behind a held one (of more beams, or for want of slots).
+        Then it would look at nobody until a running request leaves."""
+        if self._held:
+            plan.running_batch.batch_is_full = False
 
 
 def prompt_of(req: Any) -> Prompt | None:
@@ -195,11 +202,17 @@ _pass: Pass | None = None
 def scope_pass(get_batch: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Around ``Scheduler.get_new_batch_prefill``."""
     global _pass
-    _pass = _begin(scheduler)
+    this = _pass = _begin(scheduler)
     try:
-        return get_batch(scheduler, *args, **kwargs)
+        plan = get_batch(scheduler, *args, **kwargs)
     finally:
         _pass = None
+    if this is not None:
+        try:
+            this.end(plan)
+        except Exception:  # it would end the server
+            _log_once()
+    return plan
 
 
 def _begin(scheduler: Any) -> Pass | None:

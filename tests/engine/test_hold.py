@@ -59,13 +59,14 @@ class Adder(SimpleNamespace):
 def one_pass():
     """A pass of a scheduler with 8 places, and what its adder answers for a request."""
     from sglang.srt.managers.schedule_policy import AddReqResult
+    from sglang.srt.managers.scheduler import NextBatchPlan
 
     from packinfer_sgl.patches import hold
     from packinfer_sgl.planning.prefix_hold import Held
 
     adder = Adder(
         can_run_list=[], preempt_list=[], page_size=1, rem_chunk_tokens=4000, rem_total_tokens=20000,
-        running_batch=SimpleNamespace(reqs=[]), budget=AddReqResult.CONTINUE,
+        running_batch=SimpleNamespace(reqs=[], batch_is_full=False), budget=AddReqResult.CONTINUE,
     )  # fmt: skip
     tree = SimpleNamespace(disable=False, supports_mamba=lambda: False)
     scheduler = SimpleNamespace(
@@ -83,9 +84,10 @@ def one_pass():
             for req in requests:
                 if hold.hold(add, adder, req) is not AddReqResult.CONTINUE:
                     break
-            return [any(req is other for other in adder.can_run_list) for req in requests]
+            return NextBatchPlan(batch_to_run=None, running_batch=adder.running_batch)
 
-        return hold.scope_pass(loop, scheduler)
+        hold.scope_pass(loop, scheduler)
+        return [any(req is other for other in adder.can_run_list) for req in requests]
 
     admitted.adder, admitted.scheduler, admitted.stop = adder, scheduler, AddReqResult.OTHER
     admitted.held = lambda: hold._held
@@ -135,6 +137,28 @@ def test_nobody_takes_what_a_held_request_needs(what, value, one_pass):
 
 
 @pytest.mark.contract
+def test_who_is_admitted_keeps_what_could_be_evicted(one_pass):
+    """900 of the tokens that are left are its own prefix in the tree, which nobody gets any more once it runs."""
+    other = unrelated()
+    if hasattr(other, "prefix_len"):
+        other.prefix_len = 900
+    else:  # 0.5.17
+        other.prefix_indices = [0] * 900
+    for left, passes in ((1017 + 1018, False), (1017 + 1019, True)):
+        one_pass.adder.can_run_list, one_pass.adder.rem_total_tokens = [], left
+        assert one_pass([request(), request(), other]) == [True, False, passes]
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("others", [[], [request]])
+def test_a_batch_that_was_full_for_another_is_not_full_for_a_held_request(others, one_pass):
+    """As when SGLang has no KV slots for one behind it, whose own cached prefix is all that could be evicted."""
+    one_pass.adder.running_batch.batch_is_full = True  # what SGLang sets when it ends such a pass
+    one_pass([request(), *(make() for make in others), unrelated()])
+    assert one_pass.adder.running_batch.batch_is_full is not bool(others)
+
+
+@pytest.mark.contract
 def test_beams_need_a_place_each(one_pass):
     """Of 8 places one is the leader's; the held request wants 6 or 7, and the one behind it one."""
     for width, passes in ((6, True), (7, False)):
@@ -156,7 +180,8 @@ def test_one_for_whom_others_were_preempted_is_admitted(one_pass):
 
         hold._pass.hold(one_pass.adder, request())
         one_pass.adder.preempt_list.append(request())
-        return hold.hold(lambda adder, req: adder.can_run_list.append(req), one_pass.adder, urgent)
+        hold.hold(lambda adder, req: adder.can_run_list.append(req), one_pass.adder, urgent)
+        return SimpleNamespace(running_batch=one_pass.adder.running_batch)
 
     from packinfer_sgl.patches import hold
 
