@@ -27,6 +27,8 @@ _LEFT_OUT = (
     "enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "enable_unified_cache_external_linker",
     "enable_hisparse", "dllm_algorithm",
 )  # fmt: skip
+# Likewise: they put off the prefill after another one, so that a wait of one pass would become one of many.
+_PUT_OFF = ("min_free_slots_delay", "enable_prefill_delayer", "prefill_decode_interval")
 
 
 class HoldError(RuntimeError):
@@ -77,6 +79,7 @@ def _impossible(runner: Any) -> str | None:
 def _left_out(runner: Any, deterministic: str | None) -> str | None:
     """Why requests are not held unless the user says so."""
     from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+    from sglang.srt.runtime_context import get_schedule
 
     args, flags = runner.server_args, []
     if deterministic is not None:  # with fa3 a prompt that is found whole may get other bits than one that is computed
@@ -85,7 +88,10 @@ def _left_out(runner: Any, deterministic: str | None) -> str | None:
         flags.append("--disaggregation-mode")
     if is_dp_attention_enabled():  # 0.5.23 names its size, 0.5.17 turns it on
         flags.append("DP attention")
-    flags += [f"--{name.replace('_', '-')}" for name in _LEFT_OUT if getattr(args, name, None)]
+    schedule = get_schedule()  # with what SGLang chooses itself: an interval for some models
+    names = [name for name in _LEFT_OUT if getattr(args, name, None)]
+    names += [name for name in _PUT_OFF if getattr(schedule, name, None)]
+    flags += [f"--{name.replace('_', '-')}" for name in names]
     return f"is left out by default with {flags[0]}" if flags else None
 
 

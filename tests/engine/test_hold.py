@@ -269,7 +269,8 @@ def runner(**settings: object) -> SimpleNamespace:
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Nothing is held in this process, nor hooked; what SGLang says of DP attention."""
+    """Nothing is held in this process, nor hooked; what SGLang says of DP attention and its schedule."""
+    from sglang.srt import runtime_context
     from sglang.srt.layers import dp_attention
     from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -277,6 +278,7 @@ def fresh(monkeypatch):
 
     monkeypatch.setattr(hold, "_held", None)
     monkeypatch.setattr(dp_attention, "is_dp_attention_enabled", lambda: False)
+    monkeypatch.setattr(runtime_context, "get_schedule", SimpleNamespace)
     monkeypatch.setattr(HookRegistry, "_hooks", {**HookRegistry._hooks})
     monkeypatch.setattr(HookRegistry, "_patched", {*HookRegistry._patched})
     return hold
@@ -313,6 +315,20 @@ def test_where_nobody_is_held_by_default(settings, deterministic, dp, says, fres
 
 
 @pytest.mark.contract
+@pytest.mark.parametrize("name", ["min_free_slots_delay", "enable_prefill_delayer", "prefill_decode_interval"])
+def test_nobody_is_held_by_default_where_the_next_prefill_is_put_off(name, fresh, monkeypatch):
+    from sglang.srt import runtime_context
+    from sglang.srt.server_args import ServerArgs
+
+    if name != "prefill_decode_interval":  # 0.5.17 has none
+        assert hasattr(ServerArgs, name)
+    monkeypatch.setattr(runtime_context, "get_schedule", lambda: SimpleNamespace(**{name: 8}))
+    monkeypatch.setattr(fresh, "put_hooks", lambda: None)
+    assert f"by default with --{name.replace('_', '-')}" in fresh.start(runner(), False, None).reason
+    assert fresh.start(runner(), True, None).reason is None
+
+
+@pytest.mark.contract
 def test_a_seam_that_is_not_there(fresh, monkeypatch, caplog):
     """As in a release that was not tested."""
     from sglang.srt.plugins.hook_registry import HookType
@@ -342,6 +358,7 @@ def test_the_scheduler_is_changed_where_requests_are_held_and_nowhere_else():
     """The plugin in a process of its own, as SGLang loads it, with a setting that no backend has read yet."""
     code = """
 from types import SimpleNamespace
+from sglang.srt import runtime_context
 from sglang.srt.layers import dp_attention
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
@@ -351,6 +368,7 @@ before = of()
 load_plugins()
 from packinfer_sgl.patches import hold
 dp_attention.is_dp_attention_enabled = lambda: False
+runtime_context.get_schedule = SimpleNamespace
 args = SimpleNamespace(pp_size=2, disaggregation_mode="null")
 runner = SimpleNamespace(server_args=args)
 assert hold.start(runner, False, None).reason and of() == before, "hooked by an installed plugin"
