@@ -114,11 +114,14 @@ class Pass:
         self._held = self._held_rows = self._held_slots = 0
         self._computing: list[Prompt | None] = []
         last = scheduler.last_batch if scheduler.enable_overlap else None  # without overlap its result is in the tree
-        self._last = last.reqs if last and last.forward_mode.is_extend() else []
+        self._last = last if last and last.forward_mode.is_extend() else None
 
     @functools.cached_property
     def _launched(self) -> list[Prompt | None]:  # most passes find nobody waiting
-        return [prompt_of(req) for req in self._last]
+        if self._last is None:
+            return []
+        decoding = {id(req) for req in self._last.decoding_reqs or ()}  # in a mixed batch; their prompts are cached
+        return [prompt_of(req) for req in self._last.reqs if id(req) not in decoding]
 
     def wait(self, adder: Any, req: Any) -> Wait | None:
         """How ``req`` waits, or None."""

@@ -220,9 +220,13 @@ def test_nobody_is_held_for_nothing(one_pass, caplog):
 def test_what_the_running_pass_computes_is_waited_for_once(one_pass):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    waiting, batch = request(), SimpleNamespace(reqs=[request()], forward_mode=ForwardMode.EXTEND)
-    for mode, overlap in ((ForwardMode.DECODE, True), (ForwardMode.EXTEND, False)):
-        one_pass.scheduler.last_batch = SimpleNamespace(reqs=batch.reqs, forward_mode=mode)
+    waiting, batch = request(), SimpleNamespace(reqs=[request()], forward_mode=ForwardMode.EXTEND, decoding_reqs=None)
+    for mode, overlap, decoding in (
+        (ForwardMode.DECODE, True, None),
+        (ForwardMode.EXTEND, False, None),
+        (ForwardMode.MIXED, True, [*batch.reqs]),  # its prompt has long been there
+    ):
+        one_pass.scheduler.last_batch = SimpleNamespace(reqs=batch.reqs, forward_mode=mode, decoding_reqs=decoding)
         one_pass.scheduler.enable_overlap = overlap
         assert one_pass([request()]) == [True]
         one_pass.adder.can_run_list.clear()
