@@ -27,6 +27,8 @@ _LEFT_OUT = (
     "enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "enable_unified_cache_external_linker",
     "enable_hisparse", "dllm_algorithm",
 )  # fmt: skip
+# Likewise: they put off the prefill after another one, so that a wait of one pass would become one of many.
+_PUT_OFF = ("min_free_slots_delay", "enable_prefill_delayer", "prefill_decode_interval")
 
 
 class HoldError(RuntimeError):
@@ -77,6 +79,7 @@ def _impossible(runner: Any) -> str | None:
 def _left_out(runner: Any, deterministic: str | None) -> str | None:
     """Why requests are not held unless the user says so."""
     from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+    from sglang.srt.runtime_context import get_schedule
 
     args, flags = runner.server_args, []
     if deterministic is not None:  # with fa3 a prompt that is found whole may get other bits than one that is computed
@@ -85,7 +88,10 @@ def _left_out(runner: Any, deterministic: str | None) -> str | None:
         flags.append("--disaggregation-mode")
     if is_dp_attention_enabled():  # 0.5.23 names its size, 0.5.17 turns it on
         flags.append("DP attention")
-    flags += [f"--{name.replace('_', '-')}" for name in _LEFT_OUT if getattr(args, name, None)]
+    schedule = get_schedule()  # with what SGLang chooses itself: an interval for some models
+    names = [name for name in _LEFT_OUT if getattr(args, name, None)]
+    names += [name for name in _PUT_OFF if getattr(schedule, name, None)]
+    flags += [f"--{name.replace('_', '-')}" for name in names]
     return f"is left out by default with {flags[0]}" if flags else None
 
 
@@ -108,11 +114,14 @@ class Pass:
         self._held = self._held_rows = self._held_slots = 0
         self._computing: list[Prompt | None] = []
         last = scheduler.last_batch if scheduler.enable_overlap else None  # without overlap its result is in the tree
-        self._last = last.reqs if last and last.forward_mode.is_extend() else []
+        self._last = last if last and last.forward_mode.is_extend() else None
 
     @functools.cached_property
     def _launched(self) -> list[Prompt | None]:  # most passes find nobody waiting
-        return [prompt_of(req) for req in self._last]
+        if self._last is None:
+            return []
+        decoding = {id(req) for req in self._last.decoding_reqs or ()}  # in a mixed batch; their prompts are cached
+        return [prompt_of(req) for req in self._last.reqs if id(req) not in decoding]
 
     def wait(self, adder: Any, req: Any) -> Wait | None:
         """How ``req`` waits, or None."""
@@ -143,8 +152,15 @@ class Pass:
         return (
             len(adder.can_run_list) + _rows(req) + self._held_rows <= places
             and (adder.rem_chunk_tokens is None or _uncached(req) <= adder.rem_chunk_tokens)
-            and self._held_slots + _needs(req) + adder.page_size < adder.rem_total_tokens
+            # what it has in the tree can be evicted for others until it is admitted
+            and self._held_slots + _cached(req) + _needs(req) + adder.page_size < adder.rem_total_tokens
         )
+
+    def end(self, plan: Any) -> None:
+        """SGLang may have found the batch full for a request behind a held one (of more beams, or for want of slots).
+        Then it would look at nobody until a running request leaves."""
+        if self._held:
+            plan.running_batch.batch_is_full = False
 
 
 def prompt_of(req: Any) -> Prompt | None:
@@ -195,11 +211,17 @@ _pass: Pass | None = None
 def scope_pass(get_batch: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Around ``Scheduler.get_new_batch_prefill``."""
     global _pass
-    _pass = _begin(scheduler)
+    this = _pass = _begin(scheduler)
     try:
-        return get_batch(scheduler, *args, **kwargs)
+        plan = get_batch(scheduler, *args, **kwargs)
     finally:
         _pass = None
+    if this is not None:
+        try:
+            this.end(plan)
+        except Exception:  # it would end the server
+            _log_once()
+    return plan
 
 
 def _begin(scheduler: Any) -> Pass | None:

@@ -20,7 +20,7 @@ class Prompt(NamedTuple):
         request: the request itself, for identity.
         tokens: all that is to be computed or cached before its next new token.
         tree: what else the radix tree tells prefixes apart by.
-        cached_tokens: of ``tokens``, what the tree has, in whole pages.
+        cached_tokens: of ``tokens``, what the tree has, in whole pages; of a leader, what it had before its last pass.
         usable_tokens: of ``tokens``, what it could take from the tree at most.
     """
 
@@ -79,11 +79,13 @@ def wait(
 
 
 def _shares(prompt: Prompt, leader: Prompt, page_tokens: int) -> bool:
-    end = prompt.cached_tokens + -(-LEAST_TOKENS // page_tokens) * page_tokens
+    start, end = prompt.cached_tokens, prompt.cached_tokens + -(-LEAST_TOKENS // page_tokens) * page_tokens
     return (
         end <= min(prompt.usable_tokens, len(leader.tokens))
+        and end > leader.cached_tokens  # else the leader had it before this chunk, and the tree does not give it
         and prompt.tokens[end - 1] == leader.tokens[end - 1]  # most that differ do so here
         and prompt.tree == leader.tree
+        and prompt.tokens[start:end] == leader.tokens[start:end]  # and most others here, behind a long cached prefix
         and prompt.tokens[:end] == leader.tokens[:end]
     )
 

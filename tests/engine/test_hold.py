@@ -59,13 +59,14 @@ class Adder(SimpleNamespace):
 def one_pass():
     """A pass of a scheduler with 8 places, and what its adder answers for a request."""
     from sglang.srt.managers.schedule_policy import AddReqResult
+    from sglang.srt.managers.scheduler import NextBatchPlan
 
     from packinfer_sgl.patches import hold
     from packinfer_sgl.planning.prefix_hold import Held
 
     adder = Adder(
         can_run_list=[], preempt_list=[], page_size=1, rem_chunk_tokens=4000, rem_total_tokens=20000,
-        running_batch=SimpleNamespace(reqs=[]), budget=AddReqResult.CONTINUE,
+        running_batch=SimpleNamespace(reqs=[], batch_is_full=False), budget=AddReqResult.CONTINUE,
     )  # fmt: skip
     tree = SimpleNamespace(disable=False, supports_mamba=lambda: False)
     scheduler = SimpleNamespace(
@@ -83,9 +84,10 @@ def one_pass():
             for req in requests:
                 if hold.hold(add, adder, req) is not AddReqResult.CONTINUE:
                     break
-            return [any(req is other for other in adder.can_run_list) for req in requests]
+            return NextBatchPlan(batch_to_run=None, running_batch=adder.running_batch)
 
-        return hold.scope_pass(loop, scheduler)
+        hold.scope_pass(loop, scheduler)
+        return [any(req is other for other in adder.can_run_list) for req in requests]
 
     admitted.adder, admitted.scheduler, admitted.stop = adder, scheduler, AddReqResult.OTHER
     admitted.held = lambda: hold._held
@@ -135,6 +137,28 @@ def test_nobody_takes_what_a_held_request_needs(what, value, one_pass):
 
 
 @pytest.mark.contract
+def test_who_is_admitted_keeps_what_could_be_evicted(one_pass):
+    """900 of the tokens that are left are its own prefix in the tree, which nobody gets any more once it runs."""
+    other = unrelated()
+    if hasattr(other, "prefix_len"):
+        other.prefix_len = 900
+    else:  # 0.5.17
+        other.prefix_indices = [0] * 900
+    for left, passes in ((1017 + 1018, False), (1017 + 1019, True)):
+        one_pass.adder.can_run_list, one_pass.adder.rem_total_tokens = [], left
+        assert one_pass([request(), request(), other]) == [True, False, passes]
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("others", [[], [request]])
+def test_a_batch_that_was_full_for_another_is_not_full_for_a_held_request(others, one_pass):
+    """As when SGLang has no KV slots for one behind it, whose own cached prefix is all that could be evicted."""
+    one_pass.adder.running_batch.batch_is_full = True  # what SGLang sets when it ends such a pass
+    one_pass([request(), *(make() for make in others), unrelated()])
+    assert one_pass.adder.running_batch.batch_is_full is not bool(others)
+
+
+@pytest.mark.contract
 def test_beams_need_a_place_each(one_pass):
     """Of 8 places one is the leader's; the held request wants 6 or 7, and the one behind it one."""
     for width, passes in ((6, True), (7, False)):
@@ -156,7 +180,8 @@ def test_one_for_whom_others_were_preempted_is_admitted(one_pass):
 
         hold._pass.hold(one_pass.adder, request())
         one_pass.adder.preempt_list.append(request())
-        return hold.hold(lambda adder, req: adder.can_run_list.append(req), one_pass.adder, urgent)
+        hold.hold(lambda adder, req: adder.can_run_list.append(req), one_pass.adder, urgent)
+        return SimpleNamespace(running_batch=one_pass.adder.running_batch)
 
     from packinfer_sgl.patches import hold
 
@@ -195,9 +220,13 @@ def test_nobody_is_held_for_nothing(one_pass, caplog):
 def test_what_the_running_pass_computes_is_waited_for_once(one_pass):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    waiting, batch = request(), SimpleNamespace(reqs=[request()], forward_mode=ForwardMode.EXTEND)
-    for mode, overlap in ((ForwardMode.DECODE, True), (ForwardMode.EXTEND, False)):
-        one_pass.scheduler.last_batch = SimpleNamespace(reqs=batch.reqs, forward_mode=mode)
+    waiting, batch = request(), SimpleNamespace(reqs=[request()], forward_mode=ForwardMode.EXTEND, decoding_reqs=None)
+    for mode, overlap, decoding in (
+        (ForwardMode.DECODE, True, None),
+        (ForwardMode.EXTEND, False, None),
+        (ForwardMode.MIXED, True, [*batch.reqs]),  # its prompt has long been there
+    ):
+        one_pass.scheduler.last_batch = SimpleNamespace(reqs=batch.reqs, forward_mode=mode, decoding_reqs=decoding)
         one_pass.scheduler.enable_overlap = overlap
         assert one_pass([request()]) == [True]
         one_pass.adder.can_run_list.clear()
@@ -244,7 +273,8 @@ def runner(**settings: object) -> SimpleNamespace:
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Nothing is held in this process, nor hooked; what SGLang says of DP attention."""
+    """Nothing is held in this process, nor hooked; what SGLang says of DP attention and its schedule."""
+    from sglang.srt import runtime_context
     from sglang.srt.layers import dp_attention
     from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -252,6 +282,7 @@ def fresh(monkeypatch):
 
     monkeypatch.setattr(hold, "_held", None)
     monkeypatch.setattr(dp_attention, "is_dp_attention_enabled", lambda: False)
+    monkeypatch.setattr(runtime_context, "get_schedule", SimpleNamespace)
     monkeypatch.setattr(HookRegistry, "_hooks", {**HookRegistry._hooks})
     monkeypatch.setattr(HookRegistry, "_patched", {*HookRegistry._patched})
     return hold
@@ -288,6 +319,20 @@ def test_where_nobody_is_held_by_default(settings, deterministic, dp, says, fres
 
 
 @pytest.mark.contract
+@pytest.mark.parametrize("name", ["min_free_slots_delay", "enable_prefill_delayer", "prefill_decode_interval"])
+def test_nobody_is_held_by_default_where_the_next_prefill_is_put_off(name, fresh, monkeypatch):
+    from sglang.srt import runtime_context
+    from sglang.srt.server_args import ServerArgs
+
+    if name != "prefill_decode_interval":  # 0.5.17 has none
+        assert hasattr(ServerArgs, name)
+    monkeypatch.setattr(runtime_context, "get_schedule", lambda: SimpleNamespace(**{name: 8}))
+    monkeypatch.setattr(fresh, "put_hooks", lambda: None)
+    assert f"by default with --{name.replace('_', '-')}" in fresh.start(runner(), False, None).reason
+    assert fresh.start(runner(), True, None).reason is None
+
+
+@pytest.mark.contract
 def test_a_seam_that_is_not_there(fresh, monkeypatch, caplog):
     """As in a release that was not tested."""
     from sglang.srt.plugins.hook_registry import HookType
@@ -317,6 +362,7 @@ def test_the_scheduler_is_changed_where_requests_are_held_and_nowhere_else():
     """The plugin in a process of its own, as SGLang loads it, with a setting that no backend has read yet."""
     code = """
 from types import SimpleNamespace
+from sglang.srt import runtime_context
 from sglang.srt.layers import dp_attention
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
@@ -326,6 +372,7 @@ before = of()
 load_plugins()
 from packinfer_sgl.patches import hold
 dp_attention.is_dp_attention_enabled = lambda: False
+runtime_context.get_schedule = SimpleNamespace
 args = SimpleNamespace(pp_size=2, disaggregation_mode="null")
 runner = SimpleNamespace(server_args=args)
 assert hold.start(runner, False, None).reason and of() == before, "hooked by an installed plugin"

@@ -56,6 +56,15 @@ def test_what_cannot_be_shared_is_not_waited_for() -> None:
     assert not waits(prompt((-1, *LONG[1:]), tree=("lora a", None)), leader)  # equal but for the first token
 
 
+def test_nobody_waits_for_what_the_leader_has_behind_it() -> None:
+    """A tree with windows may have given up what an earlier chunk of it put there, and no later one brings it back."""
+    waiting = prompt((*LONG[:600], -1, *LONG))
+    assert waits(waiting, prompt(LONG)) and waits(waiting, prompt(LONG, cached=LEAST_TOKENS - 1))
+    assert not waits(waiting, prompt(LONG, cached=LEAST_TOKENS))
+    before = Wait(leader := object(), 0, last=False)
+    assert wait(waiting, [Prompt(leader, LONG, None, 512, 999)], [], 1, before) is None
+
+
 def test_nobody_is_looked_at_for_a_request_that_cannot_gain() -> None:
     """Of many short prompts at once each would be compared with all before it."""
 
@@ -119,6 +128,7 @@ class Request:
     waits: list[Wait] = field(default_factory=list)
     computed: int = 0
     done: int = 0  # tokens cached or computed
+    start: int = 0  # what of them its last pass began with
 
 
 @dataclass
@@ -142,7 +152,7 @@ class Scheduler:
         return longest
 
     def of(self, request: Request) -> Prompt:
-        return Prompt(request, request.tokens, request.tree, request.done, len(request.tokens) - 1)
+        return Prompt(request, request.tokens, request.tree, request.start, len(request.tokens) - 1)
 
     def process(self, requests: list[Request]) -> None:
         self.cached += [(r.tree, r.tokens[: r.done // self.page * self.page]) for r in requests]
@@ -156,7 +166,7 @@ class Scheduler:
         if self.chunked is not None:
             run, left = [self.chunked], self.compute(self.chunked, left)
         for i, request in enumerate(self.waiting):
-            request.done = self.match(request, len(request.tokens) - 1)
+            request.start = request.done = self.match(request, len(request.tokens) - 1)
             computing = [self.of(r) for r in run]
             found = None
             if self.holding:
@@ -182,6 +192,7 @@ class Scheduler:
         self.launched = ended
 
     def compute(self, request: Request, left: int) -> int:
+        request.start = request.done
         new = min(left, len(request.tokens) - request.done)
         request.done += new
         request.computed += new
