@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import attention64, shared_spans, tree_of
 
-from packinfer_sgl.planning.batch import SlotTable, StepBatch
+from packinfer_sgl.planning.batch import SlotTable, StepBatch, causal
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
 from packinfer_sgl.planning.cpu_profile import CPU
 from packinfer_sgl.planning.fitting import Capacity
-from packinfer_sgl.planning.planners import DecodePlanner
+from packinfer_sgl.planning.planners import DecodePlanner, ExtendPlanner, Way
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.runners.cpu import ROOM_TOKENS, CpuRunner
@@ -362,3 +362,32 @@ def test_any_history(events: list[str], grouping: str, cost: CostModel, random) 
             assert nodes == {(holders, end) for holders, _, end in shared_spans([slots[:-1] for slots in held])}
         if grouping == "off":
             assert engine.read == engine.logical
+
+
+@pytest.mark.parametrize("kind", ["decode", "verify"])
+def test_paths_are_read_again_only_for_other_requests(kind: str) -> None:
+    """A new plan of requests that stay, for their lengths or because the last one has no room, has the same tree."""
+    shape = AttentionShape(1, 1, 8, 4)
+    policy, limits, read = TilePolicy(tile_queries=(8, 1), max_split_tokens=8), Capacity.unlimited(), []
+    if kind == "decode":
+        planner = DecodePlanner(shape, EAGER, policy, grouping="multi", limits=limits, room_tokens=0)
+    else:
+        planner = ExtendPlanner(
+            shape, (Way(EAGER, policy),), grouping="multi", limits=limits, packed_us=lambda _: 1.0, stock_us=None,
+            must_fit=True,
+        )  # fmt: skip
+
+    def plan(key: int, lens: list[int], shared: list[int]) -> list[int]:
+        def tree() -> PrefixTree:
+            read.append(key)
+            return PrefixTree.from_neighbours(range(len(lens)), shared)
+
+        q_lens, kv_lens = np.ones(len(lens), np.int32), np.array(lens, np.int32)
+        planned = planner.plan(StepBatch(q_lens, kv_lens, FakeRows((key,), tree), visible=causal(q_lens, kv_lens)))
+        assert planned is not None and planned.plan.kv_tokens_logical == sum(lens)
+        return planned.tree.end.tolist()
+
+    assert plan(1, [30, 40], [20]) == [20] and read == [1]
+    assert plan(1, [31, 41], [20]) == [20] and plan(1, [39, 42], [20]) == [20] and read == [1]
+    assert plan(2, [39, 42], [10]) == [10] and read == [1, 2]
+    assert plan(1, [39, 42, 50], [20, 0]) == [20] and read == [1, 2, 1]
