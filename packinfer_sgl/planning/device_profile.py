@@ -9,11 +9,12 @@ from functools import cached_property
 import numpy as np
 
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
-from packinfer_sgl.planning.plan import Plan
+from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.policy import SplitTiming
 from packinfer_sgl.planning.prefix_tree import Int32
 from packinfer_sgl.planning.schedule import extend_makespan_us, makespan_us
 
+_COLUMNS = int(Col.Q_CNT), int(Col.A_LEN), int(Col.B_LEN)
 # Query rows of the decode kernels' tile classes (kernels/tiles.py); see ``CostModel.for_group_size``, too.
 LARGE_ROWS, SMALL_ROWS = 64, 16
 # Of the extend kernel and of FlashAttention-3: rows of a tile and of a warpgroup, KV tokens of a block; and the head
@@ -192,8 +193,8 @@ class DeviceProfile:
         full_us = self.extend_block_us * rows / EXTEND_ROWS
         saved_us = full_us - self.extend_half_block_us  # by all warpgroups but one
         tiles_us = extend_makespan_us(
-            plan.items, shape.group_size, WARPGROUP_ROWS, warpgroups, full_us, saved_us, block, block / EXTEND_BLOCK,
-            self._widths(shape)[0], self.extend_item_us, shape.kv_heads, sms,
+            plan.items, _COLUMNS, shape.group_size, WARPGROUP_ROWS, warpgroups, full_us, saved_us, block,
+            block / EXTEND_BLOCK, self._widths(shape)[0], self.extend_item_us, shape.kv_heads, sms,
         )  # fmt: skip
         busy_us = max(
             tiles_us,

@@ -1,38 +1,28 @@
 """From a prefix tree to a plan in one compiled call: prune it, cut it into tiles and splits, and lay out the items.
 
 Where planning runs once in a while, nothing of it is in a cache, and each compiled call, each array that crosses it and
-each numpy function cost more than the loops. So the stages, which are compiled functions of other files, are called
-from one. numba's cache sees changes of a function's own file only; ``SOURCES`` puts the others into its key.
+each numpy function cost more than the loops. So the stages are called from one compiled function (cached as in
+``items``).
 """
 
 from __future__ import annotations
 
-import sys
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit
 
+from packinfer_sgl.planning import items
 from packinfer_sgl.planning.costs import AttentionShape, CostModel
 from packinfer_sgl.planning.groups import prune_nodes
-from packinfer_sgl.planning.item_arrays import item_arrays
-from packinfer_sgl.planning.plan import Plan, pack
+from packinfer_sgl.planning.items import plan_block, sources
+from packinfer_sgl.planning.plan import Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import Int32, PrefixTree, count_unique
-from packinfer_sgl.planning.query_tiles import query_tiles
-from packinfer_sgl.planning.schedule import split_tiles
 from packinfer_sgl.planning.units import nodes_are_in_units
 
-STAGES = (prune_nodes, count_unique, nodes_are_in_units, query_tiles, split_tiles, item_arrays, pack)
+STAGES = (prune_nodes, count_unique, nodes_are_in_units, plan_block)
 _NONE = np.zeros(0, np.int32)
-
-
-def sources(stages: tuple[Any, ...]) -> str:
-    """A hash of the files in which these compiled functions stand."""
-    files = (sys.modules[stage.__module__].__file__ or "" for stage in stages)
-    return sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def grouped_plan(
@@ -128,18 +118,9 @@ def _compiled(key: str) -> Any:
         whole = np.empty((5, len(parent) if once else 0), np.int32)
         if once:
             whole[0], whole[1:] = parent, nodes[2:]
-        segments, n_shared, spans, append_base, kv_capacity, queries, place_of, tiles = query_tiles(
-            row_order, kept[2], kept[3], kept[4], kept[5], kept[6], once, whole, tail_start, kv_lens, qo_indptr,
-            see_from, see_to, windows, policy, room_tokens,
-        )  # fmt: skip
-        splits, n_splits = split_tiles(tiles, policy)
-        items, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, n_states, read = item_arrays(
-            row_order, segments, n_shared, queries, place_of, tiles, splits, n_splits, see_from, see_to, windows,
-            len(policy), room_tokens, unit,
-        )  # fmt: skip
-        packed = pack(
-            items, class_indptr, query_rows, partial_rows, win_lo, win_hi, merge_indptr, spans,
-            append_base if room_tokens > 0 else append_base[:0], windows, n_states,
+        packed, kv_capacity, read = plan_block(
+            row_order, kept[2:6], kept[6], once, whole, tail_start, kv_lens, qo_indptr, see_from, see_to, windows,
+            policy, room_tokens,
         )  # fmt: skip
         unique = unique_tokens if unique_tokens >= 0 else count_unique(start, end, tail_start, kv_lens)
         return of_kept, (packed, kv_capacity, read, kv_lens.sum(), unique), too_little
@@ -147,4 +128,4 @@ def _compiled(key: str) -> Any:
     return grouped_plan
 
 
-_grouped_plan = _compiled(sources(STAGES))
+_grouped_plan = _compiled(sources((*STAGES, *items.STAGES)))

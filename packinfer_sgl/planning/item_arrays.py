@@ -16,7 +16,7 @@ HANDS_ON, GOES_ON = int(Chain.HANDS_ON), int(Chain.GOES_ON)
 ITEM = np.dtype([(column.name.lower(), np.int32) for column in Col])
 
 
-@njit(cache=True)
+@njit
 def item_arrays(  # type: ignore[no-untyped-def]
     row_order,
     segments,

@@ -28,7 +28,7 @@ TILE = np.dtype(
 )
 
 
-@njit(cache=True)
+@njit
 def query_tiles(  # type: ignore[no-untyped-def]
     row_order, row_lo, row_hi, start, end, tail_start, once, whole, whole_tail, kv_lens, qo_indptr, see_from, see_to,
     windows, policy, room_tokens,

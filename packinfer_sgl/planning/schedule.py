@@ -4,7 +4,7 @@ Three schedules, by what the kernel of a tile class does: waves of splits, Strea
 from which CTAs take items (``SplitTiming.dynamic``). The deterministic mode has none: splits are units of KV.
 
 Compiled by numba: loops over tiles and splits, which as array operations took five times as long. numba invalidates its
-cache per file, so compiled functions here must not call compiled functions of other files.
+cache per file, so what is cached here must take no function or constant from another file (``items``).
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ import heapq
 
 import numpy as np
 from numba import njit
-
-from packinfer_sgl.planning.plan import Col
-
-Q_CNT, A_LEN, B_LEN = int(Col.Q_CNT), int(Col.A_LEN), int(Col.B_LEN)
 
 # Candidates for the longest split in waves, in tokens.
 SPLIT_CANDIDATES = np.array([256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 1 << 30])
@@ -30,7 +26,7 @@ MIN_GAIN = 1.01
 SPLIT = np.dtype([(name, np.int64) for name in ("tile", "nth", "begin", "end", "cta", "cost")])
 
 
-@njit(cache=True)
+@njit
 def split_tiles(tiles, policy):  # type: ignore[no-untyped-def]
     """Split the KV of all tiles.
 
@@ -58,12 +54,25 @@ def makespan_us(item_us: np.ndarray, heads: int, ctas: int) -> float:
 
 @njit(cache=True)
 def extend_makespan_us(  # type: ignore[no-untyped-def]
-    items, group_size, warpgroup_rows, warpgroups, full_us, saved_us, block, block_part, width, item_us, heads, ctas
+    items,
+    columns,
+    group_size,
+    warpgroup_rows,
+    warpgroups,
+    full_us,
+    saved_us,
+    block,
+    block_part,
+    width,
+    item_us,
+    heads,
+    ctas,
 ):
     """The same of the items of an extend plan, longest first.
 
     Args:
         items: ``Plan.items``.
+        columns: those of the queries, and of the tokens of run A and run B.
         group_size: query heads of a KV head.
         warpgroup_rows, warpgroups: rows of a warpgroup, and how many a tile has.
         full_us, saved_us: time of a block, and what less it takes if one warpgroup only has rows.
@@ -71,11 +80,11 @@ def extend_makespan_us(  # type: ignore[no-untyped-def]
         width: times as long as was measured.
         item_us: time of an item besides its blocks.
     """
-    us = np.empty(len(items))
+    us, (q_cnt, a_len, b_len) = np.empty(len(items)), columns
     for i in range(len(items)):
-        idle = warpgroups - -(-items[i, Q_CNT] * group_size // warpgroup_rows)
+        idle = warpgroups - -(-items[i, q_cnt] * group_size // warpgroup_rows)
         block_us = full_us - saved_us * idle / max(warpgroups - 1, 1)
-        blocks = -(-(items[i, A_LEN] + items[i, B_LEN]) // block) * block_part
+        blocks = -(-(items[i, a_len] + items[i, b_len]) // block) * block_part
         us[i] = blocks * (block_us * width) + item_us
     return max(_finish_us(-np.sort(-us), heads, ctas))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import policies, radix_rows, tree_of
 
-from packinfer_sgl.planning import grouped_plan as one_call
+from packinfer_sgl.kernels import cpu_attention
+from packinfer_sgl.planning import grouped_plan as grouped_plan_module
+from packinfer_sgl.planning import items
 from packinfer_sgl.planning.batch import causal
 from packinfer_sgl.planning.costs import AttentionShape
-from packinfer_sgl.planning.grouped_plan import STAGES, grouped_plan, sources
+from packinfer_sgl.planning.grouped_plan import grouped_plan
 from packinfer_sgl.planning.groups import prune
-from packinfer_sgl.planning.items import make_plan
+from packinfer_sgl.planning.items import make_plan, sources
 from packinfer_sgl.planning.plan import ARRAYS, Plan
 from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import FIELDS, PrefixTree
@@ -85,19 +89,47 @@ def test_no_plan_where_groups_are_needed() -> None:
         assert (plan is not None) is has
 
 
-def test_the_cache_knows_the_files_of_all_stages(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = one_call._grouped_plan
-    called = {name for name in compiled.py_func.__code__.co_names if hasattr(getattr(one_call, name, None), "py_func")}
-    assert called == {stage.__name__ for stage in STAGES}
+@pytest.mark.parametrize(
+    ("module", "name", "below"), [(items, "plan_block", ()), (grouped_plan_module, "_grouped_plan", items.STAGES)]
+)
+def test_the_cache_knows_the_files_of_all_stages(module, name, below) -> None:
+    compiled = getattr(module, name)
+    called = {name for name in compiled.py_func.__code__.co_names if hasattr(getattr(module, name, None), "py_func")}
+    assert called == {stage.__name__ for stage in module.STAGES}
     (key,) = (cell.cell_contents for cell in compiled.py_func.__closure__)
-    assert key == sources(STAGES)
-    keys = [f._cache._index_key((), f.targetctx.codegen()) for f in map(one_call._compiled, "aab")]
+    assert key == sources((*module.STAGES, *below))
+    keys = [f._cache._index_key((), f.targetctx.codegen()) for f in map(module._compiled, "aab")]
     assert keys[0] == keys[1] != keys[2]  # what numba looks up in its cache
-    stage = SimpleNamespace(__module__="some_stage")
-    module = SimpleNamespace(__file__=str(tmp_path / "some_stage.py"))
-    monkeypatch.setitem(one_call.sys.modules, "some_stage", module)
-    hashes = set()
+
+
+def test_sources_change_with_any_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, hashes = SimpleNamespace(__module__="some_stage"), set()
+    monkeypatch.setitem(items.sys.modules, "some_stage", SimpleNamespace(__file__=str(tmp_path / "some_stage.py")))
     for text in ("a = 1", "a = 2"):
         (tmp_path / "some_stage.py").write_text(text)
-        hashes.add(sources((*STAGES, stage)))
+        hashes.add(sources((*items.STAGES, stage)))
     assert len(hashes) == 2
+
+
+def names(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+def test_what_takes_from_other_files_is_not_cached_by_itself() -> None:
+    """numba would go on with what the other file had been; ``items`` and ``grouped_plan`` have those in their keys."""
+    n_cached = 0
+    for path in (*Path(items.__file__).parent.glob("*.py"), Path(cpu_attention.__file__)):
+        tree = ast.parse(path.read_text()).body
+        imports = (
+            node for node in tree if isinstance(node, ast.ImportFrom) and node.module.startswith("packinfer_sgl")
+        )
+        foreign = {alias.name for node in imports for alias in node.names}
+        for node in tree:
+            if isinstance(node, ast.Assign) and names(node.value) & foreign:
+                foreign |= {name for target in node.targets for name in names(target)}
+        functions = (node for node in tree if isinstance(node, ast.FunctionDef))
+        compiled = [node for node in functions if any("njit" in names(by) for by in node.decorator_list)]
+        if any("cache=True" in ast.unparse(by) for node in compiled for by in node.decorator_list):
+            n_cached += 1
+            assert [(node.name, names(node) & foreign) for node in compiled if names(node) & foreign] == [], path.name
+    assert n_cached >= 6
