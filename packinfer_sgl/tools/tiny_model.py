@@ -61,7 +61,7 @@ def write_tiny_model(
         raise ValueError(f"head-dim must be even for rotary embedding, is {head_dim}")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file")
-    if path.is_dir() and any(path.iterdir()) and not is_tiny_model(path):
+    if path.is_dir() and any(path.iterdir()) and not has_mark(path, MARK):
         raise FileExistsError(f"{path} is not empty and no tiny model; name another directory")
 
     tokenizer, said = build_tokenizer()
@@ -74,9 +74,10 @@ def write_tiny_model(
     return path
 
 
-def is_tiny_model(path: Path) -> bool:
+def has_mark(path: Path, mark: str) -> bool:
+    """Whether the configuration of the model in the folder ``path`` has this key."""
     try:
-        return MARK in json.loads((path / "config.json").read_text())
+        return mark in json.loads((path / "config.json").read_text())
     except (OSError, ValueError):
         return False
 

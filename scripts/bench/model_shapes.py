@@ -14,7 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from packinfer_sgl.tools.tiny_model import CHAT_TEMPLATE, SPECIALS, build_tokenizer, write_json, write_tokenizer
+from packinfer_sgl.tools.tiny_model import (
+    CHAT_TEMPLATE,
+    SPECIALS,
+    build_tokenizer,
+    has_mark,
+    write_json,
+    write_tokenizer,
+)
 
 MARK = "packinfer_model_shape"  # this key in config.json says that we may overwrite the folder
 POSITIONS = 32_768
@@ -94,11 +101,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def write_shape(name: str, path: Path) -> Path:
     """The folder of the shape ``name`` (a key of SHAPES) at ``path``; FileExistsError if another model is there."""
-    config = path / "config.json"
-    if path.exists() and not (config.is_file() and f'"{MARK}"' in config.read_text()):
+    if path.exists() and not has_mark(path, MARK):
         raise FileExistsError(f"{path} exists and is no folder of this script; name another one")
     path.mkdir(parents=True, exist_ok=True)
-    write_json(config, _ANY | SHAPES[name] | {MARK: name})
+    write_json(path / "config.json", _ANY | SHAPES[name] | {MARK: name})
     tokenizer, _ = build_tokenizer()
     write_tokenizer(path, tokenizer, bos=SPECIALS[0], eos=SPECIALS[1], positions=POSITIONS, template=CHAT_TEMPLATE)
     return path
