@@ -14,6 +14,7 @@ from packinfer_sgl.planning.policy import SplitTiming
 from packinfer_sgl.planning.prefix_tree import Int32
 from packinfer_sgl.planning.schedule import extend_makespan_us, makespan_us
 
+# Of ``Plan.items``, for ``extend_makespan_us``.
 _COLUMNS = int(Col.Q_CNT), int(Col.A_LEN), int(Col.B_LEN)
 # Query rows of the decode kernels' tile classes (kernels/tiles.py); see ``CostModel.for_group_size``, too.
 LARGE_ROWS, SMALL_ROWS = 64, 16

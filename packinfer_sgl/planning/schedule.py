@@ -54,20 +54,9 @@ def makespan_us(item_us: np.ndarray, heads: int, ctas: int) -> float:
 
 @njit(cache=True)
 def extend_makespan_us(  # type: ignore[no-untyped-def]
-    items,
-    columns,
-    group_size,
-    warpgroup_rows,
-    warpgroups,
-    full_us,
-    saved_us,
-    block,
-    block_part,
-    width,
-    item_us,
-    heads,
+    items, columns, group_size, warpgroup_rows, warpgroups, full_us, saved_us, block, block_part, width, item_us, heads,
     ctas,
-):
+):  # fmt: skip
     """The same of the items of an extend plan, longest first.
 
     Args:

@@ -17,7 +17,7 @@ from strategies import Rows, attention64, kv_pool, pool_size, radix_rows, shared
 from packinfer_sgl.kernels import device_plan
 from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.planning.costs import AttentionShape
-from packinfer_sgl.planning.plan import Col
+from packinfer_sgl.planning.plan import Col, Plan
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.reasons import BatchReason
 from packinfer_sgl.runners import cuda
@@ -175,6 +175,7 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch, has_sinks: b
     k, v = (torch.full((4, SHAPE.kv_heads, SHAPE.head_dim), math.nan, dtype=torch.float16, device=device) for _ in "kv")
     k[0] = v[0] = 1
     run, merge, ran, heads, told = PackedCuda.run, device_plan.merge_listed_kernel, [], [], []
+    compared: list[Plan] = []
 
     class Merge:
         def __getitem__(self, grid: object) -> object:
@@ -193,10 +194,12 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch, has_sinks: b
     monkeypatch.setattr(device_plan, "merge_listed_kernel", Merge())
     path = on_cuda(SHAPE, torch.zeros(1, 8, dtype=torch.int32, device=device), Stats()).extend(always=True)
     forms = [torch.zeros(SHAPE.qo_heads, device=device)] if has_sinks else [None]
+    monkeypatch.setattr(path.planner, "packed_us", compared.append)
     cuda.warm_up(path.planner, path.runner, k, v, torch.float16, 0.0, forms)  # type: ignore[arg-type]
     # programs of few queries merge one head each, of many all four; the interpreter's two multiprocessors are soon full
     assert ran == [(heads, True, True) for heads in ((1, 1, 4) if torch.cuda.is_available() else (4, 4, 4))]
     assert told == forms * 3
+    assert len(compared) == 1, "what compares ways is compiled, though two rows that share nothing have one way"
 
 
 def test_what_fits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
