@@ -46,8 +46,8 @@ Weights are float16, too, and a consumer converts its queries in their stage bef
 
     producer    |w|Q k0|k0 to K0, v0 comes|v0 to V0, k1 comes|k1 to K1, v1 comes| ... |v to V|ticket|w'| ...
 
-Taken for granted (``device_plan`` checks it): no item that grows or that another follows; heads of q, K and V begin at
-multiples of 16 bytes.
+Taken for granted (``device_plan`` checks it): no item that another follows; in plans with run B none that grows; heads
+of q, K and V begin at multiples of 16 bytes.
 """
 
 from __future__ import annotations
@@ -73,14 +73,15 @@ from packinfer_sgl.kernels.hopper_extend_producer import COPY_ROWS, ProducerArgs
 @gluon.jit(do_not_specialize=["first_count", "last_count", "kv_heads", "n_heads"])
 def packed_attention_extend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, part_out_ptr, part_lse2_ptr, slots_ptr, items_ptr, counts_ptr,
-    query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, sinks_ptr, stride_q_token, stride_q_head,
+    query_rows_ptr, partial_rows_ptr, win_lo_ptr, win_hi_ptr, kv_lens_ptr, sinks_ptr, stride_q_token, stride_q_head,
     stride_out_token, stride_out_head, stride_page, stride_slot, stride_kv_head, scale2, cap2, v_scale, first_count,
     last_count, kv_heads, n_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SOFT_CAP: gl.constexpr,
-    SINKS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, FP8_KV: gl.constexpr,
+    SINKS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, FP8_KV: gl.constexpr, RUN_B: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that do not grow and that none follows.
+    """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that none follows. Without RUN_B, that is
+    without windows, items may grow.
 
     Entry NEXT_TICKET of the counts is 0 before and after. A thread of the producer gets PRODUCER_REGISTERS, one of
     consumer 1 CONSUMER_REGISTERS, and one of consumer 0 what ``maxnreg`` leaves.
@@ -132,9 +133,9 @@ def packed_attention_extend_kernel(
         )  # fmt: skip
         producer = ProducerArgs(
             q_ptr=q_ptr, k_ptr=k_ptr, v_ptr=v_ptr, slots_ptr=slots_ptr, items_ptr=items_ptr, counts_ptr=counts_ptr,
-            query_rows_ptr=query_rows_ptr, first=first, work=work, kv_heads=kv_heads, stride_q_token=stride_q_token,
-            stride_q_head=stride_q_head, stride_page=stride_page, stride_slot=stride_slot,
-            stride_kv_head=stride_kv_head, q_offsets=q_offsets, kv_offsets=kv_offsets,
+            query_rows_ptr=query_rows_ptr, kv_lens_ptr=kv_lens_ptr, first=first, work=work, kv_heads=kv_heads,
+            stride_q_token=stride_q_token, stride_q_head=stride_q_head, stride_page=stride_page,
+            stride_slot=stride_slot, stride_kv_head=stride_kv_head, q_offsets=q_offsets, kv_offsets=kv_offsets,
         )  # fmt: skip
         raw = kv_offsets  # something to pass on, which nobody takes
         if FP8_KV:
@@ -144,9 +145,9 @@ def packed_attention_extend_kernel(
             )  # fmt: skip
         gl.warp_specialize(
             [
-                (consume, (0, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP, SINKS)),
-                (consume, (1, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP, SINKS)),
-                (produce, (producer, pipe, raw, GROUP, HEAD_DIM, BLOCK_N, PAGE, STAGES, Q_STAGES, FP8_KV)),
+                (consume, (0, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP, SINKS, RUN_B)),
+                (consume, (1, consumer, pipe, GROUP, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, SOFT_CAP, SINKS, RUN_B)),
+                (produce, (producer, pipe, raw, GROUP, HEAD_DIM, BLOCK_N, PAGE, STAGES, Q_STAGES, FP8_KV, RUN_B)),
             ],
             [4, 4],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -152,7 +152,8 @@ class PackedCuda:
             kernel = "triton" if elsewhere else tile.kernel
             cannot = [("go on with a unit", _CHAINED)] if kernel == "triton" or not tile.units else []
             if kernel != "triton":
-                cannot += [("are followed by others", _FOLLOWED), *([] if tile.units else [("grow", _GROW)])]
+                grows = tile.units or (kernel == "hopper_extend" and not plan.windowed)
+                cannot += [("are followed by others", _FOLLOWED), *([] if grows else [("grow", _GROW)])]
             for what, flags in cannot:
                 if header[flags + i]:
                     raise ValueError(f"the {kernel} kernel runs no items that {what}")
@@ -209,8 +210,8 @@ class PackedCuda:
             q: [n_queries, qo_heads, head_dim] bf16 or fp16, last dimension contiguous; queries past the plan's pad a
                 captured graph and come out as 0.
             k, v: [slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim]; equal strides, last
-                dimension contiguous; of q's dtype, or float8_e4m3fn. For plans with run B, and in FP8, each head begins
-                at a multiple of 16 bytes.
+                dimension contiguous; of q's dtype, or float8_e4m3fn. For the extend kernel, and in FP8, each head
+                begins at a multiple of 16 bytes.
             kv_lens: [n_rows] current length of each row, for items that grow.
             sm_scale: factor of the logits before the softmax; that of FP8 keys is part of it.
             logits_soft_cap: cap ``c`` in ``c * tanh(logits / c)``; 0 for none.
@@ -293,7 +294,8 @@ class PackedCuda:
             }  # fmt: skip
             if tile.kernel == "hopper_extend":
                 packed_attention_extend_kernel[grid](
-                    **arguments, **windows, **launch, Q_STAGES=tile.q_stages, FP8_KV=tile.raw_stages > 0,
+                    **arguments, **windows, **launch, kv_lens_ptr=kv_lens, Q_STAGES=tile.q_stages,
+                    FP8_KV=tile.raw_stages > 0, RUN_B=windowed,
                     CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
                     num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip

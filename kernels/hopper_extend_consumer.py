@@ -136,7 +136,7 @@ def _converted_in_place(q_tile, dtype: gl.constexpr, HEAD_DIM: gl.constexpr):
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, args, pipe, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, RUN_B: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over the KV blocks for ROWS rows of each tile, the first for WHICH 0, and their results."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -162,10 +162,12 @@ def consume(
         q_tile = pipe.q_stages.index(CONSUMERS * q_stage + WHICH)  # [ROWS, HEAD_DIM]
         if q_cnt * GROUP > FIRST_ROW:
             token = (FIRST_ROW + gl.arange(0, ROWS, s_rows)) // GROUP  # [ROWS]
-            lo = a_len + gl.load(args.win_lo_ptr + q_off + token, mask=token < q_cnt, other=0)
-            # the windows are those of the tile's last split
-            hi = a_len + gl.minimum(gl.load(args.win_hi_ptr + q_off + token, mask=token < q_cnt, other=0), b_len)
-            width = gl.maximum(hi - lo, 0)
+            lo, width = token, token * 0
+            if RUN_B:
+                lo = a_len + gl.load(args.win_lo_ptr + q_off + token, mask=token < q_cnt, other=0)
+                # the windows are those of the tile's last split
+                hi = a_len + gl.minimum(gl.load(args.win_hi_ptr + q_off + token, mask=token < q_cnt, other=0), b_len)
+                width = gl.maximum(hi - lo, 0)
             token = (FIRST_ROW + gl.arange(0, ROWS, o_rows)) // GROUP
             query = gl.load(args.query_rows_ptr + q_off + token, mask=token < q_cnt, other=0)
             part = gl.load(args.partial_rows_ptr + q_off + token, mask=token < q_cnt, other=0)

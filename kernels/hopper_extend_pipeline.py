@@ -7,7 +7,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from packinfer_sgl.kernels.columns import N_COLS, TILE_CLASS
+from packinfer_sgl.kernels.columns import A_LEN, N_COLS, TILE_CLASS
 
 CONSUMERS = gl.constexpr(2)  # warpgroups, each ROWS of a tile
 WORK_COLS = gl.constexpr(16)  # of a work tile: N_COLS, up to a power of two
@@ -43,11 +43,11 @@ def n_blocks(length, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def write_work_tile(work_tile, item_ptr, w):
-    """Pass an item on to the consumers: its columns, and ``w`` in column W."""
+def write_work_tile(work_tile, item_ptr, w, a_len):
+    """Pass an item on to the consumers: its columns, ``w`` in column W, and run A as long as it is now."""
     col = gl.arange(0, WORK_COLS, gl.BlockedLayout([1], [32], [4], [0]))
     values = gl.load(item_ptr + col, mask=col < N_COLS, other=0)
-    work_tile.store(gl.where(col == W, w, values))
+    work_tile.store(gl.where(col == W, w, gl.where(col == A_LEN, a_len, values)))
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from packinfer_sgl.kernels.columns import A_LEN, A_OFF, B_LEN, B_OFF, N_COLS, NEXT_TICKET, Q_CNT, Q_OFF
-from packinfer_sgl.kernels.hopper_common import ROWS, empty_phase, row_layout
+from packinfer_sgl.kernels.hopper_common import ROWS, empty_phase, grown, row_layout
 from packinfer_sgl.kernels.hopper_extend_fp8 import fill_last, fill_stages
 from packinfer_sgl.kernels.hopper_extend_pipeline import CONSUMERS, n_blocks, write_work_tile
 
@@ -24,6 +24,7 @@ class ProducerArgs(NamedTuple):
     items_ptr: gl.tensor
     counts_ptr: gl.tensor
     query_rows_ptr: gl.tensor
+    kv_lens_ptr: gl.tensor
     first: gl.tensor  # item of the class
     work: gl.tensor  # (item, KV head) pairs
     kv_heads: gl.tensor
@@ -52,7 +53,7 @@ def _copy_rows(rows, pointer, offsets, n_inside, HEAD_DIM: gl.constexpr, FIRST: 
 @gluon.jit
 def produce(
     args, pipe, raw, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, FP8_KV: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, FP8_KV: gl.constexpr, RUN_B: gl.constexpr,
 ):  # fmt: skip
     """Fill the stages with the items' queries and KV blocks, one after the other; FP8_KV through ``raw``.
 
@@ -71,6 +72,8 @@ def produce(
         q_off = gl.load(item_ptr + Q_OFF)
         q_cnt = gl.load(item_ptr + Q_CNT)
         a_len = gl.load(item_ptr + A_LEN)
+        if not RUN_B:
+            a_len = grown(item_ptr, a_len, args.kv_lens_ptr)
         length = a_len + gl.load(item_ptr + B_LEN)
         a_off = gl.load(item_ptr + A_OFF)
         b_off = gl.load(item_ptr + B_OFF) - a_len
@@ -82,7 +85,7 @@ def produce(
         all_q_offsets.store(query.to(gl.int64) * args.stride_q_token + q_head * args.stride_q_head)
         q_stage = nth_item % Q_STAGES
         mbarrier.wait(pipe.q_empty.index(q_stage), empty_phase(nth_item, Q_STAGES))
-        write_work_tile(pipe.work_tiles.index(q_stage), item_ptr, w)
+        write_work_tile(pipe.work_tiles.index(q_stage), item_ptr, w, a_len)
         mbarrier.arrive(pipe.work_full.index(q_stage), count=1)
         for i in gl.static_range(CONSUMERS):
             rows = pipe.q_stages.index(CONSUMERS * q_stage + i)  # [ROWS, HEAD_DIM]
@@ -125,5 +128,5 @@ def produce(
     # a work tile with w >= work ends the consumers' loops
     q_stage = nth_item % Q_STAGES
     mbarrier.wait(pipe.q_empty.index(q_stage), empty_phase(nth_item, Q_STAGES))
-    write_work_tile(pipe.work_tiles.index(q_stage), args.items_ptr, w)
+    write_work_tile(pipe.work_tiles.index(q_stage), args.items_ptr, w, 0)
     mbarrier.arrive(pipe.work_full.index(q_stage), count=1)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from packinfer_sgl.planning.costs import AttentionShape
+from packinfer_sgl.planning.costs import AttentionShape, CostModel
 from packinfer_sgl.planning.device_profile import DeviceProfile
 from packinfer_sgl.planning.fitting import UNCUT_TOKENS
 from packinfer_sgl.planning.policy import TilePolicy
@@ -202,12 +202,44 @@ def tiles_for(
     return extends[head_dim] if extend and head_dim in extends and is_hopper(device) else tiles
 
 
+def decodes_in_one_launch(shape: AttentionShape) -> bool:
+    """Whether the extend kernel alone runs decode plans of this shape on Hopper.
+
+    One consumer's softmax bounds a large tile of the decode kernel where a token has many rows, and few KV heads leave
+    the small class few items. Of the shapes that were measured on an H200 (docs/kernels.md) these are 16/2, 32/2 and
+    12/1 heads; for others the two classes are the faster ones in some batches.
+    """
+    least = 8 if shape.kv_heads == 2 else 12
+    return (shape.head_dim, shape.kv_bytes) == (128, 2) and shape.group_size >= least
+
+
+def hopper_decode_tiles(shape: AttentionShape) -> tuple[Tile, ...]:
+    """The tile classes of decode plans on Hopper.
+
+    Raises:
+        ValueError: see ``decode_tiles``.
+    """
+    tiles = decode_tiles(shape.head_dim, shape.group_size, shape.kv_bytes)
+    return EXTEND_TILES[shape.head_dim] if decodes_in_one_launch(shape) else tiles
+
+
 def shape_tiles(
-    shape: AttentionShape, device: torch.device, extend: bool = False, unit_tokens: int = 0
+    shape: AttentionShape, device: torch.device, extend: bool = False, unit_tokens: int = 0, masked: bool = False
 ) -> tuple[Tile, ...]:
-    """``tiles_for`` a layer of this shape; with ``unit_tokens`` its ``unit_tiles``."""
+    """The tile classes of a layer of this shape on ``device``.
+
+    Args:
+        extend: see ``tiles_for``.
+        unit_tokens: if not 0, of plans in units (``unit_tiles``).
+        masked: whether queries have a custom mask, of which the extend kernel knows nothing.
+
+    Raises:
+        ValueError: see ``decode_tiles``.
+    """
     if unit_tokens:
         return unit_tiles(shape)
+    if not extend and not masked and is_hopper(device):
+        return hopper_decode_tiles(shape)
     return tiles_for(shape.head_dim, device, extend, group_size=shape.group_size, kv_bytes=shape.kv_bytes)
 
 
@@ -228,11 +260,22 @@ def device_profile(device: torch.device) -> DeviceProfile:
     return profile_for(torch.cuda.get_device_name(device), multiprocessors(device))
 
 
-def tile_policy(shape: AttentionShape, device: torch.device, extend: bool = False, unit_tokens: int = 0) -> TilePolicy:
+def tile_policy(
+    shape: AttentionShape, device: torch.device, extend: bool = False, unit_tokens: int = 0, masked: bool = False
+) -> TilePolicy:
     """How a plan for these kernels is cut on ``device``, for the tiles of ``shape_tiles``."""
     if unit_tokens:
         return unit_policy(shape, unit_tokens, is_hopper(device))
-    return policy_of(shape, shape_tiles(shape, device, extend), multiprocessors(device), device_profile(device))
+    tiles = shape_tiles(shape, device, extend, masked=masked)
+    return policy_of(shape, tiles, multiprocessors(device), device_profile(device))
+
+
+def decode_cost(shape: AttentionShape, tiles: tuple[Tile, ...], profile: DeviceProfile) -> CostModel:
+    """By which spans are chosen for decode plans of these tiles."""
+    if tiles[0].kernel == "hopper_extend":
+        return profile.extend_cost(tiles[0].rows)
+    cost = profile.decode_cost.for_group_size(shape.group_size)
+    return cost.in_units() if tiles[0].units else cost
 
 
 def policy_of(shape: AttentionShape, tiles: tuple[Tile, ...], sms: int, profile: DeviceProfile = H200) -> TilePolicy:

@@ -40,7 +40,13 @@ from bench.kernel_workloads import Workload, tree_workload, workloads
 from rich.console import Console
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.tiles import device_profile, multiprocessors, shape_tiles, tile_policy
+from packinfer_sgl.kernels.tiles import (
+    decode_cost,
+    device_profile,
+    multiprocessors,
+    shape_tiles,
+    tile_policy,
+)
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.plan import Col
 
@@ -61,7 +67,8 @@ def ours(x: Inputs, unit_tokens: int = 0) -> tuple[Method, dict]:
     elif windowed:
         plan = work.extend_plan(tiles, sms, profile)
     else:
-        plan = work.plan(work.pruned(profile.decode_cost), tile_policy(work.shape, device))
+        cost = decode_cost(work.shape, tiles, profile)
+        plan = work.plan(work.pruned(cost), tile_policy(work.shape, device))
     plan_us = (time.perf_counter() - started) * 1e6
     packed = PackedCuda(
         Capacity.of(plan), tiles, qo_heads=work.qo_heads, kv_heads=work.kv_heads,

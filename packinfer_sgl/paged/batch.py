@@ -21,7 +21,7 @@ from packinfer_sgl.paged.checks import (
     pages_needed,
     refuse,
 )
-from packinfer_sgl.paged.kernels import kernels_on
+from packinfer_sgl.paged.kernels import Sees, kernels_on
 from packinfer_sgl.planning.batch import StepBatch
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.plan import Plan
@@ -219,11 +219,11 @@ class PagedWrapper:
             cells = self._q_lens.astype(np.int64) * self._kv_lens
             row_start = (np.cumsum(cells) - cells)[row] + nth * self._kv_lens[row].astype(np.int64)
             self._mask = MaskRows(mask, torch.from_numpy(row_start).to(self.device))
-        inlines = windowed and mask is None
-        planner = self._kernels.planner(shape, inlines, self._unit_tokens)
+        sees: Sees = "mask" if mask is not None else "window" if windowed else "all"
+        planner = self._kernels.planner(shape, sees, self._unit_tokens)
         planned = planner.plan(self._step_batch(row, nth, causal and mask is None))
         assert planned is not None  # without a stock backend every batch is packed
-        self._runner = self._kernels.load(planned.plan, tables, self._page_size, shape, inlines, self._unit_tokens)
+        self._runner = self._kernels.load(planned.plan, tables, self._page_size, shape, sees, self._unit_tokens)
         self._plan = planned.plan
 
     def _step_batch(self, row: np.ndarray, nth: np.ndarray, causal: bool) -> StepBatch:

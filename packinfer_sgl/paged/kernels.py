@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -21,6 +22,8 @@ from packinfer_sgl.runners import cpu
 from packinfer_sgl.runners.base import Runner
 
 GROUPING = "multi"
+# What of its row a query sees; by position (a window, causal) tails may ride with their prefix.
+Sees = Literal["all", "window", "mask"]
 
 
 class OnCpu:
@@ -44,8 +47,8 @@ class OnCpu:
     def check_batch(self, tables: tuple[Int32, ...], n_pages: int, baked: dict[str, object]) -> None:
         """Any batch will do."""
 
-    def planner(self, shape: AttentionShape, inlines: bool, unit_tokens: int) -> Planner:
-        if inlines:
+    def planner(self, shape: AttentionShape, sees: Sees, unit_tokens: int) -> Planner:
+        if sees == "window":
             return cpu.extend_planner(shape, grouping=GROUPING, always=True)
         policy = replace(CPU.extend_policy, max_inline_tail_tokens=0)  # many queries may see all of a row
         return cpu.decode_planner(shape, grouping=GROUPING, room_tokens=0, policy=policy)
@@ -56,7 +59,7 @@ class OnCpu:
         tables: tuple[Int32, ...],
         page_size: int,
         shape: AttentionShape,
-        inlines: bool,
+        sees: Sees,
         unit_tokens: int,
     ) -> Runner:
         indptr, indices = (torch.from_numpy(x) for x in tables[:2])
@@ -110,19 +113,19 @@ class OnCuda:
         check_pages(n_pages, int(str(baked["page_size"])))
         self._limits = None if self.graph is None else self.graph.check_batch(tables, n_pages, baked)
 
-    def planner(self, shape: AttentionShape, inlines: bool, unit_tokens: int) -> Planner:
+    def planner(self, shape: AttentionShape, sees: Sees, unit_tokens: int) -> Planner:
         """
         Args:
-            inlines: whether queries see a part of their row each, by position: tails may ride with their prefix.
             unit_tokens: of ``planning.units``; 0 for splits that are chosen for speed.
         """
         row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
         most = UNLIMITED if unit_tokens else PARTIAL_BYTES // row_bytes  # units leave as many as they are
         limits = self._limits or Capacity.unlimited(partials=most)
-        if not inlines:
+        if sees != "window":
             return self._cuda.decode_planner(
-                shape, self.device, grouping=GROUPING, limits=limits, room_tokens=0, unit_tokens=unit_tokens
-            )
+                shape, self.device, grouping=GROUPING, limits=limits, room_tokens=0, unit_tokens=unit_tokens,
+                masked=sees == "mask",
+            )  # fmt: skip
         tiles, sms = shape_tiles(shape, self.device, True), multiprocessors(self.device)
         return self._cuda.extend_planner(
             shape, tiles, sms, grouping=GROUPING, always=True, profile=device_profile(self.device), limits=limits,
@@ -135,11 +138,11 @@ class OnCuda:
         tables: tuple[Int32, ...],
         page_size: int,
         shape: AttentionShape,
-        inlines: bool,
+        sees: Sees,
         unit_tokens: int,
     ) -> Runner:
         """Upload the plan and the page tables on the current stream, and look up the slots there."""
-        tiles = shape_tiles(shape, self.device, inlines, unit_tokens)
+        tiles = shape_tiles(shape, self.device, sees == "window", unit_tokens, masked=sees == "mask")
         if self._runner is None or (self._runner.shape, self._runner.tiles) != (shape, tiles):
             if self._runner is not None:
                 self._runner.free()  # the old one makes room first

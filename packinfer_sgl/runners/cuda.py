@@ -10,7 +10,15 @@ import torch
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.reference import MaskRows
-from packinfer_sgl.kernels.tiles import Tile, device_profile, multiprocessors, policy_of, tile_policy
+from packinfer_sgl.kernels.tiles import (
+    Tile,
+    decode_cost,
+    device_profile,
+    multiprocessors,
+    policy_of,
+    shape_tiles,
+    tile_policy,
+)
 from packinfer_sgl.planning.batch import SlotTable, StepBatch, causal
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.device_profile import DeviceProfile
@@ -43,12 +51,15 @@ def decode_planner(
     limits: Capacity,
     room_tokens: int = ROOM_TOKENS,
     unit_tokens: int = 0,
+    masked: bool = False,
 ) -> DecodePlanner:
-    """Plans for batches whose queries see all of their row; with ``unit_tokens`` in units of so many tokens."""
-    policy = tile_policy(shape, device, unit_tokens=unit_tokens)
-    cost = device_profile(device).decode_cost.for_group_size(shape.group_size)
-    if unit_tokens:
-        cost = cost.in_units()
+    """Plans for batches whose queries see all of their row; with ``unit_tokens`` in units of so many tokens.
+
+    Its plans are for ``tiles.shape_tiles`` with the same ``unit_tokens`` and ``masked``.
+    """
+    policy = tile_policy(shape, device, unit_tokens=unit_tokens, masked=masked)
+    tiles = shape_tiles(shape, device, unit_tokens=unit_tokens, masked=masked)
+    cost = decode_cost(shape, tiles, device_profile(device))
     return DecodePlanner(shape, cost, policy, grouping=grouping, limits=limits, room_tokens=room_tokens)
 
 

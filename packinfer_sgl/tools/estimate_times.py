@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packinfer_sgl.kernels.tiles import TILES, decode_tiles, most_group_size, policy_of
+from packinfer_sgl.kernels.tiles import TILES, decode_cost, hopper_decode_tiles, most_group_size, policy_of
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.device_profile import EXTEND_ROWS, DeviceProfile
 from packinfer_sgl.planning.fitting import Capacity
@@ -121,9 +121,8 @@ def _model(config: dict[str, Any], tp: int, kv_bytes: int) -> Model:
 
 def gpu_planner(shape: AttentionShape, profile: DeviceProfile) -> DecodePlanner:
     """Plans as on the GPU of ``profile``; each step anew."""
-    tiles = decode_tiles(shape.head_dim, shape.group_size, shape.kv_bytes)
-    policy, cost = policy_of(shape, tiles, profile.multiprocessors, profile), profile.decode_cost
-    cost, limits = cost.for_group_size(shape.group_size), Capacity.unlimited()
+    tiles, limits = hopper_decode_tiles(shape), Capacity.unlimited()
+    policy, cost = policy_of(shape, tiles, profile.multiprocessors, profile), decode_cost(shape, tiles, profile)
     return DecodePlanner(shape, cost, policy, grouping="multi", limits=limits, room_tokens=0)
 
 

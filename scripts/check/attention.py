@@ -16,6 +16,12 @@ SCENARIOS = {
     "verify-fp16": Scenario("llama", {**OURS, **EAGER, "dtype": "float16"}, CHECK),
     # graphs are replayed, and each plan compared with SGLang's table before
     "audit": Scenario("llama", OURS, CHECK, rounds=("tree", "tree", "samples")),
+    # heads with which Hopper GPUs decode in one launch (``tiles.decodes_in_one_launch``)
+    "wide-fa3": Scenario("llama-wide", FA3),
+    "wide-triton": Scenario("llama-wide", TRITON),
+    "wide-packinfer": Scenario("llama-wide", OURS, rounds=("tree", "tree", "samples")),
+    "wide-audit": Scenario("llama-wide", OURS, CHECK, rounds=("tree", "tree", "samples")),
+    "wide-verify": Scenario("llama-wide", {**OURS, **EAGER}, CHECK),
     "turns-fa3": Scenario("llama128", {**FA3, **TURNS}, rounds=TALK),
     "turns-triton": Scenario("llama128", {**TRITON, **TURNS}, rounds=TALK),
     "turns-packinfer": Scenario("llama128", {**OURS, **TURNS}, rounds=TALK),
@@ -26,10 +32,14 @@ SCENARIOS = {
 
 def verify(judge: Judge) -> None:
     for name in ("verify-bf16", "verify-fp16"):
-        if judge.started(name, name):
-            ran = judge.ran[name]
-            error = ran.state.get("check_error", 0.0)
-            judge.add(name, packs(ran) and error > 0, f"worst relative error of a row {error:.2g}; {account(ran)}")
+        _each_layer(judge, name)
+
+
+def _each_layer(judge: Judge, name: str) -> None:
+    if judge.started(name, name):
+        ran = judge.ran[name]
+        error = ran.state.get("check_error", 0.0)
+        judge.add(name, packs(ran) and error > 0, f"worst relative error of a row {error:.2g}; {account(ran)}")
 
 
 def logits(judge: Judge) -> None:
@@ -43,6 +53,15 @@ def logits(judge: Judge) -> None:
     if judge.started("audit", "audit", stock=("fa3", "triton")):
         judge.same("audit", "audit", "fa3", control="triton")
         judge.audited("audit")
+
+
+def one_launch(judge: Judge) -> None:
+    names = ("wide-packinfer", "wide-audit")
+    if judge.started("one-launch", *names, stock=("wide-fa3", "wide-triton")):
+        for name in names:
+            judge.same(name, name, "wide-fa3", control="wide-triton", stock="wide-")
+        judge.audited("wide-audit")
+    _each_layer(judge, "wide-verify")
 
 
 def turns(judge: Judge) -> None:
@@ -60,6 +79,11 @@ CHECKS = {
     "verify": Check(verify, ("verify-bf16", "verify-fp16"), "each layer against stock, bf16 and fp16"),
     "logits": Check(
         logits, ("fa3", "triton", "packinfer", "audit"), "16 requests in a tree of prefixes, n samples", gpus=0
+    ),
+    "one-launch": Check(
+        one_launch,
+        ("wide-fa3", "wide-triton", "wide-packinfer", "wide-audit", "wide-verify"),
+        "heads of which decode is one launch: 8 of each of two KV heads",
     ),
     "turns": Check(
         turns,

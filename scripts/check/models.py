@@ -158,6 +158,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "llama": write_tiny_model,  # 16 query heads, 4 KV heads
     "llama-kv8": functools.partial(write_tiny_model, kv_heads=8),
     "llama128": functools.partial(write_tiny_model, heads=8, kv_heads=2, head_dim=128),
+    "llama-wide": functools.partial(write_tiny_model, heads=16, kv_heads=2, head_dim=128),
     "qwen2_vl": write_qwen2_vl,
 }
 # made of the tiny Llama's configuration and weights

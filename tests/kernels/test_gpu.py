@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import EXTENDS, Case, check_attention, make_packed, random_case, run_packed
 
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, TILES, Tile
 from packinfer_sgl.planning.fitting import Capacity
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +44,19 @@ def test_random_trees(group: int, head_dim: int, dtype: torch.dtype, page_size: 
             max_split_tokens=int(rng.choice([64, 100, 1 << 30])),
             soft_cap=soft_cap,
         )
+        check(case, *run_packed(case))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.bfloat16], ids=["", "sinks"])
+@pytest.mark.parametrize(("group", "page_size", "soft_cap"), [(8, 1, 0.0), (12, 16, 20.0), (16, 1, 0.0), (32, 16, 0.0)])
+def test_random_trees_in_one_launch(group: int, page_size: int, soft_cap: float, sinks: torch.dtype | None) -> None:
+    for seed in range(8):
+        rng = np.random.default_rng(seed * 100 + group)
+        n = int(rng.integers(1, 70))
+        shared, tails = rng.choice([0, 16, 64, 160, 320], n - 1).tolist(), rng.integers(1, 300, n).tolist()
+        layer = {"group": group, "head_dim": 128, "dtype": torch.bfloat16, "soft_cap": soft_cap, "sinks": sinks}
+        cut = {"page_size": page_size, "max_split_tokens": int(rng.choice([64, 100, 1 << 30]))}
+        case = random_case(seed, shared=shared, tails=tails, device="cuda", tiles=EXTEND_TILES[128], **layer, **cut)
         check(case, *run_packed(case))
 
 
@@ -295,9 +309,12 @@ def test_one_graph_replays_many_plans() -> None:
         assert not out[n:].any()
 
 
-def test_grown_tails_are_read() -> None:
+@pytest.mark.parametrize("tiles", [TILES[128], EXTEND_TILES[128]], ids=["two launches", "one launch"])
+def test_grown_tails_are_read(tiles: tuple[Tile, ...]) -> None:
     """The plan of one step serves the next ones: slots are appended, items read up to the row's length of now."""
-    case = random_case(3, shared=[100, 100], tails=[20, 30, 40], head_dim=128, dtype=torch.bfloat16, device="cuda")
+    case = random_case(
+        3, shared=[100, 100], tails=[20, 30, 40], head_dim=128, dtype=torch.bfloat16, device="cuda", tiles=tiles
+    )
     packed = make_packed(case, Capacity.of(case.plan))
     packed.load(case.plan)
     packed.snapshot(case.req_to_token, case.pool_rows)

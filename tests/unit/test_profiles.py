@@ -13,7 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packinfer_sgl.kernels.tiles import EXTEND_TILES, decode_tiles, device_profile, policy_of, tile_policy, tiles_for
+from packinfer_sgl.kernels.tiles import (
+    EXTEND_TILES,
+    decode_cost,
+    decode_tiles,
+    device_profile,
+    hopper_decode_tiles,
+    policy_of,
+    tile_policy,
+    tiles_for,
+)
 from packinfer_sgl.kernels.tiles import TILES as DECODE_TILES
 from packinfer_sgl.planning.batch import StepBatch, causal
 from packinfer_sgl.planning.costs import AttentionShape
@@ -22,6 +31,7 @@ from packinfer_sgl.planning.device_profile import EXTEND_BLOCK, EXTEND_ROWS, Dev
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.groups import prune
 from packinfer_sgl.planning.plan import Col, Plan
+from packinfer_sgl.planning.planners import DecodePlanner
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200, PROFILES, profile_for
 from packinfer_sgl.planning.schedule import makespan_us
@@ -212,7 +222,35 @@ def test_the_device_says_which_record(monkeypatch: pytest.MonkeyPatch) -> None:
         properties = SimpleNamespace(multi_processor_count=sms)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
         assert device_profile(torch.device("cuda")).is_measured is (sms == SMS)
-        assert tile_policy(SHAPE, torch.device("cuda:0")) == policy_of(SHAPE, DECODE_TILES[128], sms)
+        for capability, tiles in (((9, 0), TILES), ((8, 0), DECODE_TILES[128])):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            assert tile_policy(SHAPE, torch.device("cuda:0")) == policy_of(SHAPE, DECODE_TILES[128], sms)
+            few = AttentionShape(16, 2, 128, 2)
+            assert tile_policy(few, torch.device("cuda:0")) == policy_of(few, tiles, sms)
+            assert tile_policy(few, torch.device("cuda:0"), masked=True) == policy_of(few, DECODE_TILES[128], sms)
+
+
+@pytest.mark.parametrize("heads", [(16, 2), (32, 2), (64, 2), (12, 1), (16, 1), (64, 4)], ids=str)
+def test_decode_in_one_launch(heads: tuple[int, int]) -> None:
+    """Plans of these are cut for the extend kernel, by its times, and may grow."""
+    shape = AttentionShape(*heads, 128, 2)
+    tiles = hopper_decode_tiles(shape)
+    cost, policy = decode_cost(shape, tiles, H200), policy_of(shape, tiles, SMS)
+    assert tiles == TILES and cost == H200.extend_cost(EXTEND_ROWS)
+    planner = DecodePlanner(shape, cost, policy, grouping="multi", limits=Capacity.unlimited(), room_tokens=64)
+    batch = Batch(4000, 40, [1] * 40, [*range(100, 500, 10)])
+    plan = planner.plan(StepBatch(batch.q_lens, batch.kv_lens, batch)).plan
+    assert plan.kv_tokens_read < 10 * plan.kv_tokens_unique < plan.kv_tokens_logical
+    assert sorted(plan.items[:, Col.OPEN_ROW])[-40:] == [*range(40)] and not plan.windowed
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "kv_bytes"),
+    [((32, 8), 128, 2), ((8, 1), 128, 2), ((16, 2), 256, 2), ((32, 2), 64, 2), ((32, 2), 128, 1)],
+)
+def test_decode_in_two_launches(heads: tuple[int, int], head_dim: int, kv_bytes: int) -> None:
+    shape = AttentionShape(*heads, head_dim, kv_bytes)
+    assert hopper_decode_tiles(shape) == decode_tiles(head_dim, shape.group_size, kv_bytes)
 
 
 def test_the_policy_follows_the_record() -> None:
