@@ -81,8 +81,9 @@ def ours(x: Inputs, unit_tokens: int = 0) -> tuple[Method, dict]:
 
     def call(i: int) -> None:
         packed.run(
-            x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, windowed=windowed, sinks=x.sinks, out=x.out[i], lse2=lse2
-        )
+            x.q[i], x.k[i], x.v[i], lens, sm_scale=x.sm_scale, logits_soft_cap=work.soft_cap, windowed=windowed,
+            sinks=x.sinks, out=x.out[i], lse2=lse2,
+        )  # fmt: skip
 
     classes = [plan.items[plan.items[:, Col.TILE_CLASS] == i] for i in range(len(plan.class_indptr) - 1)]
     info = {

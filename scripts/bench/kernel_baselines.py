@@ -19,6 +19,8 @@ def dtypes(x: Inputs) -> dict[str, torch.dtype]:
 def fa3_arguments(x: Inputs, rows: int, sinks: bool = True) -> dict[str, object]:
     """As SGLang gives them: with FP8 KV queries are rounded to FP8, too (``fa3_query``), and scales go with them."""
     more: dict[str, object] = {"sinks": x.sinks} if sinks and x.sinks is not None else {}
+    if x.work.soft_cap:
+        more["softcap"] = x.work.soft_cap
     if x.work.fp8:
         ones = torch.ones(rows, x.work.kv_heads, device=x.device)
         more |= {"k_descale": ones, "v_descale": ones}

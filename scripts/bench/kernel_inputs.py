@@ -55,6 +55,8 @@ class Inputs:
             for begin in range(indptr[r], indptr[r + 1], step):
                 end = min(begin + step, indptr[r + 1])
                 scores = self.q[0][begin:end].float().transpose(0, 1) @ k.transpose(1, 2) * self.sm_scale
+                if cap := self.work.soft_cap:
+                    scores = cap * (scores / cap).tanh()
                 scores.masked_fill_(position >= see_to[begin:end, None], -torch.inf)
                 if self.sinks is not None:  # a token without a value
                     scores = torch.cat([scores, self.sinks.float()[:, None, None].expand(-1, end - begin, 1)], -1)

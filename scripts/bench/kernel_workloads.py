@@ -44,6 +44,7 @@ class Workload:
     head_dim: int = HEAD_DIM
     fp8: bool = False  # KV, e4m3, scales of 1
     sinks: bool = False
+    soft_cap: float = 0.0  # of the logits
     shape: AttentionShape = field(init=False)
 
     def __post_init__(self) -> None:
@@ -242,14 +243,15 @@ def ragged() -> list[Workload]:
 
 
 def models() -> list[Workload]:
-    """Of models that people serve: head dimension 256 and many query heads a KV head (H), 64 and sinks (G), FP8 KV (F).
+    """Of models that people serve: head dimension 256 and many query heads a KV head (H), 64 and sinks (G), FP8 KV (F),
+    capped logits (L: Gemma 2 9B's heads and cap).
 
     Their random batches (HR, GR, FR) are three of four of ``ragged``.
     """
     known = {work.name.split()[0]: work for work in [*decodes(), *extends(), *drafts(), *ragged()]}
     random = [f"R{i}" for i in range(0, 40, 2)] + [f"R{i}" for i in range(1, 40, 4)]
 
-    def as_model(letter: str, names: list[str], **more: int | bool) -> list[Workload]:
+    def as_model(letter: str, names: list[str], **more: float) -> list[Workload]:
         return [replace(known[name], name=letter + known[name].name, **more) for name in names]
 
     extend = ["P3", "M2", "V1"]
@@ -264,4 +266,5 @@ def models() -> list[Workload]:
         Workload("G2 64 x 2k", 64, 8, [], [[]] * 64, [2048] * 64, head_dim=64, sinks=True),
         *as_model("G", extend + random, qo_heads=64, kv_heads=8, head_dim=64, sinks=True),
         *as_model("F", ["D1", "D2", "D7", "D11", "D5", "D4", *extend, *random], fp8=True),
+        *as_model("L", ["D1", "D2", "D5", *extend], qo_heads=16, kv_heads=8, head_dim=256, soft_cap=50.0),
     ]

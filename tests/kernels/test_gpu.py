@@ -267,11 +267,12 @@ def test_a_plan_that_is_loaded_once_serves_many_layers() -> None:
         check(case, out, lse2)
 
 
-def test_one_graph_replays_many_plans() -> None:
+@pytest.mark.parametrize("tiles", [TILES[128], EXTEND_TILES[128]], ids=["two launches", "one launch"])
+def test_one_graph_replays_many_plans(tiles: tuple[Tile, ...]) -> None:
     """A graph captured with one plan runs others, smaller batches included; rows beyond a plan come out as 0."""
     rows = 24
     cases = [
-        random_case(seed, shared=shared, tails=tails, head_dim=128, dtype=torch.bfloat16, device="cuda")
+        random_case(seed, shared=shared, tails=tails, head_dim=128, dtype=torch.bfloat16, device="cuda", tiles=tiles)
         for seed, (shared, tails) in enumerate(
             [([200] * 23, [30] * 24), ([0] * 23, [90] * 24), ([64, 0, 300], [5, 80, 1, 7]), ([], [1])]
         )
