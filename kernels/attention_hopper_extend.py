@@ -1,6 +1,6 @@
-"""Packed attention of extend plans on Hopper: warp-specialised, in Gluon.
+"""Packed attention of extend plans on Hopper, and of decode plans in one launch: warp-specialised, in Gluon.
 
-The same items and the same results as ``attention_triton.packed_attention_kernel`` with run B, for tiles of 128 rows.
+The same items and the same results as ``attention_triton.packed_attention_kernel``, for tiles of 128 rows.
 Products bound it, so the tensor cores must not wait: a producer warpgroup copies queries, keys and values to shared
 memory, blocks and items ahead, and two consumers multiply, each 64 of the rows, so that the softmax of one runs beside
 the products of the other (FlashAttention-3, https://arxiv.org/abs/2407.08608).
@@ -46,7 +46,7 @@ Weights are float16, too, and a consumer converts its queries in their stage bef
 
     producer    |w|Q k0|k0 to K0, v0 comes|v0 to V0, k1 comes|k1 to K1, v1 comes| ... |v to V|ticket|w'| ...
 
-Taken for granted (``device_plan`` checks it): no item that another follows; in plans with run B none that grows; heads
+Taken for granted (``device_plan`` checks it): no custom mask, no item that another follows; in plans with run B none that grows; heads
 of q, K and V begin at multiples of 16 bytes.
 """
 
@@ -80,7 +80,7 @@ def packed_attention_extend_kernel(
     SINKS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, FP8_KV: gl.constexpr, RUN_B: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As ``packed_attention_kernel`` with BLOCK_M 128 and WINDOW, for items that none follows. Without RUN_B, that is
+    """As ``packed_attention_kernel`` with BLOCK_M 128, for items that none follows. Without RUN_B, that is
     without windows, items may grow.
 
     Entry NEXT_TICKET of the counts is 0 before and after. A thread of the producer gets PRODUCER_REGISTERS, one of

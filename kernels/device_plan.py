@@ -62,7 +62,7 @@ class PackedCuda:
     ) -> None:
         """
         Args:
-            tiles: the classes by which plans are cut (``tiles.tiles_for``).
+            tiles: the classes by which plans are cut (``tiles.shape_tiles``).
             replayed: captured graphs run other plans than they were captured with. The merge is then always launched,
                 because a plan that is loaded later may need it.
 
@@ -278,6 +278,8 @@ class PackedCuda:
         }  # fmt: skip
         windows = {"win_lo_ptr": view["win_lo"], "win_hi_ptr": view["win_hi"]}
         flags, flags_from = (view["header"], view["header"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
+        # with run B nothing grows; the type of what is not read is part of a kernel's signature all the same
+        kv_lens = self.kv_slots if windowed else kv_lens
         is_first = True
         for i, tile in enumerate(self.tiles):
             goes_elsewhere = any(n * group <= smaller.rows < tile.rows for smaller in self.tiles[i + 1 :])

@@ -96,7 +96,7 @@ WIDE_TILES = {
     64: Tile(kernel="triton", rows=32, tokens=64, stages=3, warps=4, registers=128, resident=4, programs=8, shares=4),
     128: Tile(kernel="triton", rows=32, tokens=32, stages=3, warps=4, registers=144, resident=3, programs=6, shares=3),
 }
-# Of plans with run B on Hopper.
+# Of plans with run B on Hopper, and of those that ``decodes_in_one_launch``.
 _EXTEND = Tile(
     kernel="hopper_extend", rows=128, tokens=128, stages=2, warps=0, registers=168, producer_registers=56,
     resident=1, programs=1,
@@ -165,7 +165,7 @@ def most_group_size(head_dim: int) -> int:
 
 
 def decode_tiles(head_dim: int, group_size: int = 1, kv_bytes: int = 2) -> tuple[Tile, ...]:
-    """The tile classes of plans without run B.
+    """The tile classes of plans without run B, on any GPU.
 
     Args:
         group_size: query heads of a KV head.
@@ -188,10 +188,10 @@ def decode_tiles(head_dim: int, group_size: int = 1, kv_bytes: int = 2) -> tuple
 def tiles_for(
     head_dim: int, device: torch.device, extend: bool = False, *, group_size: int = 1, kv_bytes: int = 2
 ) -> tuple[Tile, ...]:
-    """The tile classes on ``device``.
+    """The tile classes on ``device``; for a layer's, see ``shape_tiles``.
 
     Args:
-        extend: whether plans have run B, and no custom mask.
+        extend: whether the extend kernel runs the plans, if this GPU has it.
         group_size, kv_bytes: see ``decode_tiles``.
 
     Raises:
@@ -206,11 +206,11 @@ def decodes_in_one_launch(shape: AttentionShape) -> bool:
     """Whether the extend kernel alone runs decode plans of this shape on Hopper.
 
     One consumer's softmax bounds a large tile of the decode kernel where a token has many rows, and few KV heads leave
-    the small class few items. Of the shapes that were measured on an H200 (docs/kernels.md) these are 16/2, 32/2 and
-    12/1 heads; for others the two classes are the faster ones in some batches.
+    the small class few items. Measured on an H200 with 16/2, 32/2 and 12/1 heads (docs/kernels.md): slower are only
+    batches of hundreds of rows with tails of some tens of tokens. With other heads other batches are slower, too.
     """
-    least = 8 if shape.kv_heads == 2 else 12
-    return (shape.head_dim, shape.kv_bytes) == (128, 2) and shape.group_size >= least
+    least_group = {1: 12, 2: 8}.get(shape.kv_heads, math.inf)
+    return (shape.head_dim, shape.kv_bytes) == (128, 2) and shape.group_size >= least_group
 
 
 def hopper_decode_tiles(shape: AttentionShape) -> tuple[Tile, ...]:
@@ -229,7 +229,7 @@ def shape_tiles(
     """The tile classes of a layer of this shape on ``device``.
 
     Args:
-        extend: see ``tiles_for``.
+        extend: whether plans have run B and no custom mask.
         unit_tokens: if not 0, of plans in units (``unit_tiles``).
         masked: whether queries have a custom mask, of which the extend kernel knows nothing.
 
@@ -238,8 +238,7 @@ def shape_tiles(
     """
     if unit_tokens:
         return unit_tiles(shape)
-    if not extend and not masked and is_hopper(device):
-        return hopper_decode_tiles(shape)
+    extend = extend or (decodes_in_one_launch(shape) and not masked)
     return tiles_for(shape.head_dim, device, extend, group_size=shape.group_size, kv_bytes=shape.kv_bytes)
 
 
@@ -272,8 +271,12 @@ def tile_policy(
 
 def decode_cost(shape: AttentionShape, tiles: tuple[Tile, ...], profile: DeviceProfile) -> CostModel:
     """By which spans are chosen for decode plans of these tiles."""
-    if tiles[0].kernel == "hopper_extend":
-        return profile.extend_cost(tiles[0].rows)
+    if tiles[0].kernel == "hopper_extend":  # at decode, unlike at extend, what tiles read counts, too
+        return replace(
+            profile.extend_cost(tiles[0].rows),
+            bytes_per_us=profile.bytes_per_us,
+            reread_bytes_per_us=profile.reread_bytes_per_us,
+        )
     cost = profile.decode_cost.for_group_size(shape.group_size)
     return cost.in_units() if tiles[0].units else cost
 

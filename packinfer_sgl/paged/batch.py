@@ -219,7 +219,7 @@ class PagedWrapper:
             cells = self._q_lens.astype(np.int64) * self._kv_lens
             row_start = (np.cumsum(cells) - cells)[row] + nth * self._kv_lens[row].astype(np.int64)
             self._mask = MaskRows(mask, torch.from_numpy(row_start).to(self.device))
-        sees: Sees = "mask" if mask is not None else "window" if windowed else "all"
+        sees: Sees = "mask" if mask is not None else "part" if windowed else "all"
         planner = self._kernels.planner(shape, sees, self._unit_tokens)
         planned = planner.plan(self._step_batch(row, nth, causal and mask is None))
         assert planned is not None  # without a stock backend every batch is packed

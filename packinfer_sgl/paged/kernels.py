@@ -22,8 +22,8 @@ from packinfer_sgl.runners import cpu
 from packinfer_sgl.runners.base import Runner
 
 GROUPING = "multi"
-# What of its row a query sees; by position (a window, causal) tails may ride with their prefix.
-Sees = Literal["all", "window", "mask"]
+# What of its row a query sees: of a part, by position (causal, a window), tails may ride with their prefix.
+Sees = Literal["all", "part", "mask"]
 
 
 class OnCpu:
@@ -48,7 +48,7 @@ class OnCpu:
         """Any batch will do."""
 
     def planner(self, shape: AttentionShape, sees: Sees, unit_tokens: int) -> Planner:
-        if sees == "window":
+        if sees == "part":
             return cpu.extend_planner(shape, grouping=GROUPING, always=True)
         policy = replace(CPU.extend_policy, max_inline_tail_tokens=0)  # many queries may see all of a row
         return cpu.decode_planner(shape, grouping=GROUPING, room_tokens=0, policy=policy)
@@ -121,7 +121,7 @@ class OnCuda:
         row_bytes = shape.qo_heads * (shape.head_dim + 1) * 4
         most = UNLIMITED if unit_tokens else PARTIAL_BYTES // row_bytes  # units leave as many as they are
         limits = self._limits or Capacity.unlimited(partials=most)
-        if sees != "window":
+        if sees != "part":
             return self._cuda.decode_planner(
                 shape, self.device, grouping=GROUPING, limits=limits, room_tokens=0, unit_tokens=unit_tokens,
                 masked=sees == "mask",
@@ -142,7 +142,7 @@ class OnCuda:
         unit_tokens: int,
     ) -> Runner:
         """Upload the plan and the page tables on the current stream, and look up the slots there."""
-        tiles = shape_tiles(shape, self.device, sees == "window", unit_tokens, masked=sees == "mask")
+        tiles = shape_tiles(shape, self.device, sees == "part", unit_tokens, masked=sees == "mask")
         if self._runner is None or (self._runner.shape, self._runner.tiles) != (shape, tiles):
             if self._runner is not None:
                 self._runner.free()  # the old one makes room first

@@ -78,7 +78,7 @@ def extend_planner(
     inlined and partial results are few.
 
     Args:
-        tiles: ``tiles.tiles_for`` the GPU.
+        tiles: ``tiles.shape_tiles`` of the GPU.
         sms: its multiprocessors.
         always: every batch is packed, whatever is expected.
         profile: the GPU's times.
@@ -113,7 +113,7 @@ class CudaRunner:
     ) -> None:
         """
         Args:
-            tiles: the classes by which plans are cut (``tiles.tiles_for``).
+            tiles: the classes by which plans are cut (``tiles.shape_tiles``).
             capacity: buffers of this size, at fixed addresses, so that captured graphs replay any plan; None: they grow
                 with the plans.
             replayed: see ``PackedCuda``.

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packinfer_sgl.kernels.tiles import TILES, decode_cost, hopper_decode_tiles, most_group_size, policy_of
+from packinfer_sgl.kernels.tiles import (
+    TILES,
+    decode_cost,
+    decodes_in_one_launch,
+    hopper_decode_tiles,
+    most_group_size,
+    policy_of,
+)
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.device_profile import EXTEND_ROWS, DeviceProfile
 from packinfer_sgl.planning.fitting import Capacity
@@ -148,12 +155,19 @@ class Clock:
             once = step.unique * token_bytes / bandwidth
             again = (step.read - step.unique) * token_bytes / profile.reread_bytes_per_us
             partials = step.partials * profile.decode_cost.partials_us(shape)
-            packed = once + again + partials + profile.large_item_us + profile.small_item_us
+            packed = once + again + partials + self._launches_us
         weights = max(model.read_bytes(step.rows) / bandwidth, self.prefill_us(step.rows))
         seen = min(step.logical, step.rows * model.window)
         windows = (model.layers - model.full_layers) * seen * shape.token_bytes / bandwidth
         rest = weights + windows + model.layers * REST_LAYER_US
         return rest + model.full_layers * stock, rest + model.full_layers * packed, model.full_layers * stock
+
+    @property
+    def _launches_us(self) -> float:
+        """Of a packed decode layer besides what it reads."""
+        if decodes_in_one_launch(self.model.shape):
+            return self.profile.extend_item_us + self.profile.extend_call_us
+        return self.profile.large_item_us + self.profile.small_item_us
 
     def prefill_us(self, tokens: int) -> float:
         """Of so many prompt tokens: their products with the weights, at the rate of the record's extend kernel."""

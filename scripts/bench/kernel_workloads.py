@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from packinfer_sgl.planning.policy import TilePolicy
 from packinfer_sgl.planning.prefix_tree import PrefixTree
 from packinfer_sgl.planning.profiles import H200
 from packinfer_sgl.planning.units import within_units
-from packinfer_sgl.runners.cuda import extend_planner
+from packinfer_sgl.runners.cuda import ROOM_TOKENS, extend_planner
 
 HEAD_DIM = 128  # of workloads that name no other
 BYTES_PER_US = 4.3e6  # what a large copy reaches on an H200
@@ -100,8 +101,11 @@ class Workload:
         return prune(self.tree(), self.shape, cost, q_lens=np.array(self.new, np.int32), kv_lens=kv_lens)
 
     def plan(self, tree: PrefixTree, policy: TilePolicy) -> Plan:
-        queries = {} if self.kind == "decode" else {"qo_indptr": self.qo_indptr, "visible": self.visible}
-        return make_plan(tree, self.kv_lens, policy, kv_tokens_unique=self.unique_tokens, **queries)
+        """Of a decode batch as a server makes it: tails have room to grow."""
+        more: dict[str, Any] = {"room_tokens": ROOM_TOKENS}
+        if self.kind != "decode":
+            more = {"qo_indptr": self.qo_indptr, "visible": self.visible}
+        return make_plan(tree, self.kv_lens, policy, kv_tokens_unique=self.unique_tokens, **more)
 
     def unit_plan(self, cost: CostModel, policy: TilePolicy) -> Plan:
         """Of a decode batch in SGLang's deterministic mode."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+from dataclasses import replace
 
 import pytest
 
 from packinfer_sgl.cli import main
+from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.profiles import H200
 from packinfer_sgl.tools.estimate_batches import Step
 from packinfer_sgl.tools.estimate_times import Clock, gpu_planner, read_model
@@ -105,6 +107,18 @@ def test_steps_are_no_slower_where_more_is_shared():
     assert stock == packed > attention > 0
     assert clock.step_us(Step(64, 10**6, 10**5, 10**5, 128))[1] < packed
     assert gpu_planner(model.shape, H200).cost is H200.decode_cost
+
+
+def test_layers_that_decode_in_one_launch_pay_for_one():
+    """4 ranks of 64 query heads and 8 KV heads."""
+    model, step = read_model(None, 1), Step(64, 10**6, 10**5, 10**5, 128)
+    model = replace(model, shape=AttentionShape(16, 2, 128, 2))
+    assert gpu_planner(model.shape, H200).policy.tile_queries == (16,)
+    slower = replace(H200, small_item_us=100.0)
+    assert Clock(model, slower).step_us(step) == Clock(model, H200).step_us(step)
+    later = replace(H200, extend_call_us=H200.extend_call_us + 1)
+    gained = Clock(model, later).step_us(step)[1] - Clock(model, H200).step_us(step)[1]
+    assert gained == pytest.approx(model.full_layers)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import EXTENDS, make_packed, random_case
 
-from packinfer_sgl.kernels import columns
+from packinfer_sgl.kernels import columns, device_plan
 from packinfer_sgl.kernels.device_plan import PackedCuda
 from packinfer_sgl.kernels.tiles import EXTEND_TILES, TILES
 from packinfer_sgl.planning.fitting import Capacity
@@ -56,6 +56,25 @@ def test_items_that_the_hopper_decode_kernel_cannot_run_are_refused() -> None:
     packed.load(case.plan)
     with pytest.raises(ValueError, match="hopper_decode kernel runs no items that grow"):
         packed.load(plan)
+
+
+@pytest.mark.parametrize("kernel", ["packed_attention_extend_kernel", "packed_attention_kernel"])
+def test_run_b_has_one_signature_whatever_the_lengths_are(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up knows no lengths of rows; a request must not wait for the kernel to be compiled for them."""
+    types = []
+    case = random_case(
+        0, **EXTENDS["suffixes"], kv_heads=1, head_dim=64, dtype=torch.float16,
+        tiles=EXTEND_TILES[64] if kernel == "packed_attention_extend_kernel" else TILES[64],
+    )  # fmt: skip
+    packed = make_packed(case, Capacity.of(case.plan))
+    packed.load(case.plan)
+    packed.snapshot(case.req_to_token, case.pool_rows)
+    launch = {(grid,): lambda **arguments: types.append(arguments["kv_lens_ptr"].dtype) for grid in range(99)}
+    monkeypatch.setattr(device_plan, kernel, launch)
+    monkeypatch.setattr(PackedCuda, "_merge", lambda *args: None)
+    for lens in (packed.kv_slots, case.kv_lens):
+        packed.run(case.q, case.k, case.v, lens, sm_scale=1.0, windowed=True)
+    assert len(types) >= 2 and set(types) == {torch.int32} and case.kv_lens.dtype == torch.int64
 
 
 def test_other_tile_classes_are_refused() -> None:

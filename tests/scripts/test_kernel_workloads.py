@@ -107,7 +107,7 @@ def run(x: Inputs, tree: PrefixTree, policy: TilePolicy) -> tuple[torch.Tensor, 
     for row, start, tokens, to, _ in plan.spans.tolist():
         slots[to : to + tokens] = x.rows[row][start : start + tokens]
     packed = PackedReference(plan, token_bytes=x.work.kv_heads * HEAD_DIM * 4)
-    packed.bind(torch.from_numpy(slots))
+    packed.bind(torch.from_numpy(slots), torch.from_numpy(x.work.kv_lens))
     out = torch.full(x.q[0].shape, math.nan)
     packed.run(x.q[0].float(), x.k[0], x.v[0], sm_scale=x.sm_scale, out=out)
     return out, plan
