@@ -46,8 +46,8 @@ Weights are float16, too, and a consumer converts its queries in their stage bef
 
     producer    |w|Q k0|k0 to K0, v0 comes|v0 to V0, k1 comes|k1 to K1, v1 comes| ... |v to V|ticket|w'| ...
 
-Taken for granted (``device_plan`` checks it): no custom mask, no item that another follows; in plans with run B none that grows; heads
-of q, K and V begin at multiples of 16 bytes.
+Taken for granted (``device_plan`` checks it): no custom mask, no item that another follows; in plans with run B none
+that grows; heads of q, K and V begin at multiples of 16 bytes.
 """
 
 from __future__ import annotations

@@ -247,7 +247,8 @@ def _even_splits(tiles, n_splits, policy):  # type: ignore[no-untyped-def]
         length = -(-(tokens + grows) // n_splits[i])
         if timing.dynamic > 0:  # a block that only what may grow begins would be paid for at each step
             block = int(timing.block)
-            length = min(length, -(-(-(-tokens // n_splits[i])) // block) * block)
+            even = -(-tokens // n_splits[i])
+            length = min(length, -(-even // block) * block)
         if (n_splits[i] - 1) * length >= tokens:  # the last split would have no tokens
             length = -(-tokens // n_splits[i])
         for nth in range(n_splits[i]):

@@ -45,9 +45,11 @@ def test_every_kernel_compiles_for_hopper() -> None:
 
 def _stack_bytes(kernel: dict) -> int:
     """How much may lie on the stack. With sinks there is a pointer more: Triton 3.6 has no register for it in tiles of
-    16 rows. At head_dim 256 a few offsets of the extend kernel's producer lie there, too."""
+    16 rows. At head_dim 256 a few offsets of the extend kernel's producer lie there, too, and with items that grow
+    what it needs for their length."""
     if kernel["kernel"] == "packed_attention_extend_kernel":
-        return 8 if kernel["head_dim"] < 256 else 48
+        most = 8 if kernel["windowed"] else 24
+        return most if kernel["head_dim"] < 256 else 48
     if kernel["kernel"] == "packed_attention_hopper_kernel":
         # in units at 64 there is no register for two numbers of 4 bytes
         most = 8 if kernel["head_dim"] == 64 and kernel.get("units") else 0
