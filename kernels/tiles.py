@@ -205,12 +205,12 @@ def tiles_for(
 def decodes_in_one_launch(shape: AttentionShape) -> bool:
     """Whether the extend kernel alone runs decode plans of this shape on Hopper.
 
-    One consumer's softmax bounds a large tile of the decode kernel where a token has many rows, and few KV heads leave
-    the small class few items. Measured on an H200 with 16/2, 32/2 and 12/1 heads (docs/kernels.md): slower are only
-    batches of hundreds of rows with tails of some tens of tokens. With other heads other batches are slower, too.
+    One or two KV heads, as a tensor-parallel rank has them, leave the two classes few items: where nothing is shared
+    they are slower than FlashAttention-3 (docs/kernels.md has the heads that were measured on an H200). Shared batches
+    may take longer or shorter in one launch. With more KV heads, or fewer rows a token, two classes are the faster.
     """
-    least_group = {1: 12, 2: 8}.get(shape.kv_heads, math.inf)
-    return (shape.head_dim, shape.kv_bytes) == (128, 2) and shape.group_size >= least_group
+    few = shape.kv_heads <= 2 and shape.group_size >= 4
+    return few and (shape.head_dim, shape.kv_bytes) == (128, 2)
 
 
 def hopper_decode_tiles(shape: AttentionShape) -> tuple[Tile, ...]:

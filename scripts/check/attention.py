@@ -83,7 +83,7 @@ CHECKS = {
     "one-launch": Check(
         one_launch,
         ("wide-fa3", "wide-triton", "wide-packinfer", "wide-audit", "wide-verify"),
-        "heads of which decode is one launch: 8 of each of two KV heads",
+        "decode in one launch: 8 query heads of each of two KV heads",
     ),
     "turns": Check(
         turns,

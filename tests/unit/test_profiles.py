@@ -231,7 +231,7 @@ def test_the_device_says_which_record(monkeypatch: pytest.MonkeyPatch) -> None:
             assert tile_policy(few, torch.device("cuda:0"), masked=True) == policy_of(few, DECODE_TILES[128], sms)
 
 
-@pytest.mark.parametrize("heads", [(16, 2), (32, 2), (64, 2), (12, 1), (16, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(16, 2), (32, 2), (64, 2), (8, 2), (4, 1), (8, 1), (12, 1)], ids=str)
 def test_decode_in_one_launch(heads: tuple[int, int]) -> None:
     """Plans of these are cut for the extend kernel, by its times, and may grow."""
     shape = AttentionShape(*heads, 128, 2)
@@ -264,7 +264,7 @@ def test_splits_of_a_tail_that_grows_begin_no_block_for_it() -> None:
 
 @pytest.mark.parametrize(
     ("heads", "head_dim", "kv_bytes"),
-    [((32, 8), 128, 2), ((64, 4), 128, 2), ((8, 1), 128, 2), ((16, 2), 256, 2), ((32, 2), 64, 2), ((32, 2), 128, 1)],
+    [((32, 8), 128, 2), ((64, 4), 128, 2), ((6, 2), 128, 2), ((16, 2), 256, 2), ((32, 2), 64, 2), ((32, 2), 128, 1)],
 )
 def test_decode_in_two_launches(heads: tuple[int, int], head_dim: int, kv_bytes: int) -> None:
     shape = AttentionShape(*heads, head_dim, kv_bytes)
