@@ -265,11 +265,14 @@ class PackedCuda:
         n, n_heads, head_dim = q.shape
         stride_page, stride_slot, stride_head = (0, *k.stride()[:2]) if k.dim() == 3 else k.stride()[:3]
         view, group = self._view, n_heads // self.kv_heads
+        # with run B nothing grows; the type of what is not read is part of a kernel's signature all the same
+        lens = self.kv_slots if windowed else kv_lens
         arguments = {
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse2_ptr": lse2, "part_out_ptr": self._part_out,
             "part_lse2_ptr": self._part_lse2, "slots_ptr": self.kv_slots, "items_ptr": view["items"],
             "counts_ptr": view["header"], "query_rows_ptr": view["query_rows"],
-            "partial_rows_ptr": view["partial_rows"], "stride_q_token": q.stride(0), "stride_q_head": q.stride(1),
+            "partial_rows_ptr": view["partial_rows"], "kv_lens_ptr": lens,
+            "stride_q_token": q.stride(0), "stride_q_head": q.stride(1),
             "stride_out_token": out.stride(0), "stride_out_head": out.stride(1), "stride_page": stride_page,
             "stride_slot": stride_slot, "stride_kv_head": stride_head, "scale2": sm_scale * LOG2_E,
             "cap2": logits_soft_cap * LOG2_E, "v_scale": v_scale, "kv_heads": self.kv_heads, "n_heads": n_heads,
@@ -278,8 +281,6 @@ class PackedCuda:
         }  # fmt: skip
         windows = {"win_lo_ptr": view["win_lo"], "win_hi_ptr": view["win_hi"]}
         flags, flags_from = (view["header"], view["header"]) if mask is None else (mask[0].view(torch.uint8), mask[1])
-        # with run B nothing grows; the type of what is not read is part of a kernel's signature all the same
-        kv_lens = self.kv_slots if windowed else kv_lens
         is_first = True
         for i, tile in enumerate(self.tiles):
             goes_elsewhere = any(n * group <= smaller.rows < tile.rows for smaller in self.tiles[i + 1 :])
@@ -296,14 +297,13 @@ class PackedCuda:
             }  # fmt: skip
             if tile.kernel == "hopper_extend":
                 packed_attention_extend_kernel[grid](
-                    **arguments, **windows, **launch, kv_lens_ptr=kv_lens, Q_STAGES=tile.q_stages,
-                    FP8_KV=tile.raw_stages > 0, RUN_B=windowed,
-                    CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
-                    num_warps=4, maxnreg=tile.registers,
+                    **arguments, **windows, **launch, Q_STAGES=tile.q_stages, FP8_KV=tile.raw_stages > 0,
+                    RUN_B=windowed, CONSUMER_REGISTERS=tile.consumer_registers,
+                    PRODUCER_REGISTERS=tile.producer_registers, num_warps=4, maxnreg=tile.registers,
                 )  # fmt: skip
             elif tile.kernel == "hopper_decode" and self._is_hopper and not windowed and mask is None:
                 packed_attention_hopper_kernel[grid](
-                    **arguments, **launch, kv_lens_ptr=kv_lens, RAW_STAGES=tile.raw_stages, OUT_PARTS=tile.out_parts,
+                    **arguments, **launch, RAW_STAGES=tile.raw_stages, OUT_PARTS=tile.out_parts,
                     UNITS=tile.units, GOES_ON=tile.goes_on, part_sum_ptr=self._part_sum if tile.units else lse2,
                     PRODUCER_REGISTERS=tile.producer_registers,
                     num_warps=4, maxnreg=tile.registers,
@@ -312,7 +312,7 @@ class PackedCuda:
                 launch["BLOCK_N"] = tile.triton_tokens or tile.tokens
                 launch["STAGES"] = stages = tile.triton_stages or tile.stages
                 packed_attention_kernel[grid](
-                    **arguments, **windows, **launch, kv_lens_ptr=kv_lens, mask_ptr=flags, mask_rows_ptr=flags_from,
+                    **arguments, **windows, **launch, mask_ptr=flags, mask_rows_ptr=flags_from,
                     BLOCK_M=tile.rows, RUN_B=windowed, CUSTOM_MASK=mask is not None, PDL=self._pdl,
                     num_warps=tile.warps, num_stages=stages,
                     # full blocks apart from the rest pay where they are many; tails are short, and flags spill

@@ -238,7 +238,8 @@ def shape_tiles(
     """
     if unit_tokens:
         return unit_tiles(shape)
-    extend = extend or (decodes_in_one_launch(shape) and not masked)
+    if not extend and not masked and is_hopper(device):
+        return hopper_decode_tiles(shape)
     return tiles_for(shape.head_dim, device, extend, group_size=shape.group_size, kv_bytes=shape.kv_bytes)
 
 

@@ -40,13 +40,7 @@ from bench.kernel_workloads import Workload, tree_workload, workloads
 from rich.console import Console
 
 from packinfer_sgl.kernels.device_plan import PackedCuda
-from packinfer_sgl.kernels.tiles import (
-    decode_cost,
-    device_profile,
-    multiprocessors,
-    shape_tiles,
-    tile_policy,
-)
+from packinfer_sgl.kernels.tiles import decode_cost, device_profile, multiprocessors, shape_tiles, tile_policy
 from packinfer_sgl.planning.fitting import Capacity
 from packinfer_sgl.planning.plan import Col
 

@@ -55,21 +55,22 @@ def logits(judge: Judge) -> None:
         judge.audited("audit")
 
 
-def one_launch(judge: Judge) -> None:
-    names = ("wide-packinfer", "wide-audit")
-    if judge.started("one-launch", *names, stock=("wide-fa3", "wide-triton")):
+def _as_stock(judge: Judge, check: str, kind: str) -> None:
+    """``kind``-packinfer and ``kind``-audit say what ``kind``-fa3 says, and each step of the second was audited."""
+    names, reference, control = (f"{kind}-packinfer", f"{kind}-audit"), f"{kind}-fa3", f"{kind}-triton"
+    if judge.started(check, *names, stock=(reference, control)):
         for name in names:
-            judge.same(name, name, "wide-fa3", control="wide-triton", stock="wide-")
-        judge.audited("wide-audit")
+            judge.same(name, name, reference, control=control, stock=f"{kind}-")
+        judge.audited(f"{kind}-audit")
+
+
+def one_launch(judge: Judge) -> None:
+    _as_stock(judge, "one-launch", "wide")
     _each_layer(judge, "wide-verify")
 
 
 def turns(judge: Judge) -> None:
-    names = ("turns-packinfer", "turns-audit")
-    if judge.started("turns", *names, stock=("turns-fa3", "turns-triton")):
-        for name in names:
-            judge.same(name, name, "turns-fa3", control="turns-triton", stock="turns-")
-        judge.audited("turns-audit")
+    _as_stock(judge, "turns", "turns")
     if judge.started("turns-chain", "turns-chain", stock=("turns-fa3", "turns-triton", "chain-fa3")):
         judge.same("turns-chain", "turns-chain", "turns-fa3", control="turns-triton", stock="turns-")
         judge.audited("turns-chain")

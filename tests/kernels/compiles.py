@@ -17,13 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from packinfer_sgl.kernels.copy_slots import SlotCopier
-from packinfer_sgl.kernels.tiles import (
-    EXTEND_TILES,
-    FP8_EXTEND_TILES,
-    WIDE_TILES,
-    decodes_in_one_launch,
-    unit_tiles,
-)
+from packinfer_sgl.kernels.tiles import EXTEND_TILES, FP8_EXTEND_TILES, WIDE_TILES, decodes_in_one_launch, unit_tiles
 from packinfer_sgl.planning.costs import AttentionShape
 from packinfer_sgl.planning.fitting import Capacity
 
@@ -87,7 +81,7 @@ def main() -> None:
         if head_dim in WIDE_TILES:
             kinds[:0] = [(3, None, None, 32), (40, None, None, 32), (3, [5] * 3, extend, 32)]
         if decodes_in_one_launch(AttentionShape(64, 2, head_dim, (kv_dtype or dtype).itemsize)):
-            kinds[:0] = [(3, None, extend, 8), (3, None, extend, 32)]
+            kinds[:0] = [(3, None, extend, group) for group in (4, 8, 32)]
         for rows, new, tiles, group in kinds:
             windowed = new is not None
             what = {"head_dim": head_dim, "fp8": kv_dtype is FP8, "windowed": windowed, "group": group}
